@@ -1,0 +1,18 @@
+//! qwen35rs: an inference engine for the Qwen3.5 family.
+//!
+//! One step, as `engine` runs it:
+//!
+//! ```text
+//! schedule: which tokens of which requests, which pages and slots   (scheduler, cache)
+//! run:      Batch -> Model::forward -> logits -> sampler            (model, backend, sampler)
+//! commit:   tokens appended, pages and slots kept or given back     (scheduler, cache)
+//! ```
+//!
+//! ARCHITECTURE.md holds the map of the files and the invariants.
+
+pub mod config;
+pub mod error;
+pub mod tokenizer;
+pub mod weights;
+
+pub use error::{Error, Result};

@@ -1,0 +1,124 @@
+//! Checkpoints: safetensors files, mapped and checked, and the map from their names to the net.
+
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+/// Element types that a safetensors header can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// 16-bit IEEE float.
+    F16,
+    /// bfloat16.
+    BF16,
+}
+
+/// One tensor of a checkpoint, still in the mapped file. Cloning copies no data.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    /// The checkpoint's name.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// The file, and the tensor's bytes in it.
+    file: Arc<Mmap>,
+    range: std::ops::Range<usize>,
+}
+
+impl Tensor {
+    /// The raw little-endian bytes, `shape.product() * dtype.size()` of them. May be unaligned.
+    pub fn bytes(&self) -> &[u8] {
+        &self.file[self.range.clone()]
+    }
+}
+
+/// Every tensor of the text model, by its place in the net. Names are the checkpoint's.
+pub struct ModelTensors {
+    /// `[vocab, hidden]`
+    pub embed_tokens: Tensor,
+    /// `[hidden]`
+    pub norm: Tensor,
+    /// `[vocab, hidden]`; absent when tied.
+    pub lm_head: Option<Tensor>,
+    /// First layer first.
+    pub layers: Vec<LayerTensors>,
+}
+
+/// One decoder layer.
+pub struct LayerTensors {
+    /// `[hidden]`
+    pub input_layernorm: Tensor,
+    /// `[hidden]`
+    pub post_attention_layernorm: Tensor,
+    /// `linear_attn.*` or `self_attn.*`
+    pub mixer: MixerTensors,
+    /// `mlp.*`
+    pub ffn: FfnTensors,
+}
+
+/// The mixer of a layer; shapes in `spec` terms are `[out, in]`.
+#[allow(missing_docs)]
+pub enum MixerTensors {
+    Attention {
+        q_proj: Tensor,
+        k_proj: Tensor,
+        v_proj: Tensor,
+        o_proj: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+    },
+    DeltaNet {
+        in_proj_qkv: Tensor,
+        in_proj_z: Tensor,
+        in_proj_b: Tensor,
+        in_proj_a: Tensor,
+        conv1d: Tensor,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        norm: Tensor,
+        out_proj: Tensor,
+    },
+}
+
+/// The feed-forward block of a layer.
+#[allow(missing_docs)]
+pub enum FfnTensors {
+    Dense {
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+    },
+    Moe {
+        gate: Tensor,
+        experts: ExpertTensors,
+        shared_gate_proj: Tensor,
+        shared_up_proj: Tensor,
+        shared_down_proj: Tensor,
+        shared_expert_gate: Tensor,
+    },
+}
+
+/// Routed experts, as the checkpoint stores them.
+pub enum ExpertTensors {
+    /// `gate_up_proj [E, 2M, H]` and `down_proj [E, H, M]`.
+    Fused {
+        /// `[E, 2M, H]`
+        gate_up_proj: Tensor,
+        /// `[E, H, M]`
+        down_proj: Tensor,
+    },
+    /// One triple per expert.
+    PerExpert(Vec<ExpertTriple>),
+}
+
+/// `experts.N.{gate,up,down}_proj.weight`
+#[allow(missing_docs)]
+pub struct ExpertTriple {
+    pub gate_proj: Tensor,
+    pub up_proj: Tensor,
+    pub down_proj: Tensor,
+}

@@ -10,6 +10,8 @@
 //!
 //! ARCHITECTURE.md holds the map of the files and the invariants.
 
+pub mod backend;
+pub mod batch;
 pub mod config;
 pub mod error;
 pub mod tokenizer;

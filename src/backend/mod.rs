@@ -1,0 +1,204 @@
+//! The list of ops that a device must provide, with their shapes and contracts. `model.rs` is generic over
+//! [`Backend`]; `cpu` is the executable specification that every other backend is tested against.
+//!
+//! Shapes are row-major, last dimension contiguous. `n` is the number of tokens of the batch. A buffer may
+//! be larger than the op needs; ops touch the leading `n` rows only. No op allocates device memory after
+//! the buffers were made, and none looks at who is asking: a [`Batch`] is all it sees.
+
+pub mod cpu;
+
+use crate::Result;
+use crate::batch::Batch;
+use crate::config::{AttentionConfig, DeltaConfig, RopeConfig};
+use crate::weights::{DType, ExpertTensors, Tensor};
+
+/// A device that can run the net.
+pub trait Backend: Send + Sync {
+    /// Activations: `[rows, width]`, both fixed when it is made.
+    type Buf: Send;
+    /// A linear layer's weight `[out, in]`, in the layout that its kernel wants.
+    type Linear: Send + Sync;
+    /// A small parameter, f32 inside.
+    type Vector: Send + Sync;
+    /// The routed experts of a layer and its shared expert.
+    type Moe: Send + Sync;
+    /// Keys and values of one attention layer: `[num_pages, PAGE_LEN]` tokens.
+    type Pages: Send;
+    /// Recurrent states and convolution tails of one delta layer, one slot a sequence.
+    type Slots: Send;
+    /// Scratch memory of the ops, made once for the largest batch.
+    type Scratch: Send;
+
+    // Making things. Called at start-up only.
+
+    /// An activation buffer of zeros.
+    fn buf(&self, rows: usize, width: usize) -> Result<Self::Buf>;
+    /// Scratch for batches of up to `max_tokens`.
+    fn scratch(&self, max_tokens: usize) -> Result<Self::Scratch>;
+    /// A linear layer from the rows of one or more tensors, one after the other; with `dtype`, stored so.
+    fn linear_weight(&self, tensors: &[Tensor], dtype: Option<DType>) -> Result<Self::Linear>;
+    /// A small parameter with `offset` added to each element (1 for the zero-centred norms).
+    fn vector(&self, tensor: &Tensor, offset: f32) -> Result<Self::Vector>;
+    /// The taps of a causal convolution, from `[C, 1, kernel]`.
+    fn conv_weight(&self, tensor: &Tensor) -> Result<Self::Vector>;
+    /// Experts; `router` is `[E, H]`, the shared expert's `gate|up` rows are one linear, `shared_gate` `[1, H]`.
+    fn moe_weights(&self, tensors: MoeTensors<'_>, dtype: Option<DType>) -> Result<Self::Moe>;
+    /// Pages of one attention layer.
+    fn pages(&self, num_pages: usize, dims: &AttentionConfig) -> Result<Self::Pages>;
+    /// Slots of one delta layer.
+    fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Self::Slots>;
+
+    // The ops.
+
+    /// `out[t] = table[token_ids[t]]`, `[n, hidden]`.
+    fn embed(&self, batch: &Batch, table: &Self::Linear, out: &mut Self::Buf);
+
+    /// `residual += delta` (where given), then `out = residual / rms(residual) * w`, all `[n, hidden]`.
+    fn rmsnorm_residual(
+        &self,
+        n: usize,
+        delta: Option<&Self::Buf>,
+        residual: &mut Self::Buf,
+        w: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buf,
+    );
+
+    /// `out = x Wᵀ`: `x` `[n, in]`, `out` `[n, out]`.
+    fn linear(&self, n: usize, x: &Self::Buf, w: &Self::Linear, out: &mut Self::Buf);
+
+    /// The causal depthwise convolution and SiLU over the first `C` columns of `projected` (`q|k|v|z|b|a`),
+    /// continuing from each sequence's slot and leaving the last `kernel - 1` inputs there. `out` `[n, C]`.
+    fn causal_conv1d(
+        &self,
+        batch: &Batch,
+        dims: &DeltaConfig,
+        weight: &Self::Vector,
+        projected: &Self::Buf,
+        slots: &mut Self::Slots,
+        out: &mut Self::Buf,
+    );
+
+    /// The gated delta rule over `mixed` (`[n, C]` after the convolution), with `b` and `a` read from the last
+    /// `2 V` columns of `projected`: q and k are l2-normalised, q scaled by `k_dim^-1/2`, the state of each
+    /// sequence's slot is read and updated. The batch says which tokens take the chunked form. `out`
+    /// `[n, V * v_dim]`.
+    #[allow(clippy::too_many_arguments)]
+    fn gated_delta_rule(
+        &self,
+        batch: &Batch,
+        dims: &DeltaConfig,
+        decay: DecayWeights<'_, Self::Vector>,
+        mixed: &Self::Buf,
+        projected: &Self::Buf,
+        slots: &mut Self::Slots,
+        out: &mut Self::Buf,
+    );
+
+    /// Per value head: `core = core / rms(core) * w * silu(z)` in place; `z` is read from `projected`.
+    fn gated_rmsnorm(
+        &self,
+        n: usize,
+        dims: &DeltaConfig,
+        w: &Self::Vector,
+        eps: f32,
+        projected: &Self::Buf,
+        core: &mut Self::Buf,
+    );
+
+    /// Splits `projected` (`[n, (q|gate) per head | k | v]`): q and k are normed per head and rotated; q goes to
+    /// `q` (`[n, Hq * d]`), k and v to the pages of their tokens.
+    #[allow(clippy::too_many_arguments)]
+    fn qk_norm_rope_write(
+        &self,
+        batch: &Batch,
+        dims: &AttentionConfig,
+        rope: &Rope,
+        norms: (&Self::Vector, &Self::Vector),
+        eps: f32,
+        projected: &Self::Buf,
+        q: &mut Self::Buf,
+        pages: &mut Self::Pages,
+    );
+
+    /// Causal softmax attention of each token over its sequence's pages, times `sigmoid(gate)` read from
+    /// `projected`. `q`, `out` `[n, Hq * d]`.
+    #[allow(clippy::too_many_arguments)]
+    fn gated_attention(
+        &self,
+        batch: &Batch,
+        dims: &AttentionConfig,
+        q: &Self::Buf,
+        projected: &Self::Buf,
+        pages: &Self::Pages,
+        scratch: &mut Self::Scratch,
+        out: &mut Self::Buf,
+    );
+
+    /// `out = silu(gate) * up` from `gate|up`: `[n, 2 * width]` to `[n, width]`.
+    fn silu_mul(&self, n: usize, gate_up: &Self::Buf, out: &mut Self::Buf);
+
+    /// The sparse block: softmax over all experts, top-k, renormalise, the experts' SwiGLUs weighted and summed,
+    /// plus the gated shared expert. `x`, `out` `[n, hidden]`.
+    fn moe(
+        &self,
+        n: usize,
+        x: &Self::Buf,
+        weights: &Self::Moe,
+        scratch: &mut Self::Scratch,
+        out: &mut Self::Buf,
+    );
+
+    /// `out[i] = x[rows[i]]`: gathers the tokens whose logits are wanted.
+    fn gather(&self, rows: &[usize], x: &Self::Buf, out: &mut Self::Buf);
+
+    /// The leading `rows * width` elements, on the host as f32.
+    fn read<'a>(&self, buf: &'a Self::Buf, rows: usize) -> std::borrow::Cow<'a, [f32]>;
+
+    /// Zeroes the state and the convolution tail of one slot.
+    fn clear_slot(&self, slots: &mut Self::Slots, slot: usize);
+}
+
+/// What decides the decay of a delta layer: `g = -exp(a_log) * softplus(a + dt_bias)`.
+pub struct DecayWeights<'a, V> {
+    /// `[V]`
+    pub a_log: &'a V,
+    /// `[V]`
+    pub dt_bias: &'a V,
+}
+
+/// The tensors of one sparse block.
+pub struct MoeTensors<'a> {
+    /// `[E, H]`
+    pub router: &'a Tensor,
+    /// Routed experts.
+    pub experts: &'a ExpertTensors,
+    /// `gate_proj [S, H]`, `up_proj [S, H]`, `down_proj [H, S]`
+    pub shared: [&'a Tensor; 3],
+    /// `[1, H]`
+    pub shared_gate: &'a Tensor,
+    /// Experts a token is sent to.
+    pub top_k: usize,
+}
+
+/// The rotary embedding, reduced to what a kernel needs.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    /// One frequency per rotated pair, YaRN applied.
+    pub inv_freq: Vec<f32>,
+    /// Which position (0 T, 1 H, 2 W) each frequency follows.
+    pub axis: Vec<u8>,
+    /// Multiplied into cos and sin.
+    pub scale: f32,
+}
+
+impl Rope {
+    /// The rotary embedding of a configuration.
+    pub fn new(config: &RopeConfig) -> Self {
+        Self {
+            inv_freq: config.inv_freq(),
+            axis: config.frequency_axes(),
+            scale: config.attention_scale(),
+        }
+    }
+}

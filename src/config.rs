@@ -1,8 +1,26 @@
 //! `config.json` to a checked [`ModelConfig`]: every number the net needs, and a refusal by name of
 //! whatever it cannot run. Owns no files beyond the two it reads; knows no weights and no device.
+//!
+//! A missing key takes the default of the Transformers configuration class (5.23), because that is what
+//! the file means to the program that wrote it. Products of sizes cannot overflow a `u64`: each size has
+//! a limit far above any model of the family (see `parse`).
+
+mod fields;
+mod generation;
+mod parse;
+mod rope;
+
+pub use generation::GenerationConfig;
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{Error, Result};
 
 /// The geometry and constants of one Qwen3.5 text model. All sizes are in elements.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelConfig {
     /// `qwen3_5` or `qwen3_5_moe`, as the checkpoint says (a `_text` suffix is dropped).
     pub model_type: String,
@@ -30,10 +48,43 @@ pub struct ModelConfig {
     pub has_vision: bool,
     /// Layers of the multi-token-prediction module (0 or 1).
     pub num_mtp_layers: usize,
+    /// Sizes of the vision tower, where the checkpoint declares one.
+    pub vision: Option<VisionConfig>,
+    /// The dtype the checkpoint declares (`bfloat16`, ...). The tensors speak for themselves.
+    pub dtype: Option<String>,
+    /// `eos_token_id` of the configuration. For the family this is end-of-text and not end-of-turn: stop
+    /// tokens come from [`GenerationConfig`] first.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// Sizes of the vision tower. Only counted, not run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct VisionConfig {
+    /// Blocks.
+    pub depth: usize,
+    /// Width of a block's residual stream.
+    pub hidden: usize,
+    /// Width of a block's feed-forward layer.
+    pub width: usize,
+    /// Attention heads; divides `hidden`.
+    pub num_heads: usize,
+    /// Colour channels.
+    pub in_channels: usize,
+    /// Side of a patch, in pixels.
+    pub patch: usize,
+    /// Frames of a patch.
+    pub temporal_patch: usize,
+    /// Side of the square of patches that becomes one token.
+    pub merge: usize,
+    /// Width of a token that leaves the tower: the text model's `hidden`.
+    pub out_hidden: usize,
+    /// Rows of the learned position table.
+    pub num_positions: usize,
 }
 
 /// The two mixers of the hybrid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum LayerKind {
     /// Gated DeltaNet: a recurrent state per sequence.
     DeltaNet,
@@ -42,7 +93,7 @@ pub enum LayerKind {
 }
 
 /// Sizes of the full-attention layers.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AttentionConfig {
     /// Query heads.
     pub num_q_heads: usize,
@@ -53,7 +104,7 @@ pub struct AttentionConfig {
 }
 
 /// Sizes of the Gated DeltaNet layers.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct DeltaConfig {
     /// Query/key heads.
     pub num_k_heads: usize,
@@ -68,7 +119,8 @@ pub struct DeltaConfig {
 }
 
 /// The feed-forward block.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FfnConfig {
     /// One SwiGLU of this width.
     Dense {
@@ -89,7 +141,7 @@ pub enum FfnConfig {
 }
 
 /// The rotary embedding of the full-attention layers.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub theta: f64,
@@ -102,7 +154,7 @@ pub struct RopeConfig {
 }
 
 /// YaRN's context extension (static: it also applies to short prompts).
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct YarnConfig {
     /// Context multiplier.
     pub factor: f64,
@@ -146,3 +198,61 @@ impl AttentionConfig {
         self.num_kv_heads * self.head_dim
     }
 }
+
+impl ModelConfig {
+    /// Reads and checks `config.json` of a checkpoint directory.
+    ///
+    /// # Errors
+    /// `Io` if the file cannot be read, `File` if it is not JSON, `Config` for the first value that cannot
+    /// be run.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(|e| read_error(&path, e))?;
+        Self::from_json(&text, &path)
+    }
+
+    /// Checks the text of a `config.json`. `origin` is the file that errors name.
+    ///
+    /// # Errors
+    /// `File` if the text is not JSON, `Config` for the first value that cannot be run.
+    pub fn from_json(text: &str, origin: &Path) -> Result<Self> {
+        let value = serde_json::from_str(text).map_err(|e| Error::file(origin, format!("not JSON: {e}")))?;
+        Self::from_value(&value)
+    }
+
+    /// Checks a parsed `config.json`.
+    ///
+    /// # Errors
+    /// `Config` for the first value that cannot be run.
+    pub fn from_value(value: &Value) -> Result<Self> {
+        parse::model_config(value)
+    }
+
+    /// Layers of one kind.
+    pub fn num_layers_of(&self, kind: LayerKind) -> usize {
+        self.layers.iter().filter(|&&k| k == kind).count()
+    }
+
+    /// Longest context in tokens that the checkpoint can serve: `max_position`, or what YaRN makes of the
+    /// context it extends, whichever is longer.
+    pub fn max_context(&self) -> usize {
+        match &self.rope.yarn {
+            // Both factors are limited to 2^31, far below where a f64 loses integers.
+            Some(yarn) => {
+                self.max_position.max((yarn.factor * yarn.original_max_position as f64).floor() as usize)
+            }
+            None => self.max_position,
+        }
+    }
+}
+
+/// The error of a text file that could not be read: bad UTF-8 is the file's fault, the rest the system's.
+fn read_error(path: &Path, source: std::io::Error) -> Error {
+    match source.kind() {
+        std::io::ErrorKind::InvalidData => Error::file(path, "not UTF-8"),
+        _ => Error::io(path, source),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,19 +1,17 @@
 //! Checkpoints: safetensors files, mapped and checked, and the map from their names to the net.
 
+mod checkpoint;
+mod dtype;
+mod hash;
+mod names;
+pub mod safetensors;
+
+pub use checkpoint::{Checkpoint, Depth};
+pub use dtype::DType;
+
 use std::sync::Arc;
 
 use memmap2::Mmap;
-
-/// Element types that a safetensors header can name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum DType {
-    /// 32-bit float.
-    F32,
-    /// 16-bit IEEE float.
-    F16,
-    /// bfloat16.
-    BF16,
-}
 
 /// One tensor of a checkpoint, still in the mapped file. Cloning copies no data.
 #[derive(Debug, Clone)]
@@ -34,9 +32,16 @@ impl Tensor {
     pub fn bytes(&self) -> &[u8] {
         &self.file[self.range.clone()]
     }
+
+    /// Number of elements.
+    pub fn num_elements(&self) -> usize {
+        // Cannot overflow: the header check bounds the product (or a dimension is zero).
+        if self.shape.contains(&0) { 0 } else { self.shape.iter().product() }
+    }
 }
 
 /// Every tensor of the text model, by its place in the net. Names are the checkpoint's.
+#[derive(Debug, Clone)]
 pub struct ModelTensors {
     /// `[vocab, hidden]`
     pub embed_tokens: Tensor,
@@ -46,9 +51,14 @@ pub struct ModelTensors {
     pub lm_head: Option<Tensor>,
     /// First layer first.
     pub layers: Vec<LayerTensors>,
+    /// The vision tower, kept aside: its names and shapes are not checked.
+    pub vision: Vec<Tensor>,
+    /// The multi-token-prediction module, kept aside: its names and shapes are not checked.
+    pub mtp: Vec<Tensor>,
 }
 
 /// One decoder layer.
+#[derive(Debug, Clone)]
 pub struct LayerTensors {
     /// `[hidden]`
     pub input_layernorm: Tensor,
@@ -61,7 +71,8 @@ pub struct LayerTensors {
 }
 
 /// The mixer of a layer; shapes in `spec` terms are `[out, in]`.
-#[allow(missing_docs)]
+#[allow(missing_docs, clippy::large_enum_variant)] // one per layer, and not moved about
+#[derive(Debug, Clone)]
 pub enum MixerTensors {
     Attention {
         q_proj: Tensor,
@@ -85,7 +96,8 @@ pub enum MixerTensors {
 }
 
 /// The feed-forward block of a layer.
-#[allow(missing_docs)]
+#[allow(missing_docs, clippy::large_enum_variant)] // one per layer, and not moved about
+#[derive(Debug, Clone)]
 pub enum FfnTensors {
     Dense {
         gate_proj: Tensor,
@@ -103,6 +115,7 @@ pub enum FfnTensors {
 }
 
 /// Routed experts, as the checkpoint stores them.
+#[derive(Debug, Clone)]
 pub enum ExpertTensors {
     /// `gate_up_proj [E, 2M, H]` and `down_proj [E, H, M]`.
     Fused {
@@ -117,6 +130,7 @@ pub enum ExpertTensors {
 
 /// `experts.N.{gate,up,down}_proj.weight`
 #[allow(missing_docs)]
+#[derive(Debug, Clone)]
 pub struct ExpertTriple {
     pub gate_proj: Tensor,
     pub up_proj: Tensor,

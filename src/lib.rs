@@ -14,6 +14,8 @@ pub mod backend;
 pub mod batch;
 pub mod config;
 pub mod error;
+pub mod inspect;
+pub mod plan;
 pub mod tokenizer;
 pub mod weights;
 

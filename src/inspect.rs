@@ -93,7 +93,7 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
         share.bytes += tensor.bytes().len() as u64;
     }
     let mut dtypes: Vec<_> = dtypes.into_values().collect();
-    dtypes.sort_by(|a, b| b.bytes.cmp(&a.bytes));
+    dtypes.sort_by_key(|share| std::cmp::Reverse(share.bytes));
     let mut files = Vec::new();
     for path in checkpoint.files() {
         let bytes = std::fs::metadata(path).map_err(|e| Error::io(path, e))?.len();

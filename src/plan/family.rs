@@ -63,7 +63,7 @@ pub fn family_config(name: &str) -> Result<ModelConfig> {
         let short = full["Qwen3.5-".len()..].to_ascii_lowercase();
         short == wanted || short.split('-').next() == Some(wanted)
     };
-    match FAMILY.iter().position(|full| known(&full)) {
+    match FAMILY.iter().position(|full| known(full)) {
         Some(i) => ModelConfig::from_value(&config_json(&SIZES[i])),
         None => Err(Error::request("model", name, FAMILY.join(", "))),
     }

@@ -56,7 +56,8 @@ pub fn gpu(name: &str) -> Result<Gpu> {
             || known.strip_suffix("gb").is_some_and(|short| short == wanted)
             || (wanted == "a100" || wanted == "h100") && known == format!("{wanted}80gb")
     };
-    GPUS.iter().find(matches).copied().ok_or_else(|| {
-        Error::request("gpu", name, GPUS.map(|gpu| gpu.name).join(", "))
-    })
+    GPUS.iter()
+        .find(matches)
+        .copied()
+        .ok_or_else(|| Error::request("gpu", name, GPUS.map(|gpu| gpu.name).join(", ")))
 }

@@ -1,4 +1,6 @@
-use super::{FAMILY, GPUS, PlanOptions, Scheme, WeightBytes, cache_bytes, expected_experts, family_config, gpu};
+use super::{
+    FAMILY, GPUS, PlanOptions, Scheme, WeightBytes, cache_bytes, expected_experts, family_config, gpu,
+};
 use super::{param_counts, plan, step_bytes, weight_bytes};
 use crate::Error;
 
@@ -25,12 +27,9 @@ fn counts_equal_the_published_totals() {
     assert_eq!(counts.ffn, 2_426_145_792);
     assert_eq!(counts.expert, 9_437_184);
     assert_eq!((counts.embedding, counts.lm_head), (762_839_040, 762_839_040));
-    for (name, active) in [
-        ("122b", 9_008_449_536),
-        ("35b", 2_946_429_568),
-        ("397b", 16_331_922_176),
-        ("27b", 25_624_600_064),
-    ] {
+    for (name, active) in
+        [("122b", 9_008_449_536), ("35b", 2_946_429_568), ("397b", 16_331_922_176), ("27b", 25_624_600_064)]
+    {
         assert_eq!(param_counts(&family_config(name).unwrap()).active, active, "{name}");
     }
 }
@@ -77,8 +76,7 @@ fn cache_bytes_equal_the_table() {
     ];
     for (name, expected) in table {
         let cache = cache_bytes(&family_config(name).unwrap());
-        let found =
-            [cache.kv_per_token, cache.recurrent_per_seq, cache.conv_per_seq, cache.mtp_kv_per_token];
+        let found = [cache.kv_per_token, cache.recurrent_per_seq, cache.conv_per_seq, cache.mtp_kv_per_token];
         assert_eq!(found, expected, "{name}");
         assert_eq!(cache.kv_per_token_fp8 * 2, cache.kv_per_token);
     }
@@ -101,7 +99,9 @@ fn names_of_the_family() {
 
 #[test]
 fn names_of_cards() {
-    for (said, name) in [("4090", "RTX 4090"), ("h100", "H100 80GB"), ("a100-80", "A100 80GB"), ("A6000", "RTX A6000")] {
+    for (said, name) in
+        [("4090", "RTX 4090"), ("h100", "H100 80GB"), ("a100-80", "A100 80GB"), ("A6000", "RTX A6000")]
+    {
         assert_eq!(gpu(said).unwrap().name, name);
     }
     for card in GPUS {
@@ -150,12 +150,11 @@ fn a_plan_of_the_122b() {
 #[test]
 fn a_plan_refuses_by_name() {
     let config = family_config("0.8b").unwrap();
-    let field = |options: PlanOptions, cards: usize| {
-        match plan(&config, &GPUS, &[cards], &Scheme::ALL, &options) {
+    let field =
+        |options: PlanOptions, cards: usize| match plan(&config, &GPUS, &[cards], &Scheme::ALL, &options) {
             Err(Error::Request { field, .. }) => field,
             other => panic!("{other:?}"),
-        }
-    };
+        };
     let with = PlanOptions::default;
     assert_eq!(field(PlanOptions { context: 0, ..with() }, 1), "context");
     assert_eq!(field(PlanOptions { context: 1 << 40, ..with() }, 1), "context");

@@ -136,3 +136,6 @@ pub struct ExpertTriple {
     pub up_proj: Tensor,
     pub down_proj: Tensor,
 }
+
+#[cfg(test)]
+mod tests;

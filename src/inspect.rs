@@ -152,3 +152,53 @@ fn expert_layout(tensors: &ModelTensors) -> Option<&'static str> {
         (false, false) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::inspect;
+    use crate::Error;
+    use crate::weights::Depth;
+
+    #[test]
+    fn a_checkpoint_that_cannot_run_is_still_described() {
+        let dir = tempfile::tempdir().unwrap();
+        let header = json!({
+            "__metadata__": {"format": "pt"},
+            "model.visual.x": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]},
+            "mtp.y": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [6, 10]},
+            "model.norm.weight": {"dtype": "BF16", "shape": [2], "data_offsets": [10, 14]}
+        })
+        .to_string();
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend_from_slice(&[1; 14]);
+        std::fs::write(dir.path().join("model.safetensors"), &bytes).unwrap();
+        assert!(matches!(inspect(dir.path(), Depth::Quick), Err(Error::Io { .. })));
+
+        std::fs::write(dir.path().join("config.json"), r#"{"model_type": "qwen3_5_text", "hidden_size": 2}"#)
+            .unwrap();
+        let found = inspect(dir.path(), Depth::Quick).unwrap();
+        assert_eq!((found.num_tensors, found.num_elements, found.tensor_bytes), (3, 9, 14));
+        assert_eq!((found.num_vision_tensors, found.num_mtp_tensors), (1, 1));
+        assert_eq!(found.files[0].bytes, bytes.len() as u64);
+        let shares: Vec<_> = found.dtypes.iter().map(|s| (s.dtype, s.num_tensors, s.bytes)).collect();
+        assert_eq!(shares, [("BF16", 2, 10), ("F8_E4M3", 1, 4)]);
+        assert!(found.config.is_some() && found.weight_bytes_per_token.is_none());
+        let refused = found.refused.unwrap();
+        assert!(
+            refused.starts_with("tensor model.language_model.embed_tokens.weight: found nothing"),
+            "{refused}"
+        );
+
+        std::fs::write(
+            dir.path().join("config.json"),
+            r#"{"model_type": "qwen3_5_text", "quantization_config": {"quant_method": "fp8"}}"#,
+        )
+        .unwrap();
+        let found = inspect(dir.path(), Depth::Full).unwrap();
+        assert!(found.config.is_none() && found.fingerprint.starts_with("full:"));
+        assert!(found.refused.unwrap().starts_with("quantization_config: found \"fp8\""));
+    }
+}

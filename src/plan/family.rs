@@ -59,7 +59,7 @@ pub fn family_config(name: &str) -> Result<ModelConfig> {
     let wanted = name.trim().to_ascii_lowercase();
     let wanted = wanted.strip_prefix("qwen/").unwrap_or(&wanted);
     let wanted = wanted.strip_prefix("qwen3.5-").unwrap_or(wanted);
-    let known = |full: &&str| {
+    let known = |full: &str| {
         let short = full["Qwen3.5-".len()..].to_ascii_lowercase();
         short == wanted || short.split('-').next() == Some(wanted)
     };

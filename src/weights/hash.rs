@@ -118,6 +118,9 @@ mod tests {
     fn cuts_do_not_matter() {
         let bytes: Vec<u8> = (0..201u8).collect();
         let whole = hash(&bytes);
+        // From the `xxhash` package of Python.
+        assert_eq!(whole, 0x6FB6_526B_C778_8ECF);
+        assert_eq!(hash(&bytes[..32]), 0xCBF5_9C51_16FF_32B4);
         for cut in 0..bytes.len() {
             let mut parts = Xxh64::default();
             parts.update(&bytes[..cut]);

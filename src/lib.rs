@@ -12,8 +12,14 @@
 
 pub mod backend;
 pub mod batch;
+pub mod cache;
 pub mod config;
+pub mod engine;
 pub mod error;
+pub mod model;
+pub mod request;
+pub mod sampler;
+pub mod scheduler;
 pub mod tokenizer;
 pub mod weights;
 

@@ -48,13 +48,13 @@ impl RopeConfig {
     }
 
     /// Multiplied into cos and into sin, of the rotating dimensions only. 1 without YaRN.
-    pub fn cos_sin_factor(&self) -> f32 {
+    pub fn attention_scale(&self) -> f32 {
         self.yarn.as_ref().map_or(1.0, |yarn| yarn.attention_factor as f32)
     }
 
     /// Which position drives frequency `i`: 0, 1, 2 for T, H, W. Interleaved: T H W T H W ..., and T once
     /// a section is used up.
-    pub fn axis(&self, i: usize) -> usize {
+    pub fn axis(&self, i: usize) -> u8 {
         match i % 3 {
             1 if i < 3 * self.mrope_section[1] => 1,
             2 if i < 3 * self.mrope_section[2] => 2,
@@ -63,7 +63,7 @@ impl RopeConfig {
     }
 
     /// [`RopeConfig::axis`] of every frequency. Shape `[rotary_dim / 2]`.
-    pub fn axes(&self) -> Vec<usize> {
+    pub fn frequency_axes(&self) -> Vec<u8> {
         (0..self.num_freqs()).map(|i| self.axis(i)).collect()
     }
 

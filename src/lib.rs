@@ -12,6 +12,8 @@
 
 pub mod config;
 pub mod error;
+#[cfg(feature = "python")]
+mod python;
 pub mod tokenizer;
 pub mod weights;
 

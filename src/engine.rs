@@ -14,21 +14,21 @@ use crate::{Error, Result};
 /// Sizes of an engine, fixed when it is made.
 #[derive(Debug, Clone)]
 pub struct EngineLimits {
-    /// Longest prompt plus output of a request; `None` for the model's context, or what `cache_bytes` holds.
+    /// Longest prompt plus output of a request; `None` for the model's context, or what `kv_cache_bytes` holds.
     pub max_model_len: Option<usize>,
     /// Requests that run at once.
     pub max_num_seqs: usize,
     /// Prompt tokens of one step (at least [`CHUNK_LEN`]).
     pub max_num_batched_tokens: usize,
     /// Bytes of keys and values at most.
-    pub cache_bytes: usize,
+    pub kv_cache_bytes: usize,
     /// Key of the random numbers of requests without a seed.
     pub seed: u64,
 }
 
 impl Default for EngineLimits {
     fn default() -> Self {
-        Self { max_model_len: None, max_num_seqs: 32, max_num_batched_tokens: 512, cache_bytes: 4 << 30, seed: 0 }
+        Self { max_model_len: None, max_num_seqs: 32, max_num_batched_tokens: 512, kv_cache_bytes: 4 << 30, seed: 0 }
     }
 }
 
@@ -84,7 +84,7 @@ impl<B: Backend> Engine<B> {
         let context = config.max_context();
         let affordable = match token_bytes {
             0 => context,
-            bytes => (limits.cache_bytes / bytes / PAGE_LEN * PAGE_LEN).max(PAGE_LEN),
+            bytes => (limits.kv_cache_bytes / bytes / PAGE_LEN * PAGE_LEN).max(PAGE_LEN),
         };
         let max_model_len = match limits.max_model_len {
             Some(0) => return Err(Error::request("max_model_len", 0, format!("1 to {context}"))),
@@ -101,7 +101,7 @@ impl<B: Backend> Engine<B> {
                         "keys and values of one sequence of {len} tokens need {} bytes",
                         len * token_bytes
                     ),
-                    advice: format!("lower max_model_len to {affordable}, or raise cache_bytes"),
+                    advice: format!("lower max_model_len to {affordable}, or raise kv_cache_bytes"),
                 });
             }
             Some(len) => len,
@@ -204,13 +204,14 @@ impl<B: Backend> Engine<B> {
         self.scheduler.remove(id);
     }
 
-    /// Runs one step: schedule, run, commit. `poll` is called between layers and may end the step; nothing is
+    /// Runs one step: schedule, run, commit. `poll` is called between layers with the step's requests and may end it; nothing is
     /// lost then, and the requests that were in it start over at the next step.
     ///
     /// # Errors
     /// What `poll` returned.
-    pub fn step(&mut self, poll: impl Fn() -> Result<()>) -> Result<Vec<StepOutput>> {
+    pub fn step(&mut self, poll: impl Fn(&[RequestId]) -> Result<()>) -> Result<Vec<StepOutput>> {
         let step = self.scheduler.schedule();
+        let poll = || poll(&step.requests);
         for slot in &step.new_slots {
             self.model.clear_slot(&mut self.memory, slot.0 as usize);
         }

@@ -20,6 +20,10 @@ pub mod model;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;
+#[cfg(feature = "python")]
+mod python;
+pub mod service;
+pub mod text;
 pub mod tokenizer;
 pub mod weights;
 

@@ -187,7 +187,7 @@ pub struct Rope {
     /// One frequency per rotated pair, YaRN applied.
     pub inv_freq: Vec<f32>,
     /// Which position (0 T, 1 H, 2 W) each frequency follows.
-    pub axis: Vec<usize>,
+    pub axis: Vec<u8>,
     /// Multiplied into cos and sin.
     pub scale: f32,
 }
@@ -197,8 +197,8 @@ impl Rope {
     pub fn new(config: &RopeConfig) -> Self {
         Self {
             inv_freq: config.inv_freq(),
-            axis: config.axes(),
-            scale: config.cos_sin_factor(),
+            axis: config.frequency_axes(),
+            scale: config.attention_scale(),
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::batch::PAGE_LEN;
 /// Cosines and sines of one token, `[rotary_dim / 2]` each.
 pub fn rotation(rope: &Rope, position: [u32; 3], cos: &mut [f32], sin: &mut [f32]) {
     for (i, freq) in rope.inv_freq.iter().enumerate() {
-        let angle = position[rope.axis[i]] as f32 * freq;
+        let angle = position[usize::from(rope.axis[i])] as f32 * freq;
         cos[i] = angle.cos() * rope.scale;
         sin[i] = angle.sin() * rope.scale;
     }

@@ -16,12 +16,14 @@ pub mod cache;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod inspect;
 pub mod model;
+pub mod plan;
+#[cfg(feature = "python")]
+mod python;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;
-#[cfg(feature = "python")]
-mod python;
 pub mod service;
 pub mod text;
 pub mod tokenizer;

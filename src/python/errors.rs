@@ -3,7 +3,7 @@
 use pyo3::exceptions::{PyException, PyKeyboardInterrupt, PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyTuple, PyType};
+use pyo3::types::{PyDict, PyTuple, PyType};
 
 use crate::Error;
 
@@ -17,32 +17,36 @@ struct Classes {
 fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
     static CLASSES: PyOnceLock<Classes> = PyOnceLock::new();
     CLASSES.get_or_try_init(py, || {
-        let class = |name: &std::ffi::CStr, doc: &std::ffi::CStr, bases: Vec<Bound<'_, PyAny>>| {
-            let bases = PyTuple::new(py, bases)?;
-            PyErr::new_type(py, name, Some(doc), Some(bases.as_any()), None)
+        // As a class statement does: `type(name, bases, namespace)`.
+        let class = |name: &str, doc: &str, bases: Vec<Bound<'_, PyType>>| -> PyResult<Py<PyType>> {
+            let namespace = PyDict::new(py);
+            namespace.set_item("__module__", "qwen35rs")?;
+            namespace.set_item("__doc__", doc)?;
+            let made = py.get_type::<PyType>().call1((name, PyTuple::new(py, bases)?, namespace))?;
+            Ok(made.cast_into::<PyType>()?.unbind())
         };
         let base = class(
-            c"qwen35rs.Qwen35Error",
-            c"Base of every error of qwen35rs.",
-            vec![py.get_type::<PyException>().into_any()],
+            "Qwen35Error",
+            "Base of every error of qwen35rs.",
+            vec![py.get_type::<PyException>()],
         )?;
         let derived = |name, doc, builtin: Bound<'_, PyType>| {
-            class(name, doc, vec![base.bind(py).clone().into_any(), builtin.into_any()])
+            class(name, doc, vec![base.bind(py).clone(), builtin])
         };
         Ok(Classes {
             config: derived(
-                c"qwen35rs.ConfigError",
-                c"A configuration, checkpoint, tokenizer or template that cannot be run; says what was found and what is allowed.",
+                "ConfigError",
+                "A configuration, checkpoint, tokenizer or template that cannot be run; says what was found and what is allowed.",
                 py.get_type::<PyValueError>(),
             )?,
             request: derived(
-                c"qwen35rs.RequestError",
-                c"A request or an argument that cannot be served; says what was found and what is allowed.",
+                "RequestError",
+                "A request or an argument that cannot be served; says what was found and what is allowed.",
                 py.get_type::<PyValueError>(),
             )?,
             memory: derived(
-                c"qwen35rs.OutOfMemoryError",
-                c"Not enough memory; says which setting to lower.",
+                "OutOfMemoryError",
+                "Not enough memory; says which setting to lower.",
                 py.get_type::<PyMemoryError>(),
             )?,
             base,

@@ -6,6 +6,7 @@ mod engine;
 mod errors;
 mod ops;
 mod tokenizer;
+mod tools;
 
 use pyo3::prelude::*;
 
@@ -22,5 +23,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(m)?;
     tokenizer::register(m)?;
     engine::register(m)?;
-    ops::register(m)
+    ops::register(m)?;
+    tools::register(m)
 }

@@ -42,6 +42,77 @@ impl ModelTensors {
     }
 }
 
+impl ModelTensors {
+    /// Bytes of weights that one token reads, as they are stored: everything but the embedding (unless it
+    /// is the head) and the experts the token is not sent to.
+    pub fn bytes_per_token(&self, config: &ModelConfig) -> u64 {
+        let size = |tensor: &Tensor| tensor.bytes().len() as u64;
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        let mut total = size(head) + size(&self.norm);
+        for layer in &self.layers {
+            total += size(&layer.input_layernorm) + size(&layer.post_attention_layernorm);
+            total += layer.mixer.tensors().into_iter().map(size).sum::<u64>();
+            total += match &layer.ffn {
+                FfnTensors::Dense { gate_proj, up_proj, down_proj } => {
+                    size(gate_proj) + size(up_proj) + size(down_proj)
+                }
+                FfnTensors::Moe {
+                    gate,
+                    experts,
+                    shared_gate_proj,
+                    shared_up_proj,
+                    shared_down_proj,
+                    shared_expert_gate,
+                } => {
+                    let all: u64 = match experts {
+                        ExpertTensors::Fused { gate_up_proj, down_proj } => {
+                            size(gate_up_proj) + size(down_proj)
+                        }
+                        ExpertTensors::PerExpert(list) => list
+                            .iter()
+                            .map(|e| size(&e.gate_proj) + size(&e.up_proj) + size(&e.down_proj))
+                            .sum(),
+                    };
+                    let (num_experts, top_k) = match config.ffn {
+                        FfnConfig::Moe { num_experts, top_k, .. } => (num_experts as u64, top_k as u64),
+                        FfnConfig::Dense { .. } => (1, 1),
+                    };
+                    all / num_experts * top_k
+                        + [gate, shared_gate_proj, shared_up_proj, shared_down_proj, shared_expert_gate]
+                            .into_iter()
+                            .map(size)
+                            .sum::<u64>()
+                }
+            };
+        }
+        total
+    }
+}
+
+impl MixerTensors {
+    /// Every tensor of the mixer.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        match self {
+            MixerTensors::Attention { q_proj, k_proj, v_proj, o_proj, q_norm, k_norm } => {
+                vec![q_proj, k_proj, v_proj, o_proj, q_norm, k_norm]
+            }
+            MixerTensors::DeltaNet {
+                in_proj_qkv,
+                in_proj_z,
+                in_proj_b,
+                in_proj_a,
+                conv1d,
+                a_log,
+                dt_bias,
+                norm,
+                out_proj,
+            } => {
+                vec![in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, conv1d, a_log, dt_bias, norm, out_proj]
+            }
+        }
+    }
+}
+
 /// Takes tensors one by one; notes what is wrong and goes on, so that all problems are counted.
 struct Resolver<'a> {
     checkpoint: &'a Checkpoint,

@@ -1,0 +1,154 @@
+//! What a checkpoint directory holds: geometry, counts, formats, and a name for its content. Reads headers
+//! and, for a fingerprint, data; loads nothing.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::config::{GenerationConfig, ModelConfig};
+use crate::plan::{CacheBytes, ParamCounts, cache_bytes, param_counts};
+use crate::weights::{Checkpoint, Depth, ExpertTensors, FfnTensors, ModelTensors};
+use crate::{Error, Result};
+
+/// A checkpoint directory, described.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Inspection {
+    /// The directory.
+    pub dir: String,
+    /// The configuration; absent if this crate cannot run it.
+    pub config: Option<ModelConfig>,
+    /// Parameters that the configuration asks for.
+    pub params: Option<ParamCounts>,
+    /// Bytes per token and per sequence.
+    pub cache: Option<CacheBytes>,
+    /// The checkpoint's generation defaults.
+    pub generation: Option<GenerationConfig>,
+    /// The files, by name.
+    pub files: Vec<FileSize>,
+    /// Tensors in all files.
+    pub num_tensors: usize,
+    /// Their elements.
+    pub num_elements: u64,
+    /// Their bytes.
+    pub tensor_bytes: u64,
+    /// Tensors by element type.
+    pub dtypes: Vec<DTypeShare>,
+    /// Tensors of a vision tower.
+    pub num_vision_tensors: usize,
+    /// Tensors of an MTP module.
+    pub num_mtp_tensors: usize,
+    /// `fused`, `per_expert` or `mixed`; absent in a dense model or where the tensors do not match.
+    pub expert_layout: Option<&'static str>,
+    /// Bytes of weights read for one token, as stored. Absent where the tensors do not match.
+    pub weight_bytes_per_token: Option<u64>,
+    /// See [`Checkpoint::fingerprint`].
+    pub fingerprint: String,
+    /// Why this crate cannot load the checkpoint; absent if it can.
+    pub refused: Option<String>,
+}
+
+/// One file and its size.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FileSize {
+    /// Its name in the directory.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
+/// The tensors of one element type.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DTypeShare {
+    /// The header's name of the type.
+    pub dtype: &'static str,
+    /// Tensors.
+    pub num_tensors: usize,
+    /// Elements.
+    pub num_elements: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// Describes a checkpoint directory. A configuration that cannot be run, or tensors that do not match it,
+/// are part of the answer (`refused`).
+///
+/// # Errors
+/// As [`Checkpoint::open`]; and `Io` or `File` if `config.json` cannot be read or is not JSON.
+pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let mut refused = None;
+    let config = unless_refused(ModelConfig::from_dir(dir), &mut refused)?;
+    let generation = unless_refused(GenerationConfig::from_dir(dir), &mut refused)?;
+    let tensors = match &config {
+        Some(config) => unless_refused(ModelTensors::resolve(&checkpoint, config), &mut refused)?,
+        None => None,
+    };
+    let mut dtypes: BTreeMap<_, DTypeShare> = BTreeMap::new();
+    for tensor in checkpoint.iter() {
+        let empty = DTypeShare { dtype: tensor.dtype.name(), num_tensors: 0, num_elements: 0, bytes: 0 };
+        let share = dtypes.entry(tensor.dtype).or_insert(empty);
+        share.num_tensors += 1;
+        share.num_elements += tensor.num_elements() as u64;
+        share.bytes += tensor.bytes().len() as u64;
+    }
+    let mut dtypes: Vec<_> = dtypes.into_values().collect();
+    dtypes.sort_by(|a, b| b.bytes.cmp(&a.bytes));
+    let mut files = Vec::new();
+    for path in checkpoint.files() {
+        let bytes = std::fs::metadata(path).map_err(|e| Error::io(path, e))?.len();
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        files.push(FileSize { name, bytes });
+    }
+    let starting = |prefixes: &[&str]| {
+        checkpoint.iter().filter(|t| prefixes.iter().any(|prefix| t.name.starts_with(prefix))).count()
+    };
+    Ok(Inspection {
+        dir: dir.display().to_string(),
+        params: config.as_ref().map(param_counts),
+        cache: config.as_ref().map(cache_bytes),
+        generation,
+        files,
+        num_tensors: checkpoint.num_tensors(),
+        num_elements: dtypes.iter().map(|share| share.num_elements).sum(),
+        tensor_bytes: checkpoint.total_bytes(),
+        dtypes,
+        num_vision_tensors: starting(&["model.visual.", "visual."]),
+        num_mtp_tensors: starting(&["mtp."]),
+        expert_layout: tensors.as_ref().and_then(expert_layout),
+        weight_bytes_per_token: tensors.as_ref().zip(config.as_ref()).map(|(t, c)| t.bytes_per_token(c)),
+        fingerprint: checkpoint.fingerprint(depth),
+        config,
+        refused,
+    })
+}
+
+/// The value; or `None`, with the first reason kept, if this crate cannot run what was found.
+fn unless_refused<T>(found: Result<T>, refused: &mut Option<String>) -> Result<Option<T>> {
+    match found {
+        Ok(value) => Ok(Some(value)),
+        Err(error @ (Error::Config { .. } | Error::Tensor { .. })) => {
+            refused.get_or_insert_with(|| error.to_string());
+            Ok(None)
+        }
+        Err(other) => Err(other),
+    }
+}
+
+fn expert_layout(tensors: &ModelTensors) -> Option<&'static str> {
+    let (mut fused, mut per_expert) = (false, false);
+    for layer in &tensors.layers {
+        if let FfnTensors::Moe { experts, .. } = &layer.ffn {
+            match experts {
+                ExpertTensors::Fused { .. } => fused = true,
+                ExpertTensors::PerExpert(_) => per_expert = true,
+            }
+        }
+    }
+    match (fused, per_expert) {
+        (true, true) => Some("mixed"),
+        (true, false) => Some("fused"),
+        (false, true) => Some("per_expert"),
+        (false, false) => None,
+    }
+}

@@ -74,7 +74,11 @@ def weight_shapes(c: dict) -> dict[str, tuple[int, ...]]:
     v_heads = c["linear_num_value_heads"]
     v_width = v_heads * c["linear_value_head_dim"]
     channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + v_width
-    experts, width, shared = c["num_experts"], c["moe_intermediate_size"], c["shared_expert_intermediate_size"]
+    experts, width, shared = (
+        c["num_experts"],
+        c["moe_intermediate_size"],
+        c["shared_expert_intermediate_size"],
+    )
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     shapes["lm_head.weight"] = (c["vocab_size"], hidden)
     for layer, kind in enumerate(c["layer_types"]):
@@ -157,7 +161,9 @@ class TransformersEngine:
 
         torch.set_num_threads(threads)
         self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype="bfloat16", attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="bfloat16", attn_implementation="sdpa"
+        )
         self.model.eval()
 
     def select(self, experts: str):
@@ -204,7 +210,10 @@ class TransformersEngine:
         for name, module in self.model.named_modules():
             part = parts.get(name.rsplit(".", 1)[-1])
             if part:
-                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(part))]
+                handles += [
+                    module.register_forward_pre_hook(before),
+                    module.register_forward_hook(after(part)),
+                ]
         torch = self.torch
         with torch.inference_mode():
             out = self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
@@ -319,7 +328,10 @@ def read_bandwidth(threads: int) -> float:
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def main():
@@ -409,11 +421,16 @@ def main():
                 workers["transformers"].ask(do="select", experts=experts["decode"])
                 split = workers["transformers"].ask(do="split", prompt=text, num_tokens=args.decode_tokens)
                 engines["transformers"]["decode_split_ms"] = {k: round(v, 2) for k, v in split.items()}
-                print(workers["transformers"].ask(do="profile", prompt=text, num_tokens=33)["table"], file=sys.stderr)
+                print(
+                    workers["transformers"].ask(do="profile", prompt=text, num_tokens=33)["table"],
+                    file=sys.stderr,
+                )
         for worker in workers.values():
             worker.close()
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], check=False, cwd=ROOT, capture_output=True, text=True
+    )
     result = {
         "command": "python benches/engine_vs_transformers.py " + " ".join(sys.argv[1:]),
         "commit": commit.stdout.strip(),

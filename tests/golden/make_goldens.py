@@ -73,7 +73,7 @@ def rope(section, theta=1e4, factor=0.25, **more):
 
 
 def dims(hidden, layers, vocab, heads, head_dim, delta, ffn, conv=4, **more):
-    """heads: query, KV. delta: key heads, value heads, k_dim, v_dim. ffn: width, or E, top_k, width, shared."""
+    """heads: query, KV. delta: key and value heads, k_dim, v_dim. ffn: width, or E, top_k, width, shared width."""
     fields = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocab, "head_dim": head_dim}
     fields |= dict(zip(("num_attention_heads", "num_key_value_heads"), heads))
     names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
@@ -133,7 +133,7 @@ CASES = [
     ),
     Case(
         "dense_attention_first",
-        "dense, layer_types attention first and two in a row, V/K 2, query/KV 1, hidden 104, whole head rotates",
+        "dense, attention first and two in a row, V/K 2, query/KV 1, hidden 104, whole heads rotate",
         DENSE,
         dims(
             104,
@@ -353,7 +353,7 @@ CASES = [
     ),
     Case(
         "family_heads_bf16",
-        "bf16 with the family's own heads: 256 wide, 64 rotating, theta 1e7, sections 11 11 10, delta 128 by 128",
+        "bf16, the family's heads: 256 wide, 64 rotating, theta 1e7, sections 11 11 10, delta 128 by 128",
         MOE,
         dims(
             40,
@@ -776,11 +776,11 @@ OPS_ROPE = {
 
 
 @torch.inference_mode()
-def make_ops():
+def make_ops(seed=2035):
     """Inputs and outputs of Transformers' functions, under `op/case/array`; settings under `op/case/json`."""
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as m
 
-    generator = torch.Generator().manual_seed(2035)
+    generator = torch.Generator().manual_seed(seed)
     saved = {}
 
     def normal(*shape, scale=1.0):

@@ -32,10 +32,14 @@ def softmax(x):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def rms_norm(x, weight, eps=1e-6):
-    """Zero-centred RMSNorm over the last axis: `x / rms(x) * (1 + weight)`."""
-    x = np.asarray(x, np.float64)
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * (1 + np.asarray(weight, np.float64))
+def rms_norm(x, weight, eps=1e-6, residual=None):
+    """Zero-centred RMSNorm over the last axis: `x / rms(x) * (1 + weight)`.
+
+    With a residual, the norm of `x + residual`, and that sum.
+    """
+    x = np.asarray(x, np.float64) if residual is None else np.asarray(x, np.float64) + residual
+    y = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * (1 + np.asarray(weight, np.float64))
+    return y if residual is None else (y, x)
 
 
 def gated_rms_norm(x, gate, weight, eps=1e-6):
@@ -70,7 +74,7 @@ def rope_frequencies(rotary_dim, theta=1e7, yarn=None):
 
 
 def rope(x, positions, rotary_dim, theta=1e7, mrope_section=(11, 11, 10), yarn=None):
-    """Rotates the first `rotary_dim` of each head; x is [tokens, heads, head_dim], positions [tokens] or [3, tokens]."""
+    """Rotates the first `rotary_dim` of each head of x [tokens, heads, head_dim]; positions [tokens] or [3, tokens]."""
     x = np.asarray(x, np.float64)
     frequencies, factor = rope_frequencies(rotary_dim, theta, yarn)
     positions = np.broadcast_to(np.asarray(positions), (3, x.shape[0]))
@@ -87,22 +91,25 @@ def rope(x, positions, rotary_dim, theta=1e7, mrope_section=(11, 11, 10), yarn=N
 def route(logits, top_k):
     """The `top_k` experts of each row by falling logit, ties to the lower index, NaN last; and their weights.
 
-    A weight is the softmax over the chosen; infinite logits share all of it, NaN gets none.
+    A weight is the softmax over the chosen. Infinite logits share all of it, and NaN gets none while there is
+    anything else.
     """
     logits = np.asarray(logits, np.float64)
     weights, experts = np.zeros((len(logits), top_k)), np.zeros((len(logits), top_k), np.int32)
     for row, values in enumerate(logits):
         rank = [(True, 0, e) if np.isnan(value) else (False, -value, e) for e, value in enumerate(values)]
-        order = [e for *_, e in sorted(rank)]
-        experts[row] = order[:top_k]
-        chosen = np.nan_to_num(values[experts[row]], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-        share = (chosen == chosen[0]) * 1.0 if np.isinf(chosen[0]) else np.exp(chosen - chosen[0])
+        experts[row] = [e for *_, e in sorted(rank)][:top_k]
+        chosen = values[experts[row]]
+        if np.isfinite(chosen[0]):
+            share = np.nan_to_num(np.exp(chosen - chosen[0]))
+        else:
+            share = np.isnan(chosen) if np.isnan(chosen[0]) else chosen == chosen[0]
         weights[row] = share / share.sum()
     return weights, experts
 
 
 def causal_conv1d(x, weight, state=None):
-    """Depthwise causal convolution, then SiLU; x [tokens, channels], weight [channels, kernel], state the rows before."""
+    """Depthwise causal convolution and SiLU of x [tokens, channels], weight [channels, kernel], after the rows `state`."""
     x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
     taps = weight.shape[1]
     before = np.zeros((taps - 1, x.shape[1])) if state is None else np.asarray(state, np.float64)
@@ -111,8 +118,11 @@ def causal_conv1d(x, weight, state=None):
     return silu(out), padded[len(x) :]
 
 
-def gated_delta_rule(q, k, v, g, beta, state=None, qk_l2norm=True, scale=None):
-    """The recurrence, token by token. q, k [T, K, dk]; v [T, V, dv]; g, beta [T, V]; state [V, dk, dv]."""
+def gated_delta_rule(q, k, v, g, beta, state=None, mode="recurrent", qk_l2norm=True, scale=None):
+    """The recurrence, token by token in either mode, over q, k [T, K, dk], v [T, V, dv] and g, beta [T, V].
+
+    The state is [V, dk, dv].
+    """
     q, k, v, g, beta = (np.asarray(x, np.float64) for x in (q, k, v, g, beta))
     num_v_heads, k_dim, v_dim = v.shape[1], q.shape[2], v.shape[2]
     if qk_l2norm:
@@ -147,7 +157,7 @@ def swiglu(x, gate_proj, up_proj, down_proj):
 
 
 def moe(x, gate, gate_up, down, top_k, shared=None):
-    """Routed experts, plus the gated shared expert: shared is (gate_proj, up_proj, down_proj, shared_gate)."""
+    """Routed experts, and the gated shared one: `shared` is (gate_proj, up_proj, down_proj, shared_gate)."""
     x, gate, gate_up, down = (np.asarray(a, np.float64) for a in (x, gate, gate_up, down))
     width = down.shape[2]
     out = np.zeros(x.shape)

@@ -12,10 +12,20 @@
 
 pub mod backend;
 pub mod batch;
+pub mod cache;
 pub mod config;
+pub mod engine;
 pub mod error;
 pub mod inspect;
+pub mod model;
 pub mod plan;
+#[cfg(feature = "python")]
+mod python;
+pub mod request;
+pub mod sampler;
+pub mod scheduler;
+pub mod service;
+pub mod text;
 pub mod tokenizer;
 pub mod weights;
 

@@ -12,6 +12,7 @@ pub mod moe;
 pub mod norm;
 pub mod parallel;
 pub mod simd;
+pub mod softmax;
 mod small;
 
 use std::borrow::Cow;

@@ -1,0 +1,59 @@
+"""Where a model's files are: a directory, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ._core import ConfigError
+
+#: What a checkpoint needs; other files of a repository are not fetched.
+FILES = ["*.json", "*.safetensors", "*.jinja"]
+TOKENIZER_FILES = ["tokenizer*.json", "*.jinja", "config.json", "generation_config.json"]
+
+
+def resolve(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    patterns: list[str] | None = None,
+) -> Path:
+    """The directory of a model: itself, or the hub's snapshot of that name (downloaded where needed).
+
+    Downloads show huggingface_hub's progress bar, use its cache and its token, and honour HF_HUB_OFFLINE.
+
+    Raises FileNotFoundError for a path that does not exist, ConfigError for a name that the hub cannot give.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    name = os.fspath(model)
+    if not isinstance(model, str) or path.exists() or not _is_hub_id(name):
+        what = "is a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{name}: {what}; give the directory of a checkpoint (with config.json and *.safetensors), "
+            "or a name on the Hugging Face hub like Qwen/Qwen3.5-35B-A3B"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, token=token, allow_patterns=patterns or FILES
+            )
+        )
+    except Exception as error:  # noqa: BLE001  the hub raises many classes; each becomes one with a way out
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+        raise ConfigError(
+            f"{name}: no such directory, and the Hugging Face hub could not give it ({reason}). "
+            "Without network, give the path of a directory that holds the checkpoint "
+            "(config.json, *.safetensors, tokenizer.json), for example one made by "
+            f"`hf download {name} --local-dir DIR` on a machine that has it."
+        ) from error
+
+
+def _is_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    plain = all(p and not p.startswith((".", "-", "~")) and not set(p) & set("\\ :*?\"<>|") for p in parts)
+    return len(parts) == 2 and plain

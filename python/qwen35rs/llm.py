@@ -1,0 +1,364 @@
+"""`LLM`: a loaded model that generates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core, hub
+from ._core import ConfigError, RequestError
+from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
+from .sampling import SamplingParams
+from .tokenizer import Tokenizer
+
+Prompt = Union[str, Mapping[str, Any], Sequence[int]]
+"""Text, a list of token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A Qwen3.5 model, loaded, with a thread of its own that runs it.
+
+    Any number of threads may call any method at the same time: their requests share the batches, and none
+    changes what another gets.
+
+    Args:
+        model: directory of a checkpoint as Hugging Face stores it, or a name on the hub.
+        tokenizer: another directory or hub name for the tokenizer; the model's own by default. A model
+            without one runs on token ids.
+        device: ``"cpu"``, or ``"auto"``, which is the CPU in this version.
+        dtype: how matrices are held: ``"auto"`` as the checkpoint has them (mapped, not copied),
+            ``"float32"``, ``"bfloat16"`` or ``"float16"``. Arithmetic is float32 always.
+        max_model_len: longest prompt plus output, in tokens; the model's context, or what
+            ``kv_cache_bytes`` holds of it, by default.
+        seed: decides the samples of requests without a seed.
+        max_num_seqs: requests that run at once.
+        max_num_batched_tokens: prompt tokens of one step, at least 64.
+        kv_cache_bytes: most memory for keys and values; 4 GiB by default, used as it is needed.
+        revision, token: for the hub.
+        progress: show a bar while a large checkpoint loads; where the terminal can, by default.
+
+    Raises ConfigError for a checkpoint that cannot be run, FileNotFoundError and kin for one that cannot be
+    read, RequestError for an argument, OutOfMemoryError for limits that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        seed: int = 0,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        kv_cache_bytes: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        if model is None:
+            raise RequestError(
+                "model: found nothing; allowed: the directory of a checkpoint, or a name on the Hugging Face "
+                "hub (`qwen35rs demo DIR` makes a small random checkpoint to try)"
+            )
+        if device not in ("cpu", "auto"):
+            raise RequestError(f"device: found {device!r}; allowed: 'cpu', 'auto' (no GPU in this version)")
+        path = hub.resolve(model, revision=revision, token=token)
+        self._tokenizer: Tokenizer | None = None
+        if tokenizer is not None:
+            self._tokenizer = Tokenizer.from_pretrained(tokenizer, revision=revision, token=token)
+        elif (path / "tokenizer.json").exists():
+            self._tokenizer = Tokenizer.from_pretrained(path)
+        limits = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "kv_cache_bytes": kv_cache_bytes,
+            "seed": seed,
+        }
+        for name, value in limits.items():
+            if value is not None and not 0 <= value < 2**63:
+                raise RequestError(f"{name}: found {value}; allowed: 0 to 2^63 - 1")
+        with _LoadBar(path, progress) as bar:
+            self._engine = _core.Engine(
+                path, self._tokenizer and self._tokenizer._core, dtype=dtype, progress=bar.update, **limits
+            )
+        self.model = os.fspath(model)
+        self.path = path
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ConfigError where the checkpoint has none."""
+        if self._tokenizer is None:
+            raise ConfigError(
+                f"{self.path}: found no tokenizer.json; allowed: prompts as token ids, or LLM(..., tokenizer=DIR)"
+            )
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output of a request, in tokens."""
+        return self._engine.max_model_len
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a turn."""
+        return self._engine.eos_token_ids
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes prompts, in their order.
+
+        Args:
+            prompts: one prompt or many (see `Prompt`). A flat list of int is one prompt.
+            sampling_params: for all, or one each; the checkpoint's defaults by default.
+            progress: show a bar of finished requests.
+
+        Raises RequestError for a prompt or a parameter that cannot be served; nothing runs then.
+
+        Ctrl-C ends all of its requests at once.
+        """
+        requests = [self._request(p) for p in _prompts(prompts)]
+        return self._run(requests, _each(sampling_params, len(requests)), progress)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Completes one prompt, yielding what each step adds. Closing the iterator ends the request."""
+        return self._stream(self._request(prompt), sampling_params or SamplingParams())
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many, through the checkpoint's chat template.
+
+        Args:
+            messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
+            tools: functions in the OpenAI form, offered in every conversation.
+            enable_thinking: whether the answer starts with reasoning.
+            chat_template_kwargs: further variables of the template.
+        """
+        several = len(messages) > 0 and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        requests = [
+            self._request(self._render(m, tools, enable_thinking, add_generation_prompt, chat_template_kwargs))
+            for m in conversations
+        ]
+        return self._run(requests, _each(sampling_params, len(requests)), progress)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Delta]:
+        """Answers one conversation, yielding what each step adds."""
+        text = self._render(messages, tools, enable_thinking, add_generation_prompt, chat_template_kwargs)
+        return self._stream(self._request(text), sampling_params or SamplingParams())
+
+    def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Logits after every token of a sequence: float32 ``[num_tokens, vocab]``, padding rows included.
+
+        Raises RequestError for an empty sequence, one longer than the context, or an unknown id.
+        """
+        return self._engine.logits(_ids("token_ids", token_ids))
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        enable_thinking: bool,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any] | None,
+    ) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=enable_thinking,
+            tokenize=False,
+            **(kwargs or {}),
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _request(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            keys = {"prompt", "prompt_token_ids"} & prompt.keys()
+            if len(prompt) != 1 or len(keys) != 1:
+                raise RequestError(
+                    f"prompt: found keys {sorted(map(str, prompt))}; allowed: one of 'prompt', 'prompt_token_ids'"
+                )
+            if "prompt_token_ids" in prompt:
+                return None, _ids("prompt_token_ids", prompt["prompt_token_ids"])
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        return None, _ids("prompt", prompt)
+
+    def _run(
+        self, requests: list[tuple[str | None, list[int]]], params: list[SamplingParams], progress: bool
+    ) -> list[RequestOutput]:
+        if not requests:
+            return []
+        outputs = [
+            RequestOutput(
+                text, ids, [CompletionOutput(i, logprobs=_empty(p)) for i in range(p.n)]
+            )
+            for (text, ids), p in zip(requests, params, strict=True)
+        ]
+        flat = [completion for output in outputs for completion in output.outputs]
+        texts: list[list[str]] = [[] for _ in flat]
+        with _RequestBar(len(flat), progress) as bar:
+            for delta in self._engine.generate([ids for _, ids in requests], params):
+                completion = flat[delta.index]
+                texts[delta.index].append(delta.text)
+                completion.token_ids.append(delta.token_id)
+                if completion.logprobs is not None:
+                    completion.logprobs.append(self._logprobs(delta))
+                if delta.finish_reason is not None:
+                    completion.finish_reason = delta.finish_reason
+                    bar.advance()
+        for completion, pieces in zip(flat, texts, strict=True):
+            completion.text = "".join(pieces)
+        return outputs
+
+    def _stream(self, request: tuple[str | None, list[int]], params: SamplingParams) -> Iterator[Delta]:
+        # Submitted here and not in the generator, so that a bad request is refused at the call.
+        generation = self._engine.generate([request[1]], [params])
+
+        def deltas() -> Iterator[Delta]:
+            for d in generation:
+                logprobs = None if d.logprobs is None else [self._logprobs(d)]
+                yield Delta(d.text, [d.token_id], d.index, d.finish_reason, logprobs)
+
+        return deltas()
+
+    def _logprobs(self, delta: _core.Delta) -> dict[int, Logprob]:
+        assert delta.logprobs is not None
+        chosen, rank, top = delta.logprobs
+        best = {i: Logprob(x, r, self._text(i)) for r, (i, x) in enumerate(top, 1)}
+        return {delta.token_id: Logprob(chosen, rank, self._text(delta.token_id)), **best}
+
+    def _text(self, token_id: int) -> str | None:
+        if self._tokenizer is None or token_id >= len(self._tokenizer):
+            return None
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def __repr__(self) -> str:
+        return f"LLM({self.model!r}, max_model_len={self.max_model_len})"
+
+
+def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    several = list(prompts)
+    if several and all(isinstance(p, (int, np.integer)) for p in several):
+        return [several]  # type: ignore[list-item]
+    return several  # type: ignore[return-value]
+
+
+def _ids(name: str, ids: Any) -> list[int]:
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        array = np.asarray(None)
+    if array.size == 0 and array.ndim == 1:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
+    if array.min() < 0 or array.max() >= 2**32:
+        bad = next(int(i) for i in array if not 0 <= i < 2**32)
+        raise RequestError(f"{name}: found {bad}; allowed: token ids from 0")
+    return array.tolist()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * num
+    if isinstance(params, SamplingParams):
+        return [params] * num
+    several = list(params)
+    if len(several) != num:
+        raise RequestError(f"sampling_params: found {len(several)}; allowed: one, or one for each of {num} prompts")
+    return several
+
+
+def _empty(params: SamplingParams) -> list[dict[int, Logprob]] | None:
+    return None if params.logprobs is None else []
+
+
+class _LoadBar:
+    """A progress bar while a checkpoint loads; none for one that is loaded at once."""
+
+    SIZE = 1 << 30
+
+    def __init__(self, path: Path, show: bool | None) -> None:
+        size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+        self._show = show if show is not None else size > self.SIZE
+        self._bar: Any = None
+
+    def __enter__(self) -> _LoadBar:
+        if self._show:
+            self._bar = _bar()
+            self._bar.start()
+            self._task = self._bar.add_task("loading", total=None)
+        return self
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _RequestBar(_LoadBar):
+    """A progress bar of finished requests."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self._show, self._bar, self._done, self._total = show, None, 0, total
+
+    def advance(self) -> None:
+        self._done += 1
+        self.update(self._done, self._total)
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    # On stderr, and only where that is a terminal: output that is piped stays clean.
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,314 @@
+//! The engine: requests in, tokens out, one `step` at a time. It deals in token ids; text stops at the tokenizer.
+
+use rayon::prelude::*;
+
+use crate::backend::Backend;
+use crate::batch::{CHUNK_LEN, PAGE_LEN};
+use crate::cache::{Cache, pages_for};
+use crate::model::{MAX_LOGIT_ROWS, Memory, Model, Workspace};
+use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs};
+use crate::sampler::{self, Context};
+use crate::scheduler::{Scheduler, Step};
+use crate::{Error, Result};
+
+/// Sizes of an engine, fixed when it is made.
+#[derive(Debug, Clone)]
+pub struct EngineLimits {
+    /// Longest prompt plus output of a request; `None` for the model's context, or what `kv_cache_bytes` holds.
+    pub max_model_len: Option<usize>,
+    /// Requests that run at once.
+    pub max_num_seqs: usize,
+    /// Prompt tokens of one step (at least [`CHUNK_LEN`]).
+    pub max_num_batched_tokens: usize,
+    /// Bytes of keys and values at most.
+    pub kv_cache_bytes: usize,
+    /// Key of the random numbers of requests without a seed.
+    pub seed: u64,
+}
+
+impl Default for EngineLimits {
+    fn default() -> Self {
+        Self { max_model_len: None, max_num_seqs: 32, max_num_batched_tokens: 512, kv_cache_bytes: 4 << 30, seed: 0 }
+    }
+}
+
+/// What one step did for one request.
+#[derive(Debug)]
+pub struct StepOutput {
+    /// Whose it is.
+    pub id: RequestId,
+    /// The new token; `None` for a request that wanted logits.
+    pub token: Option<u32>,
+    /// Its log-probabilities, where asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Why the request ended, if it did. An ended request is forgotten.
+    pub finish: Option<FinishReason>,
+    /// Logits of the prompt, `[num_prompt, vocab]`, of a request that wanted them.
+    pub logits: Vec<f32>,
+    /// Why the request failed, if it did.
+    pub error: Option<String>,
+}
+
+/// One model on one device, with its requests.
+pub struct Engine<B: Backend> {
+    model: Model<B>,
+    memory: Memory<B>,
+    workspace: Workspace<B>,
+    scheduler: Scheduler,
+    max_model_len: usize,
+    next_id: u64,
+    seed: u64,
+    /// Tokens that exist; ids above are padding rows.
+    num_tokens: usize,
+    eos: Vec<u32>,
+    samplers: Vec<sampler::Scratch>,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Allocates pages, slots and buffers. `num_tokens` is the tokenizer's size (rows of the head above it are
+    /// padding and never sampled); `eos` are the model's stop tokens.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for limits that cannot be, [`Error::OutOfMemory`] where they do not fit.
+    pub fn new(model: Model<B>, limits: &EngineLimits, num_tokens: usize, eos: Vec<u32>) -> Result<Self> {
+        let config = model.config();
+        let at_least = |field: &str, found: usize, min: usize| {
+            if found >= min { Ok(()) } else { Err(Error::request(field, found, format!("at least {min}"))) }
+        };
+        at_least("max_num_seqs", limits.max_num_seqs, 1)?;
+        at_least("max_num_batched_tokens", limits.max_num_batched_tokens, CHUNK_LEN)?;
+        let token_bytes = config.num_layers_of(crate::config::LayerKind::Attention)
+            * config.attention.kv_width()
+            * 2
+            * std::mem::size_of::<f32>();
+        let context = config.max_context();
+        let affordable = match token_bytes {
+            0 => context,
+            bytes => (limits.kv_cache_bytes / bytes / PAGE_LEN * PAGE_LEN).max(PAGE_LEN),
+        };
+        let max_model_len = match limits.max_model_len {
+            Some(0) => return Err(Error::request("max_model_len", 0, format!("1 to {context}"))),
+            Some(len) if len > context => {
+                return Err(Error::request(
+                    "max_model_len",
+                    len,
+                    format!("1 to {context}, the context the checkpoint declares"),
+                ));
+            }
+            Some(len) if pages_for(len) * PAGE_LEN > affordable => {
+                return Err(Error::OutOfMemory {
+                    what: format!(
+                        "keys and values of one sequence of {len} tokens need {} bytes",
+                        len * token_bytes
+                    ),
+                    advice: format!("lower max_model_len to {affordable}, or raise kv_cache_bytes"),
+                });
+            }
+            Some(len) => len,
+            None => context.min(affordable),
+        };
+        // As many pages as every slot could use, within the budget.
+        let wanted = pages_for(max_model_len).saturating_mul(limits.max_num_seqs);
+        let num_pages = wanted.min(affordable.max(max_model_len.next_multiple_of(PAGE_LEN)) / PAGE_LEN);
+        let cache = Cache::new(num_pages, limits.max_num_seqs);
+        let prefill = limits.max_num_batched_tokens.min(max_model_len.next_multiple_of(CHUNK_LEN));
+        let num_tokens = num_tokens.min(config.vocab);
+        Ok(Self {
+            memory: model.memory(num_pages, limits.max_num_seqs)?,
+            workspace: model.workspace(prefill + limits.max_num_seqs)?,
+            scheduler: Scheduler::new(cache, prefill, limits.max_num_seqs),
+            max_model_len,
+            next_id: 0,
+            seed: limits.seed,
+            num_tokens,
+            eos,
+            samplers: Vec::new(),
+            model,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model<B> {
+        &self.model
+    }
+
+    /// Longest prompt plus output of a request.
+    pub fn max_model_len(&self) -> usize {
+        self.max_model_len
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// Queues a request for text. `index` tells the samples of one prompt apart.
+    ///
+    /// # Errors
+    /// [`Error::Request`] naming what cannot be served.
+    pub fn add(&mut self, prompt: &[u32], params: &SamplingParams, index: u64) -> Result<RequestId> {
+        params.check(self.model.config().vocab)?;
+        let longest = self.max_model_len - 1;
+        self.check_prompt(prompt, longest)?;
+        let mut params = params.clone();
+        let room = self.max_model_len - prompt.len();
+        params.max_tokens = Some(params.max_tokens.unwrap_or(room).min(room));
+        let seed = match params.seed {
+            Some(seed) => sampler::mix(seed) ^ index,
+            None => sampler::mix(self.seed ^ sampler::mix(self.next_id)),
+        };
+        Ok(self.queue(prompt, Some(params), seed))
+    }
+
+    /// Queues a request for the logits of its prompt.
+    ///
+    /// # Errors
+    /// As [`Engine::add`].
+    pub fn add_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
+        self.check_prompt(prompt, self.max_model_len)?;
+        Ok(self.queue(prompt, None, 0))
+    }
+
+    fn check_prompt(&self, prompt: &[u32], longest: usize) -> Result<()> {
+        if prompt.is_empty() || prompt.len() > longest {
+            let found = format!("{} tokens", prompt.len());
+            let allowed = format!("1 to {longest} tokens (max_model_len is {})", self.max_model_len);
+            return Err(Error::request("prompt", found, allowed));
+        }
+        let vocab = self.model.config().vocab;
+        match prompt.iter().find(|&&id| id as usize >= vocab) {
+            Some(id) => Err(Error::request("prompt_token_ids", id, format!("token ids below {vocab}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn queue(&mut self, prompt: &[u32], params: Option<SamplingParams>, seed: u64) -> RequestId {
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+        self.scheduler.add(Request {
+            id,
+            tokens: prompt.to_vec(),
+            num_prompt: prompt.len(),
+            computed_len: 0,
+            params,
+            seed,
+            pages: Vec::new(),
+            slot: None,
+            logits: Vec::new(),
+        });
+        id
+    }
+
+    /// Forgets a request, whatever it was doing.
+    pub fn abort(&mut self, id: RequestId) {
+        self.scheduler.remove(id);
+    }
+
+    /// Runs one step: schedule, run, commit. `poll` is called between layers with the step's requests and may end it; nothing is
+    /// lost then, and the requests that were in it start over at the next step.
+    ///
+    /// # Errors
+    /// What `poll` returned.
+    pub fn step(&mut self, poll: impl Fn(&[RequestId]) -> Result<()>) -> Result<Vec<StepOutput>> {
+        let step = self.scheduler.schedule();
+        let poll = || poll(&step.requests);
+        for slot in &step.new_slots {
+            self.model.clear_slot(&mut self.memory, slot.0 as usize);
+        }
+        if step.requests.is_empty() {
+            return match self.scheduler.is_idle() {
+                true => Ok(Vec::new()),
+                false => Err(Error::Internal("requests wait and none can run".into())),
+            };
+        }
+        let ran = self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, &poll);
+        match ran.and_then(|()| self.read_logits(&step, &poll)) {
+            Ok(rows) => {
+                self.scheduler.commit(&step);
+                let outputs = rows.into_iter().filter_map(|row| self.commit(row)).collect();
+                debug_assert_eq!(self.scheduler.check_integrity(), Ok(()));
+                Ok(outputs)
+            }
+            Err(error) => {
+                self.scheduler.abort(&step);
+                Err(error)
+            }
+        }
+    }
+
+    /// Samples, or copies, the rows of logits that are wanted. Changes no request.
+    fn read_logits(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
+        let vocab = self.model.config().vocab;
+        let mut rows = Vec::with_capacity(step.batch.logit_rows.len());
+        let owned: Vec<_> = step.batch.logit_rows.iter().zip(&step.logit_owners).collect();
+        for chunk in owned.chunks(MAX_LOGIT_ROWS) {
+            poll()?;
+            let at: Vec<usize> = chunk.iter().map(|x| *x.0).collect();
+            let logits = self.model.logits(&at, &mut self.workspace);
+            self.samplers.resize_with(chunk.len().max(self.samplers.len()), Default::default);
+            let work = self.samplers.par_iter_mut().zip(chunk).zip(logits.par_chunks_exact(vocab));
+            rows.par_extend(work.filter_map(|((scratch, (_, id)), logits)| {
+                let request = self.scheduler.running(**id)?;
+                let Some(params) = &request.params else {
+                    return Some((**id, Row::Logits(logits.to_vec())));
+                };
+                let context = Context {
+                    params,
+                    prompt: &request.tokens[..request.num_prompt],
+                    output: request.output(),
+                    seed: request.seed,
+                    num_tokens: self.num_tokens,
+                    eos: &self.eos,
+                };
+                Some((**id, Row::Token(sampler::sample(logits, &context, scratch))))
+            }));
+        }
+        Ok(rows)
+    }
+
+    /// Gives a request its token (or its rows of logits), and ends it where it is done.
+    fn commit(&mut self, (id, row): (RequestId, Row)) -> Option<StepOutput> {
+        let vocab = self.model.config().vocab;
+        let request = self.scheduler.running_mut(id)?;
+        let mut output = StepOutput { id, token: None, logprobs: None, finish: None, logits: Vec::new(), error: None };
+        match row {
+            Row::Logits(row) => {
+                if request.logits.is_empty() {
+                    request.logits.reserve_exact(request.num_prompt * vocab);
+                }
+                request.logits.extend(row);
+                if request.logits.len() < request.num_prompt * vocab {
+                    return None;
+                }
+                output.finish = Some(FinishReason::Length);
+            }
+            Row::Token(None) => {
+                output.error = Some("the model gave no finite logit: its weights or its input are not sane".into());
+            }
+            Row::Token(Some((token, logprobs))) => {
+                request.tokens.push(token);
+                let (num_output, params) = (request.output().len(), request.params.as_ref()?);
+                let stop = params.stop_token_ids.contains(&token)
+                    || (!params.ignore_eos && self.eos.contains(&token));
+                output.finish = match () {
+                    () if stop && num_output >= params.min_tokens => Some(FinishReason::Stop),
+                    () if Some(num_output) >= params.max_tokens => Some(FinishReason::Length),
+                    () => None,
+                };
+                (output.token, output.logprobs) = (Some(token), logprobs);
+            }
+        }
+        if output.finish.is_some() || output.error.is_some() {
+            output.logits = self.scheduler.remove(id)?.logits;
+        }
+        Some(output)
+    }
+}
+
+/// What a row of logits became.
+enum Row {
+    /// A token; `None` where no logit was finite.
+    Token(Option<(u32, Option<TokenLogprobs>)>),
+    /// Itself.
+    Logits(Vec<f32>),
+}

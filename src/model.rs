@@ -1,0 +1,313 @@
+//! The Qwen3.5 net, top to bottom, one call per op, generic over the backend.
+//!
+//! It sees a [`Batch`], never a request: it does not allocate after it was made, and does not ask who is
+//! asking.
+
+use crate::Result;
+use crate::backend::{Backend, DecayWeights, MoeTensors, Rope};
+use crate::batch::Batch;
+use crate::config::{FfnConfig, ModelConfig};
+use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
+
+/// The weights of the net on one device.
+pub struct Model<B: Backend> {
+    config: ModelConfig,
+    backend: B,
+    rope: Rope,
+    embed: B::Linear,
+    /// Absent where the embedding is the head.
+    head: Option<B::Linear>,
+    norm: B::Vector,
+    layers: Vec<Layer<B>>,
+}
+
+struct Layer<B: Backend> {
+    input_norm: B::Vector,
+    mixer: Mixer<B>,
+    ffn_norm: B::Vector,
+    ffn: Ffn<B>,
+}
+
+enum Mixer<B: Backend> {
+    /// `index` counts the attention layers: which pages are its own.
+    Attention { index: usize, qkv: B::Linear, out: B::Linear, q_norm: B::Vector, k_norm: B::Vector },
+    /// `index` counts the delta layers: which slots are its own. `inputs` is `q|k|v|z|b|a`.
+    Delta {
+        index: usize,
+        inputs: B::Linear,
+        conv: B::Vector,
+        a_log: B::Vector,
+        dt_bias: B::Vector,
+        norm: B::Vector,
+        out: B::Linear,
+    },
+}
+
+enum Ffn<B: Backend> {
+    Dense { gate_up: B::Linear, down: B::Linear },
+    Moe(B::Moe),
+}
+
+/// What sequences leave behind between steps: pages of the attention layers, slots of the delta layers.
+pub struct Memory<B: Backend> {
+    pages: Vec<B::Pages>,
+    slots: Vec<B::Slots>,
+}
+
+/// Buffers of one step, made once for the largest batch.
+pub struct Workspace<B: Backend> {
+    residual: B::Buf,
+    normed: B::Buf,
+    block: B::Buf,
+    attention_inputs: B::Buf,
+    q: B::Buf,
+    attended: B::Buf,
+    delta_inputs: B::Buf,
+    mixed: B::Buf,
+    core: B::Buf,
+    gate_up: B::Buf,
+    act: B::Buf,
+    head_rows: B::Buf,
+    logits: B::Buf,
+    scratch: B::Scratch,
+}
+
+/// Tokens whose logits are computed at once; more are done in turns.
+pub const MAX_LOGIT_ROWS: usize = 64;
+
+impl<B: Backend> Model<B> {
+    /// Loads the net onto a device. With `dtype`, matrices are stored so; otherwise as the checkpoint has them.
+    /// `progress(done, total)` is called after each layer and may end the load.
+    ///
+    /// # Errors
+    /// Whatever the backend says of memory, and what `progress` returns.
+    pub fn load(
+        config: &ModelConfig,
+        tensors: ModelTensors,
+        dtype: Option<DType>,
+        backend: B,
+        mut progress: impl FnMut(usize, usize) -> Result<()>,
+    ) -> Result<Self> {
+        let total = tensors.layers.len() + 1;
+        progress(0, total)?;
+        let embed = backend.linear_weight(&[tensors.embed_tokens], dtype)?;
+        let head = tensors.lm_head.map(|t| backend.linear_weight(&[t], dtype)).transpose()?;
+        progress(1, total)?;
+        let mut layers = Vec::with_capacity(tensors.layers.len());
+        let (mut num_attention, mut num_delta) = (0, 0);
+        for layer in tensors.layers {
+            let count = match layer.mixer {
+                MixerTensors::Attention { .. } => &mut num_attention,
+                MixerTensors::DeltaNet { .. } => &mut num_delta,
+            };
+            layers.push(Layer::load(layer, *count, config, dtype, &backend)?);
+            *count += 1;
+            progress(layers.len() + 1, total)?;
+        }
+        let norm = backend.vector(&tensors.norm, 1.0)?;
+        let rope = Rope::new(&config.rope);
+        Ok(Self { config: config.clone(), rope, embed, head, norm, layers, backend })
+    }
+
+    /// The geometry.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Pages and slots for every layer.
+    pub fn memory(&self, num_pages: usize, num_slots: usize) -> Result<Memory<B>> {
+        let mut memory = Memory { pages: Vec::new(), slots: Vec::new() };
+        for layer in &self.layers {
+            match layer.mixer {
+                Mixer::Attention { .. } => {
+                    memory.pages.push(self.backend.pages(num_pages, &self.config.attention)?);
+                }
+                Mixer::Delta { .. } => memory.slots.push(self.backend.slots(num_slots, &self.config.delta)?),
+            }
+        }
+        Ok(memory)
+    }
+
+    /// Buffers for batches of up to `max_tokens` tokens.
+    pub fn workspace(&self, max_tokens: usize) -> Result<Workspace<B>> {
+        let c = &self.config;
+        let buf = |width: usize| self.backend.buf(max_tokens, width);
+        let ffn_width = match c.ffn {
+            FfnConfig::Dense { width } => width,
+            FfnConfig::Moe { .. } => 0,
+        };
+        let delta_inputs = c.delta.conv_channels() + c.delta.value_width() + 2 * c.delta.num_v_heads;
+        Ok(Workspace {
+            residual: buf(c.hidden)?,
+            normed: buf(c.hidden)?,
+            block: buf(c.hidden)?,
+            attention_inputs: buf(2 * c.attention.q_width() + 2 * c.attention.kv_width())?,
+            q: buf(c.attention.q_width())?,
+            attended: buf(c.attention.q_width())?,
+            delta_inputs: buf(delta_inputs)?,
+            mixed: buf(c.delta.conv_channels())?,
+            core: buf(c.delta.value_width())?,
+            gate_up: buf(2 * ffn_width)?,
+            act: buf(ffn_width)?,
+            head_rows: self.backend.buf(MAX_LOGIT_ROWS.min(max_tokens), c.hidden)?,
+            logits: self.backend.buf(MAX_LOGIT_ROWS.min(max_tokens), c.vocab)?,
+            scratch: self.backend.scratch(max_tokens)?,
+        })
+    }
+
+    /// Zeroes a slot for a new sequence.
+    pub fn clear_slot(&self, memory: &mut Memory<B>, slot: usize) {
+        for slots in &mut memory.slots {
+            self.backend.clear_slot(slots, slot);
+        }
+    }
+
+    /// Runs the net over a batch: afterwards the workspace holds the normed hidden state of every token, for
+    /// [`Model::logits`]. `poll` is called before each layer and may end the step; the batch's slots are then
+    /// undefined.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        memory: &mut Memory<B>,
+        w: &mut Workspace<B>,
+        poll: impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        let (n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
+        b.embed(batch, &self.embed, &mut w.residual);
+        let mut first = true;
+        for layer in &self.layers {
+            poll()?;
+            let delta = (!first).then_some(&w.block);
+            first = false;
+            b.rmsnorm_residual(n, delta, &mut w.residual, &layer.input_norm, eps, &mut w.normed);
+            match &layer.mixer {
+                Mixer::Attention { index, qkv, out, q_norm, k_norm } => {
+                    let (dims, pages) = (&self.config.attention, &mut memory.pages[*index]);
+                    let inputs = &mut w.attention_inputs;
+                    b.linear(n, &w.normed, qkv, inputs);
+                    b.qk_norm_rope_write(
+                        batch,
+                        dims,
+                        &self.rope,
+                        (q_norm, k_norm),
+                        eps,
+                        inputs,
+                        &mut w.q,
+                        pages,
+                    );
+                    b.gated_attention(batch, dims, &w.q, inputs, pages, &mut w.scratch, &mut w.attended);
+                    b.linear(n, &w.attended, out, &mut w.block);
+                }
+                Mixer::Delta { index, inputs, conv, a_log, dt_bias, norm, out } => {
+                    let (dims, slots) = (&self.config.delta, &mut memory.slots[*index]);
+                    let projected = &mut w.delta_inputs;
+                    b.linear(n, &w.normed, inputs, projected);
+                    b.causal_conv1d(batch, dims, conv, projected, slots, &mut w.mixed);
+                    let decay = DecayWeights { a_log, dt_bias };
+                    b.gated_delta_rule(batch, dims, decay, &w.mixed, projected, slots, &mut w.core);
+                    b.gated_rmsnorm(n, dims, norm, eps, projected, &mut w.core);
+                    b.linear(n, &w.core, out, &mut w.block);
+                }
+            }
+            b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &layer.ffn_norm, eps, &mut w.normed);
+            match &layer.ffn {
+                Ffn::Dense { gate_up, down } => {
+                    b.linear(n, &w.normed, gate_up, &mut w.gate_up);
+                    b.silu_mul(n, &w.gate_up, &mut w.act);
+                    b.linear(n, &w.act, down, &mut w.block);
+                }
+                Ffn::Moe(moe) => b.moe(n, &w.normed, moe, &mut w.scratch, &mut w.block),
+            }
+        }
+        poll()?;
+        let delta = (!first).then_some(&w.block);
+        b.rmsnorm_residual(n, delta, &mut w.residual, &self.norm, eps, &mut w.normed);
+        Ok(())
+    }
+
+    /// Logits of up to [`MAX_LOGIT_ROWS`] tokens of the batch that [`Model::forward`] ran last: `[rows, vocab]`,
+    /// f32, on the host.
+    pub fn logits<'a>(&self, rows: &[usize], w: &'a mut Workspace<B>) -> std::borrow::Cow<'a, [f32]> {
+        let b = &self.backend;
+        b.gather(rows, &w.normed, &mut w.head_rows);
+        b.linear(rows.len(), &w.head_rows, self.head.as_ref().unwrap_or(&self.embed), &mut w.logits);
+        b.read(&w.logits, rows.len())
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    fn load(
+        tensors: LayerTensors,
+        index: usize,
+        config: &ModelConfig,
+        dtype: Option<DType>,
+        b: &B,
+    ) -> Result<Self> {
+        let linear = |tensors: &[crate::weights::Tensor]| b.linear_weight(tensors, dtype);
+        let mixer = match tensors.mixer {
+            MixerTensors::Attention { q_proj, k_proj, v_proj, o_proj, q_norm, k_norm } => Mixer::Attention {
+                index,
+                qkv: linear(&[q_proj, k_proj, v_proj])?,
+                out: linear(&[o_proj])?,
+                q_norm: b.vector(&q_norm, 1.0)?,
+                k_norm: b.vector(&k_norm, 1.0)?,
+            },
+            MixerTensors::DeltaNet {
+                in_proj_qkv,
+                in_proj_z,
+                in_proj_b,
+                in_proj_a,
+                conv1d,
+                a_log,
+                dt_bias,
+                norm,
+                out_proj,
+            } => Mixer::Delta {
+                index,
+                inputs: linear(&[in_proj_qkv, in_proj_z, in_proj_b, in_proj_a])?,
+                conv: b.conv_weight(&conv1d)?,
+                a_log: b.vector(&a_log, 0.0)?,
+                dt_bias: b.vector(&dt_bias, 0.0)?,
+                norm: b.vector(&norm, 0.0)?,
+                out: linear(&[out_proj])?,
+            },
+        };
+        let ffn = match (tensors.ffn, &config.ffn) {
+            (FfnTensors::Dense { gate_proj, up_proj, down_proj }, _) => {
+                Ffn::Dense { gate_up: linear(&[gate_proj, up_proj])?, down: linear(&[down_proj])? }
+            }
+            (
+                FfnTensors::Moe {
+                    gate,
+                    experts,
+                    shared_gate_proj,
+                    shared_up_proj,
+                    shared_down_proj,
+                    shared_expert_gate,
+                },
+                ffn,
+            ) => {
+                let top_k = match ffn {
+                    FfnConfig::Moe { top_k, .. } => *top_k,
+                    FfnConfig::Dense { .. } => {
+                        return Err(crate::Error::Internal("experts in a dense model".into()));
+                    }
+                };
+                let tensors = MoeTensors {
+                    router: &gate,
+                    experts: &experts,
+                    shared: [&shared_gate_proj, &shared_up_proj, &shared_down_proj],
+                    shared_gate: &shared_expert_gate,
+                    top_k,
+                };
+                Ffn::Moe(b.moe_weights(tensors, dtype)?)
+            }
+        };
+        Ok(Self {
+            input_norm: b.vector(&tensors.input_layernorm, 1.0)?,
+            mixer,
+            ffn_norm: b.vector(&tensors.post_attention_layernorm, 1.0)?,
+            ffn,
+        })
+    }
+}

@@ -1,0 +1,339 @@
+//! `_core.Engine` and `_core.Generation`: a loaded model, and requests under way. `qwen35rs.LLM` is the thin
+//! class over them.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use numpy::{PyArray2, PyArrayMethods};
+use pyo3::prelude::*;
+
+use super::tokenizer::{Ids, PyTokenizer};
+use super::{enter, to_py};
+use crate::backend::cpu::Cpu;
+use crate::config::{GenerationConfig, ModelConfig};
+use crate::engine::{Engine, EngineLimits, StepOutput};
+use crate::model::Model;
+use crate::request::{FinishReason, SamplingParams};
+use crate::service::{Event, Generation, Job, Service};
+use crate::text::RequestText;
+use crate::tokenizer::Tokenizer;
+use crate::weights::{Checkpoint, DType, ModelTensors};
+use crate::{Error, Result};
+
+/// How long a wait is before Python may handle its signals.
+const SIGNAL_POLL: Duration = Duration::from_millis(20);
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(check_sampling_params, m)?)?;
+    m.add_class::<PyEngine>()?;
+    m.add_class::<PyGeneration>()?;
+    m.add_class::<PyDelta>()
+}
+
+/// The fields of `qwen35rs.SamplingParams`; `None` where the checkpoint's `generation_config.json` decides.
+#[derive(FromPyObject)]
+struct PySamplingParams {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    repetition_penalty: Option<f32>,
+    max_tokens: Option<i64>,
+    min_tokens: i64,
+    stop: Vec<String>,
+    include_stop_str_in_output: bool,
+    stop_token_ids: Vec<i64>,
+    ignore_eos: bool,
+    skip_special_tokens: bool,
+    seed: Option<i64>,
+    logprobs: Option<i64>,
+    n: i64,
+    logit_bias: Option<HashMap<i64, f32>>,
+}
+
+impl PySamplingParams {
+    /// With the checkpoint's defaults. `vocab` bounds token ids.
+    fn resolve(&self, defaults: &GenerationConfig, vocab: usize) -> Result<SamplingParams> {
+        let id = |field: &str, id: i64| {
+            let known = u32::try_from(id).ok().filter(|&id| (id as usize) < vocab);
+            known.ok_or_else(|| Error::request(field, id, format!("token ids, 0 to {}", vocab - 1)))
+        };
+        let count = |field: &str, x: i64, min: i64| {
+            let ok = usize::try_from(x).ok().filter(|_| x >= min);
+            ok.ok_or_else(|| Error::request(field, x, format!("at least {min}")))
+        };
+        count("n", self.n, 1)?;
+        if self.stop.iter().any(String::is_empty) {
+            return Err(Error::request("stop", "an empty string", "strings of at least one character"));
+        }
+        let greedy = defaults.do_sample == Some(false);
+        let temperature = if greedy { Some(0.0) } else { defaults.temperature.map(|x| x as f32) };
+        let or = |own: Option<f32>, default: Option<f64>, neutral: f32| {
+            own.or(default.map(|x| x as f32)).unwrap_or(neutral)
+        };
+        let top_k = match self.top_k {
+            None => defaults.top_k.unwrap_or(0),
+            Some(-1) => 0,
+            Some(k) => count("top_k", k, 0)
+                .map_err(|_| Error::request("top_k", k, "a number of tokens; 0 or -1 for all of them"))?,
+        };
+        let max_tokens = self.max_tokens.map(|x| count("max_tokens", x, 1)).transpose()?;
+        let params = SamplingParams {
+            logit_bias: self
+                .logit_bias
+                .iter()
+                .flatten()
+                .map(|(&token, &bias)| Ok((id("logit_bias", token)?, bias)))
+                .collect::<Result<_>>()?,
+            repetition_penalty: or(self.repetition_penalty, defaults.repetition_penalty, 1.0),
+            frequency_penalty: or(self.frequency_penalty, defaults.frequency_penalty, 0.0),
+            presence_penalty: or(self.presence_penalty, defaults.presence_penalty, 0.0),
+            temperature: self.temperature.or(temperature).unwrap_or(1.0),
+            top_k,
+            top_p: or(self.top_p, defaults.top_p, 1.0),
+            min_p: or(self.min_p, defaults.min_p, 0.0),
+            seed: self.seed.map(|s| s as u64),
+            logprobs: self.logprobs.map(|x| count("logprobs", x, 0)).transpose()?,
+            max_tokens: max_tokens.or(defaults.max_new_tokens),
+            min_tokens: count("min_tokens", self.min_tokens, 0)?,
+            stop_token_ids: self.stop_token_ids.iter().map(|&x| id("stop_token_ids", x)).collect::<Result<_>>()?,
+            ignore_eos: self.ignore_eos,
+        };
+        params.check(vocab)?;
+        Ok(params)
+    }
+}
+
+/// Refuses what no model could serve, by name. For `SamplingParams.__init__`.
+#[pyfunction]
+fn check_sampling_params(params: PySamplingParams) -> PyResult<()> {
+    params.resolve(&GenerationConfig::default(), u32::MAX as usize).map(drop).map_err(to_py)
+}
+
+/// A model on a device, with a thread that runs it.
+#[pyclass(name = "Engine", module = "qwen35rs._core", frozen)]
+struct PyEngine {
+    service: Service,
+    tokenizer: Option<Py<PyTokenizer>>,
+    defaults: GenerationConfig,
+    vocab: usize,
+    #[pyo3(get)]
+    max_model_len: usize,
+    #[pyo3(get)]
+    eos_token_ids: Vec<u32>,
+}
+
+#[pymethods]
+impl PyEngine {
+    /// Loads a checkpoint directory. `progress(done, total)` is called as layers are loaded.
+    #[new]
+    #[pyo3(signature = (path, tokenizer, *, dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed, progress))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        tokenizer: Option<Py<PyTokenizer>>,
+        dtype: &str,
+        max_model_len: Option<usize>,
+        max_num_seqs: usize,
+        max_num_batched_tokens: usize,
+        kv_cache_bytes: Option<usize>,
+        seed: u64,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let dtype = match dtype {
+            "auto" => None,
+            "float32" => Some(DType::F32),
+            "bfloat16" => Some(DType::BF16),
+            "float16" => Some(DType::F16),
+            other => {
+                let allowed = "auto, float32, bfloat16, float16";
+                return Err(to_py(Error::request("dtype", other, allowed)));
+            }
+        };
+        let default = EngineLimits::default();
+        let kv_cache_bytes = kv_cache_bytes.unwrap_or(default.kv_cache_bytes);
+        let limits = EngineLimits { max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed };
+        let text: Option<Arc<Tokenizer>> = tokenizer.as_ref().map(|t| Arc::clone(&t.get().inner));
+        let loaded = enter(py, move || {
+            let config = ModelConfig::from_dir(&path)?;
+            let defaults = GenerationConfig::from_dir(&path)?;
+            let eos = stop_tokens(&defaults, text.as_deref(), config.vocab);
+            let num_tokens = text.map_or(config.vocab, |t| t.len());
+            let vocab = config.vocab;
+            let theirs = eos.clone();
+            let make = move || {
+                let checkpoint = Checkpoint::open(&path)?;
+                let tensors = ModelTensors::resolve(&checkpoint, &config)?;
+                let model = Model::load(&config, tensors, dtype, Cpu, |done, total| report(&progress, done, total))?;
+                let engine = Engine::new(model, &limits, num_tokens, theirs)?;
+                let max_model_len = engine.max_model_len();
+                Ok((engine, max_model_len))
+            };
+            let (service, max_model_len) = Service::start(make)?;
+            Ok((service, defaults, vocab, max_model_len, eos))
+        });
+        let (service, defaults, vocab, max_model_len, eos_token_ids) = loaded?;
+        Ok(Self { service, tokenizer, defaults, vocab, max_model_len, eos_token_ids })
+    }
+
+    /// Queues `n` samples of each prompt. `params` is one `SamplingParams` per prompt.
+    fn generate(
+        &self,
+        py: Python<'_>,
+        prompts: Vec<Ids>,
+        params: Vec<PySamplingParams>,
+    ) -> PyResult<PyGeneration> {
+        let tokenizer = self.tokenizer.as_ref().map(|t| Arc::clone(&t.get().inner));
+        let generation = enter(py, || {
+            let (mut jobs, mut texts) = (Vec::new(), Vec::new());
+            for (prompt, params) in prompts.into_iter().zip(&params) {
+                if tokenizer.is_none() && !params.stop.is_empty() {
+                    let allowed = "no stop strings: this checkpoint has no tokenizer; use stop_token_ids";
+                    return Err(Error::request("stop", format!("{:?}", params.stop), allowed));
+                }
+                let resolved = params.resolve(&self.defaults, self.vocab)?;
+                for index in 0..params.n as u64 {
+                    texts.push(tokenizer.clone().map(|t| {
+                        let skip = params.skip_special_tokens;
+                        RequestText::new(t, params.stop.clone(), params.include_stop_str_in_output, skip)
+                    }));
+                    jobs.push(Job { prompt: prompt.0.clone(), params: Some(resolved.clone()), index });
+                }
+            }
+            let stops = jobs.iter().map(|j| stops_of(j, &self.eos_token_ids)).collect();
+            Ok(Under { generation: self.service.submit(jobs)?, texts, stops })
+        })?;
+        Ok(PyGeneration { inner: Mutex::new(generation) })
+    }
+
+    /// float32 logits of every token of a prompt, `[num_tokens, vocab]`.
+    fn logits<'py>(&self, py: Python<'py>, prompt: Ids) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let num_tokens = prompt.0.len();
+        let job = Job { prompt: prompt.0, params: None, index: 0 };
+        let mut generation = enter(py, || self.service.submit(vec![job]))?;
+        loop {
+            match enter(py, || generation.wait(SIGNAL_POLL))? {
+                Event::Timeout => py.check_signals()?,
+                Event::Output(_, output) => {
+                    let flat = numpy::PyArray1::from_vec(py, output.logits);
+                    return flat.reshape([num_tokens, self.vocab]);
+                }
+                Event::Done => return Err(to_py(Error::Internal("logits were lost".into()))),
+            }
+        }
+    }
+}
+
+/// The tokens that end a turn: those of `generation_config.json`, or the tokenizer's end of turn and end of text.
+fn stop_tokens(defaults: &GenerationConfig, tokenizer: Option<&Tokenizer>, vocab: usize) -> Vec<u32> {
+    let mut ids = defaults.eos_token_ids.clone();
+    if let Some(t) = tokenizer.filter(|_| ids.is_empty()) {
+        ids.extend(t.eos_id());
+        ids.extend(["<|im_end|>", "<|endoftext|>"].iter().filter_map(|s| t.token_to_id(s)));
+        ids.sort_unstable();
+        ids.dedup();
+    }
+    ids.retain(|&id| (id as usize) < vocab);
+    ids
+}
+
+fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
+    let Some(params) = &job.params else { return Vec::new() };
+    let own = if params.ignore_eos { &[] } else { eos };
+    own.iter().chain(&params.stop_token_ids).copied().collect()
+}
+
+fn report(progress: &Option<Py<PyAny>>, done: usize, total: usize) -> Result<()> {
+    let Some(progress) = progress else { return Ok(()) };
+    Python::attach(|py| progress.call1(py, (done, total)).map(drop)).map_err(|_| Error::Interrupted)
+}
+
+/// Requests under way; an iterator over their [`PyDelta`]s. Dropping it ends them.
+#[pyclass(name = "Generation", module = "qwen35rs._core", frozen)]
+struct PyGeneration {
+    inner: Mutex<Under>,
+}
+
+struct Under {
+    generation: Generation,
+    texts: Vec<Option<RequestText>>,
+    /// Tokens that end each request, whose text is not shown.
+    stops: Vec<Vec<u32>>,
+}
+
+/// What one step added to one request.
+#[pyclass(name = "Delta", module = "qwen35rs._core", frozen, get_all)]
+struct PyDelta {
+    /// Which request: prompts in order, the samples of one prompt side by side.
+    index: usize,
+    /// Text that became certain, possibly none.
+    text: String,
+    /// The new token.
+    token_id: u32,
+    /// `(logprob, rank, [(token id, logprob), ...])` where asked for.
+    logprobs: Option<(f32, usize, Vec<(u32, f32)>)>,
+    /// `stop`, `length`, or `None` while the request goes on.
+    finish_reason: Option<&'static str>,
+}
+
+#[pymethods]
+impl PyGeneration {
+    fn __iter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        slf
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<PyDelta>> {
+        loop {
+            let event = enter(py, || {
+                let mut under = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(match under.generation.wait(SIGNAL_POLL)? {
+                    Event::Timeout => None,
+                    Event::Done => Some(None),
+                    Event::Output(i, output) => Some(Some(under.delta(i, output)?)),
+                })
+            })?;
+            match event {
+                Some(delta) => return Ok(delta),
+                None => py.check_signals()?,
+            }
+        }
+    }
+}
+
+impl Under {
+    fn delta(&mut self, index: usize, output: StepOutput) -> Result<PyDelta> {
+        let token_id = output.token.unwrap_or_default();
+        let mut finish = output.finish;
+        let (mut text, mut stopped) = (String::new(), false);
+        if let Some(request) = &mut self.texts[index] {
+            let hidden = finish == Some(FinishReason::Stop) && self.stops[index].contains(&token_id);
+            if !hidden {
+                (text, stopped) = request.push(token_id)?;
+            }
+            if finish.is_some() && !stopped {
+                let (rest, found) = request.finish();
+                text.push_str(&rest);
+                stopped = found;
+            }
+            if stopped {
+                self.generation.close(index);
+                finish = Some(FinishReason::Stop);
+            }
+        }
+        Ok(PyDelta {
+            index,
+            text,
+            token_id,
+            logprobs: output.logprobs.map(|l| (l.chosen, l.rank, l.top)),
+            finish_reason: finish.map(|f| match f {
+                FinishReason::Stop => "stop",
+                FinishReason::Length => "length",
+            }),
+        })
+    }
+}

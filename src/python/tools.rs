@@ -1,0 +1,131 @@
+//! What the command line and the tokenizer need besides: chat templates, plans and inspections. Structures
+//! cross as JSON text.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::{enter, to_py};
+use crate::config::ModelConfig;
+use crate::inspect::inspect;
+use crate::plan::{self, PlanOptions, Scheme};
+use crate::tokenizer::chat::ChatTemplate;
+use crate::weights::Depth;
+use crate::{Error, Result};
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<PyChatTemplate>()?;
+    m.add_function(wrap_pyfunction!(inspect_checkpoint, m)?)?;
+    m.add_function(wrap_pyfunction!(plan_model, m)?)
+}
+
+fn parse(field: &str, text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|e| Error::request(field, e, "values that JSON can hold"))
+}
+
+fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::Internal(e.to_string()))
+}
+
+/// A compiled chat template.
+#[pyclass(name = "ChatTemplate", module = "qwen35rs._core", frozen)]
+struct PyChatTemplate {
+    inner: ChatTemplate,
+}
+
+#[pymethods]
+impl PyChatTemplate {
+    /// The template of a checkpoint directory, or the family's own where it has none.
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Ok(Self { inner: enter(py, || ChatTemplate::from_dir(&path))? })
+    }
+
+    /// Compiles a template's text.
+    #[staticmethod]
+    fn from_source(py: Python<'_>, source: &str) -> PyResult<Self> {
+        Ok(Self { inner: enter(py, || ChatTemplate::from_str(source))? })
+    }
+
+    /// The template's text.
+    #[getter]
+    fn source(&self) -> &str {
+        self.inner.source()
+    }
+
+    /// Renders a conversation; messages, tools and further variables are JSON text.
+    fn render(
+        &self,
+        py: Python<'_>,
+        messages: &str,
+        tools: Option<&str>,
+        add_generation_prompt: bool,
+        kwargs: &str,
+    ) -> PyResult<String> {
+        enter(py, || {
+            let messages = parse("messages", messages)?;
+            let tools = tools.map(|t| parse("tools", t)).transpose()?;
+            let kwargs = match parse("chat template variables", kwargs)? {
+                Value::Object(map) => map,
+                _ => Map::new(),
+            };
+            self.inner.render(&messages, tools.as_ref(), add_generation_prompt, &kwargs)
+        })
+    }
+}
+
+/// JSON description of a checkpoint directory. `full` reads every byte for the fingerprint.
+#[pyfunction]
+fn inspect_checkpoint(py: Python<'_>, path: PathBuf, full: bool) -> PyResult<String> {
+    let depth = if full { Depth::Full } else { Depth::Quick };
+    enter(py, || json(&inspect(&path, depth)?))
+}
+
+#[derive(Serialize)]
+struct ModelPlan {
+    config: ModelConfig,
+    #[serde(flatten)]
+    plan: plan::Plan,
+}
+
+/// JSON plan of a model, named by a family name or by the path of a `config.json` or its directory.
+#[pyfunction]
+#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, with_vision, with_mtp))]
+#[allow(clippy::too_many_arguments)]
+fn plan_model(
+    py: Python<'_>,
+    model: &str,
+    gpus: Vec<String>,
+    cards: Vec<usize>,
+    schemes: Vec<String>,
+    context: usize,
+    fp8_kv: bool,
+    with_vision: bool,
+    with_mtp: bool,
+) -> PyResult<String> {
+    let make = || {
+        let path = PathBuf::from(model);
+        let config = if path.is_dir() {
+            ModelConfig::from_dir(&path)?
+        } else if path.is_file() {
+            let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+            ModelConfig::from_json(&text, &path)?
+        } else {
+            plan::family_config(model)?
+        };
+        let gpus = match gpus.is_empty() {
+            true => plan::GPUS.to_vec(),
+            false => gpus.iter().map(|name| plan::gpu(name)).collect::<Result<_>>()?,
+        };
+        let schemes = match schemes.is_empty() {
+            true => Scheme::ALL.to_vec(),
+            false => schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?,
+        };
+        let options = PlanOptions { context, fp8_kv, with_vision, with_mtp, ..PlanOptions::default() };
+        let plan = plan::plan(&config, &gpus, &cards, &schemes, &options)?;
+        json(&ModelPlan { config, plan })
+    };
+    py.detach(make).map_err(to_py)
+}

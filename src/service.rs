@@ -1,0 +1,256 @@
+//! A thread that owns an engine, and handles to it. Callers submit requests and wait on their own channel; the
+//! thread runs steps while any request is left. Dropping a [`Generation`] ends its requests.
+
+use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::backend::Backend;
+use crate::engine::{Engine, StepOutput};
+use crate::request::{RequestId, SamplingParams};
+use crate::{Error, Result};
+
+/// What a caller wants of one prompt.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Token ids.
+    pub prompt: Vec<u32>,
+    /// How to sample; `None` for the logits of the prompt.
+    pub params: Option<SamplingParams>,
+    /// Tells the samples of one prompt apart.
+    pub index: u64,
+}
+
+enum Command {
+    Submit { jobs: Vec<Job>, events: Sender<StepOutput>, reply: Sender<Result<Vec<RequestId>>> },
+    /// Requests were put into the aborted set.
+    Abort,
+}
+
+/// Handle to an engine's thread; the thread ends when the last handle and the last generation are dropped.
+#[derive(Clone)]
+pub struct Service {
+    commands: Sender<Command>,
+    aborted: Arc<Mutex<HashSet<RequestId>>>,
+    process: u32,
+}
+
+/// The requests of one `submit`, and what has become of them.
+pub struct Generation {
+    ids: Vec<RequestId>,
+    events: Receiver<StepOutput>,
+    service: Service,
+    /// Requests that have not ended, by place in `ids`.
+    open: Vec<bool>,
+}
+
+/// What came of waiting on a [`Generation`].
+pub enum Event {
+    /// The request at this place of the submitted jobs did a step.
+    Output(usize, StepOutput),
+    /// Nothing yet.
+    Timeout,
+    /// Every request has ended.
+    Done,
+}
+
+impl Service {
+    /// Starts the thread, and makes the engine on it.
+    ///
+    /// # Errors
+    /// What `make` returned.
+    pub fn start<B, F, T>(make: F) -> Result<(Self, T)>
+    where
+        B: Backend + 'static,
+        F: FnOnce() -> Result<(Engine<B>, T)> + Send + 'static,
+        T: Send + 'static,
+    {
+        let (commands, inbox) = channel();
+        let aborted = Arc::new(Mutex::new(HashSet::new()));
+        let (ready, made) = channel();
+        let theirs = Arc::clone(&aborted);
+        let thread = std::thread::Builder::new().name("qwen35rs-engine".into());
+        let spawned = thread.spawn(move || match catch_unwind(AssertUnwindSafe(make)) {
+            Ok(Ok((engine, extra))) => {
+                if ready.send(Ok(extra)).is_ok() {
+                    Worker { engine, inbox, aborted: theirs, owners: Vec::new() }.run();
+                }
+            }
+            Ok(Err(error)) => drop(ready.send(Err(error))),
+            Err(panic) => drop(ready.send(Err(panicked(panic.as_ref())))),
+        });
+        spawned.map_err(|e| Error::Internal(format!("no thread for the engine: {e}")))?;
+        let extra = made.recv().map_err(|_| gone())??;
+        Ok((Self { commands, aborted, process: std::process::id() }, extra))
+    }
+
+    /// Queues requests, all or none.
+    ///
+    /// # Errors
+    /// [`Error::Request`] naming what cannot be served.
+    pub fn submit(&self, jobs: Vec<Job>) -> Result<Generation> {
+        if std::process::id() != self.process {
+            let found = "a process forked after the model was loaded";
+            return Err(Error::request("LLM", found, "use in the process that made it; make one after the fork"));
+        }
+        let (events, inbox) = channel();
+        let (reply, answer) = channel();
+        self.commands.send(Command::Submit { jobs, events, reply }).map_err(|_| gone())?;
+        let ids = answer.recv().map_err(|_| gone())??;
+        Ok(Generation { open: vec![true; ids.len()], ids, events: inbox, service: self.clone() })
+    }
+
+    fn abort(&self, ids: impl Iterator<Item = RequestId>) {
+        lock(&self.aborted).extend(ids);
+        // A thread that is gone has nothing left to abort.
+        drop(self.commands.send(Command::Abort));
+    }
+}
+
+impl Generation {
+    /// Waits for the next output of any of its requests.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where the engine's thread is gone, or a request failed.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Event> {
+        loop {
+            if !self.open.contains(&true) {
+                return Ok(Event::Done);
+            }
+            let output = match self.events.recv_timeout(timeout) {
+                Ok(output) => output,
+                Err(RecvTimeoutError::Timeout) => return Ok(Event::Timeout),
+                Err(RecvTimeoutError::Disconnected) => return Err(gone()),
+            };
+            // Outputs that were on their way when a request was closed are dropped here.
+            let place = self.ids.iter().position(|&id| id == output.id).filter(|&i| self.open[i]);
+            let Some(i) = place else { continue };
+            if let Some(what) = output.error {
+                return Err(Error::Internal(what));
+            }
+            self.open[i] = output.finish.is_none();
+            return Ok(Event::Output(i, output));
+        }
+    }
+
+    /// Ends one request: no more outputs of it.
+    pub fn close(&mut self, i: usize) {
+        if std::mem::replace(&mut self.open[i], false) {
+            self.service.abort(std::iter::once(self.ids[i]));
+        }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let open: Vec<_> = self.ids.iter().zip(&self.open).filter(|x| *x.1).map(|x| *x.0).collect();
+        if !open.is_empty() {
+            self.service.abort(open.into_iter());
+        }
+    }
+}
+
+struct Worker<B: Backend> {
+    engine: Engine<B>,
+    inbox: Receiver<Command>,
+    aborted: Arc<Mutex<HashSet<RequestId>>>,
+    owners: Vec<(RequestId, Sender<StepOutput>)>,
+}
+
+impl<B: Backend> Worker<B> {
+    fn run(mut self) {
+        while self.take_commands() {
+            if self.owners.is_empty() {
+                continue;
+            }
+            let (engine, aborted) = (&mut self.engine, &self.aborted);
+            // A step of which every request was aborted ends at the next layer.
+            let poll = |ids: &[RequestId]| {
+                let aborted = lock(aborted);
+                let wanted = aborted.is_empty() || ids.iter().any(|id| !aborted.contains(id));
+                if wanted { Ok(()) } else { Err(Error::Interrupted) }
+            };
+            let step = || rayon::scope(|_| engine.step(poll));
+            match catch_unwind(AssertUnwindSafe(step)) {
+                Ok(Ok(outputs)) => outputs.into_iter().for_each(|output| self.deliver(output)),
+                Ok(Err(Error::Interrupted)) => {}
+                // Dropping the senders tells every caller; the engine's state is not to be trusted.
+                Ok(Err(_)) | Err(_) => return,
+            }
+        }
+    }
+
+    /// Handles what has come in, waiting where there is nothing else to do. False when all handles are gone.
+    fn take_commands(&mut self) -> bool {
+        loop {
+            let command = if self.owners.is_empty() {
+                self.inbox.recv().map_err(|_| TryRecvError::Disconnected)
+            } else {
+                self.inbox.try_recv()
+            };
+            match command {
+                Ok(Command::Submit { jobs, events, reply }) => {
+                    let ids = self.add(jobs, &events);
+                    drop(reply.send(ids));
+                }
+                Ok(Command::Abort) => {
+                    let ids = std::mem::take(&mut *lock(&self.aborted));
+                    ids.iter().for_each(|&id| self.engine.abort(id));
+                    self.owners.retain(|(id, _)| !ids.contains(id));
+                }
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn add(&mut self, jobs: Vec<Job>, events: &Sender<StepOutput>) -> Result<Vec<RequestId>> {
+        let mut ids = Vec::with_capacity(jobs.len());
+        let several = jobs.len() > 1;
+        for (i, job) in jobs.iter().enumerate() {
+            let added = match &job.params {
+                Some(params) => self.engine.add(&job.prompt, params, job.index),
+                None => self.engine.add_logits(&job.prompt),
+            };
+            match added {
+                Ok(id) => ids.push(id),
+                Err(error) => {
+                    ids.iter().for_each(|&id| self.engine.abort(id));
+                    return Err(match error {
+                        Error::Request { field, found, allowed } if several => {
+                            Error::Request { field: format!("request {i}: {field}"), found, allowed }
+                        }
+                        error => error,
+                    });
+                }
+            }
+        }
+        self.owners.extend(ids.iter().map(|&id| (id, events.clone())));
+        Ok(ids)
+    }
+
+    fn deliver(&mut self, output: StepOutput) {
+        let Some(i) = self.owners.iter().position(|(id, _)| *id == output.id) else { return };
+        let ended = output.finish.is_some() || output.error.is_some();
+        // A caller that is gone has dropped its generation, whose abort is on its way.
+        drop(self.owners[i].1.send(output));
+        if ended {
+            self.owners.swap_remove(i);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn gone() -> Error {
+    Error::Internal("the engine's thread ended; make a new LLM".into())
+}
+
+fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    Error::Internal(text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("panic").into())
+}

@@ -1,0 +1,202 @@
+//! From the files of a checkpoint to a [`Tokenizer`].
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use serde::Deserialize;
+
+use super::added::Matcher;
+use super::bpe::{MAX_MERGES, Merges};
+use super::chars::CharTable;
+use super::file::{Model, TokenName, TokenizerConfig, TokenizerFile, read};
+use super::nfc::nfc;
+use super::pieces::PieceEncoder;
+use super::vocab::{ID_BITS, Vocab};
+use super::Tokenizer;
+use crate::{Error, Result};
+
+/// A token that is looked for in the text before anything else.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct AddedToken {
+    /// Its id.
+    pub id: u32,
+    /// Its text.
+    pub content: String,
+    /// Whether decoding can leave it out.
+    #[serde(default)]
+    pub special: bool,
+    /// Whether it takes the white space before it.
+    #[serde(default)]
+    pub lstrip: bool,
+    /// Whether it takes the white space after it.
+    #[serde(default)]
+    pub rstrip: bool,
+    /// Whether it is looked for after normalization.
+    #[serde(default)]
+    pub normalized: bool,
+    /// Whether it matches whole words only, which is refused.
+    #[serde(default)]
+    pub(super) single_word: bool,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a checkpoint directory, and `tokenizer_config.json` where there is one.
+    ///
+    /// Errors: [`Error::Io`] for a file that cannot be read, [`Error::File`] for a malformed one, [`Error::Config`]
+    /// for a component that this crate does not implement exactly.
+    pub fn from_directory(directory: impl AsRef<Path>) -> Result<Self> {
+        let path = directory.as_ref().join("tokenizer_config.json");
+        let config = if path.exists() { read(&path)? } else { TokenizerConfig::default() };
+        load(&directory.as_ref().join("tokenizer.json"), config)
+    }
+
+    /// Reads a `tokenizer.json` alone. Errors as for [`Tokenizer::from_directory`].
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        load(path.as_ref(), TokenizerConfig::default())
+    }
+}
+
+fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
+    let bad = |what: String| Error::file(path, what);
+    let mut file: TokenizerFile = read(path)?;
+    let components = file.components()?;
+
+    let max_id = file.model.vocab.entries.iter().map(|entry| entry.0).chain(file.model.vocab.raw.values().copied());
+    if let Some(id) = max_id.chain(file.added_tokens.iter().map(|token| token.id)).find(|&id| id >> ID_BITS != 0) {
+        return Err(bad(format!("token id {id}: ids must be below {}", 1 << ID_BITS)));
+    }
+    let entries = std::mem::take(&mut file.model.vocab);
+    let mut vocab = Vocab::new(entries.bytes, &entries.entries, entries.raw).map_err(bad)?;
+    let merges = merges(&file.model, &vocab).map_err(bad)?;
+
+    let mut added = Vec::new();
+    for token in file.added_tokens {
+        add(&mut added, token, &mut vocab, "tokenizer.json: added_tokens")?;
+    }
+    let mut more: Vec<AddedToken> = Vec::new();
+    for (id, token) in config.added_tokens_decoder {
+        let field = format!("tokenizer_config.json: added_tokens_decoder.{id}");
+        let Some(id) = id.parse().ok().filter(|id: &u32| id >> ID_BITS == 0) else {
+            return Err(Error::config(field, "this key", format!("an id below {}", 1 << ID_BITS)));
+        };
+        more.push(AddedToken {
+            id,
+            content: token.content,
+            special: token.special,
+            lstrip: token.lstrip,
+            rstrip: token.rstrip,
+            normalized: token.normalized,
+            single_word: token.single_word,
+        });
+    }
+    more.sort_by_key(|token| token.id);
+    for token in more {
+        // What tokenizer.json says of a token stands.
+        match added.iter().find(|known| known.content == token.content) {
+            Some(known) if known.id != token.id => {
+                let field = format!("tokenizer_config.json: added_tokens_decoder.{}", token.id);
+                return Err(Error::config(field, token.content, format!("its id in tokenizer.json, {}", known.id)));
+            }
+            Some(_) => {}
+            None => add(&mut added, token, &mut vocab, "tokenizer_config.json: added_tokens_decoder")?,
+        }
+    }
+
+    let chars = CharTable::new(components.marks_join);
+    let (normalized, exact): (Vec<_>, Vec<_>) = added.iter().partition(|token| token.normalized);
+    let as_normalized = |text: &str| if components.nfc { nfc(text, &chars).into_owned() } else { text.to_owned() };
+    let exact = Matcher::new(exact.into_iter().map(|token| (token.content.clone(), token)));
+    let normalized = Matcher::new(normalized.into_iter().map(|token| (as_normalized(&token.content), token)));
+    added.sort_by_key(|token| token.id);
+    let mut special = vec![false; vocab.end() as usize];
+    for token in added.iter().filter(|token| token.special) {
+        special[token.id as usize] = true;
+    }
+    let mut tokenizer = Tokenizer {
+        pieces: PieceEncoder::new(merges, &vocab),
+        vocab,
+        chars,
+        nfc: components.nfc,
+        exact,
+        normalized,
+        added,
+        special,
+        eos: None,
+        pad: None,
+        scratch: Mutex::new(Vec::new()),
+    };
+    tokenizer.eos = named(&tokenizer, "eos_token", config.eos_token)?;
+    tokenizer.pad = named(&tokenizer, "pad_token", config.pad_token)?;
+    Ok(tokenizer)
+}
+
+/// The id of a token that `tokenizer_config.json` names.
+fn named(tokenizer: &Tokenizer, field: &str, token: Option<TokenName>) -> Result<Option<u32>> {
+    let Some(token) = token else { return Ok(None) };
+    match tokenizer.token_to_id(token.text()) {
+        Some(id) => Ok(Some(id)),
+        None => Err(Error::config(
+            format!("tokenizer_config.json: {field}"),
+            format!("{:?}", token.text()),
+            "a token of the vocabulary",
+        )),
+    }
+}
+
+/// Adds one token under the id that the reference would give it, which must be the one it declares.
+fn add(added: &mut Vec<AddedToken>, token: AddedToken, vocab: &mut Vocab, list: &str) -> Result<()> {
+    let refuse = |what: &str, found: String, allowed: String| {
+        Err(Error::config(format!("{list}: {what} of token {:?}", token.content), found, allowed))
+    };
+    if token.content.is_empty() {
+        return refuse("content", "nothing".into(), "some text".into());
+    }
+    if token.single_word {
+        return refuse("single_word", "true".into(), "false".into());
+    }
+    if let Some(known) = added.iter().find(|known| known.content == token.content) {
+        return if *known == token {
+            Ok(())
+        } else {
+            refuse("id or flags", "two entries that differ".into(), "one entry".into())
+        };
+    }
+    let known = vocab.id_of_printable(&token.content);
+    let next = added.iter().map(|token| token.id + 1).fold(vocab.len() as u32, u32::max);
+    let expected = known.unwrap_or(next);
+    if token.id != expected {
+        let why = if known.is_some() { "its id in the vocabulary" } else { "the next free id" };
+        return refuse("id", token.id.to_string(), format!("{why}, {expected}"));
+    }
+    if known.is_none() {
+        vocab.add(token.id, &token.content);
+    }
+    added.push(token);
+    Ok(())
+}
+
+/// The merges by id, and the tokens of the single bytes.
+fn merges(model: &Model, vocab: &Vocab) -> std::result::Result<Merges, String> {
+    let mut byte_ids = [0; 256];
+    for (byte, id) in (0..=255).zip(&mut byte_ids) {
+        *id = vocab.id(&[byte]).ok_or_else(|| format!("model.vocab has no token for the single byte {byte}"))?;
+    }
+    let bytes = &model.merges.bytes;
+    if model.merges.ends.len() > MAX_MERGES {
+        return Err(format!("model.merges: {} merges; at most {MAX_MERGES}", model.merges.ends.len()));
+    }
+    let mut merges = Vec::with_capacity(model.merges.ends.len());
+    let mut start = 0;
+    for (rank, &(middle, end)) in model.merges.ends.iter().enumerate() {
+        let token = |start: u32, end: u32| {
+            let part = &bytes[start as usize..end as usize];
+            vocab.id(part).ok_or_else(|| {
+                let part = super::vocab::printable(part);
+                format!("model.merges[{rank}]: {part:?} is not in the vocabulary")
+            })
+        };
+        merges.push((token(start, middle)?, token(middle, end)?, token(start, end)?));
+        start = end;
+    }
+    Ok(Merges::new(byte_ids, &merges))
+}

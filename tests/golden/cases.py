@@ -46,7 +46,7 @@ class Golden:
                     saved[f"greedy_{i}"].tolist(),
                     saved[f"rows_{i}"],
                     saved[f"logits_{i}"],
-                    saved[f"logits_bf16_{i}"] if f"logits_bf16_{i}" in saved else None,
+                    saved.get(f"logits_bf16_{i}"),
                 )
             )
         return prompts

@@ -290,19 +290,19 @@ CASES = [
             40,
             3,
             179,
-            (4, 4),
-            16,
+            (2, 2),
+            40,
             (2, 2, 12, 16),
             (16, 3, 6, 8),
             layer_types=[FULL, LINEAR, FULL],
             max_position_embeddings=300,
             rope_parameters=rope(
-                [2, 1, 1],
-                theta=2e4,
-                factor=0.5,
+                [6, 5, 5],
+                theta=100.0,
+                factor=0.8,
                 rope_type="yarn",
                 original_max_position_embeddings=100,
-                beta_fast=16.0,
+                beta_fast=8.0,
                 beta_slow=2.0,
                 attention_factor=1.2,
                 truncate=False,
@@ -846,6 +846,7 @@ def make_ops(seed=2035):
     }
     for case, (tokens, num_k, num_v, k_dim, v_dim) in shapes.items():
         q, k, v = normal(tokens, num_k, k_dim), normal(tokens, num_k, k_dim), normal(tokens, num_v, v_dim)
+        q[0], k[0] = q[0] * 1e-3, k[0] * 1e-3  # where the epsilon of the l2 norm matters
         g = -torch.exp(normal(tokens, num_v, scale=2) - 2)
         beta = torch.sigmoid(normal(tokens, num_v, scale=1.5))
         initial = normal(num_v, k_dim, v_dim, scale=0.3) if case != "r2" else None

@@ -147,9 +147,13 @@ def attention(q, k, v, scale=None):
     """Causal attention: q [T, heads, d] are the last T of the S positions of k and v [S, kv heads, d]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    scores = np.einsum("thd,shd->hts", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
-    query, key = np.arange(len(q))[:, None] + len(k) - len(q), np.arange(len(k))
-    return np.einsum("hts,shd->thd", softmax(np.where(key <= query, scores, -np.inf)), v)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    out = np.zeros(q.shape)
+    for t in range(len(q)):
+        seen = len(k) - len(q) + t + 1
+        weights = softmax(np.einsum("hd,shd->hs", q[t], k[:seen]) * scale)
+        out[t] = np.einsum("hs,shd->hd", weights, v[:seen])
+    return out
 
 
 def swiglu(x, gate_proj, up_proj, down_proj):

@@ -326,6 +326,13 @@ def read_bandwidth(threads: int) -> float:
     return float(subprocess.check_output([sys.executable, "-c", code, str(threads)]))
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: found on the path"
+
+
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(
@@ -362,6 +369,12 @@ def main():
         "decode": (args.decode_prompt, 1 + args.decode_tokens),
         "prefill": (args.prefill_prompt, 1),
     }
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(
+            f"warning: the load average is {load:.1f}; figures taken beside other work mean little",
+            file=sys.stderr,
+        )
     bandwidth = {str(n): round(read_bandwidth(n), 2) for n in sorted({1, args.threads})}
     with tempfile.TemporaryDirectory(prefix="qwen35rs-bench-") as directory:
         print("writing the checkpoint ...", file=sys.stderr)
@@ -400,7 +413,7 @@ def main():
             decode = statistics.median(samples[name]["decode_ms_per_token"])
             prefill = statistics.median(samples[name]["prefill_ms"])
             engines[name] = {
-                "version": importlib.metadata.version(name),
+                "version": version(name),
                 "decode_ms_per_token": round(decode, 2),
                 "decode_tokens_per_s": round(1e3 / decode, 2),
                 "decode_weights_gb_per_s": round(floor_bytes(TEXT_CONFIG) / decode / 1e6, 2),
@@ -437,6 +450,7 @@ def main():
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu_name(),
         "threads": args.threads,
+        "load_average_before": round(load, 2),
         "read_bandwidth_gb_per_s_by_threads": bandwidth,
         "checkpoint": {"bytes": num_bytes, "bytes_read_per_decoded_token": floor_bytes(TEXT_CONFIG)},
         "workload": {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Value};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, ErrorKind, State};
 use serde_json::{Map, Value as Json};
 
@@ -279,6 +279,14 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     env.set_formatter(|out, _, value| Ok(out.write_str(&python::str(value))?));
     env.add_filter("tojson", to_json);
     env.add_filter("string", |value: &Value| python::str(value));
+    // Undefined has no items; the engine's own filter refuses it.
+    env.add_filter("items", |value: &Value| {
+        if value.is_undefined() {
+            Ok(Value::from_iter(Vec::<Value>::new()))
+        } else {
+            minijinja::filters::items(value)
+        }
+    });
     env.add_filter("trim", |text: &Value, chars: Option<String>| {
         let text = python::str(text);
         match chars {
@@ -286,6 +294,16 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
             None => text.trim_matches(python::is_space).to_string(),
         }
     });
+    // As Python has it: text and mappings are sequences, true and false are integers.
+    env.add_test("sequence", |value: &Value| {
+        matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
+    });
+    env.add_test("iterable", |value: &Value| {
+        use ValueKind::{Iterable, Map, Seq, String, Undefined};
+        matches!(value.kind(), String | Seq | Map | Iterable | Undefined)
+    });
+    env.add_test("number", |value: &Value| value.is_number() || python::is_integer(value));
+    env.add_test("integer", python::is_integer);
     env.add_function("raise_exception", |message: &Value| -> Result<Value, minijinja::Error> {
         let message = python::str(message);
         let error = minijinja::Error::new(ErrorKind::InvalidOperation, message.clone());

@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch", reason="parity tests need torch")
 transformers = pytest.importorskip("transformers", reason="parity tests need transformers")
 pytest.importorskip("safetensors", reason="parity tests need safetensors")
 
+from golden import geometries, ops_checks
 from golden import make_goldens as goldens
-from golden import ops_checks
 from golden.cases import CASES, Golden
 
 TOLERANCE = Golden.TOLERANCE
@@ -31,10 +31,10 @@ def quiet_and_small():
 
 
 def test_the_script_makes_the_committed_cases():
-    assert sorted(case.name for case in goldens.CASES) == CASES
+    assert sorted(case.name for case in geometries.CASES) == CASES
 
 
-@pytest.mark.parametrize("case", goldens.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", geometries.CASES, ids=lambda case: case.name)
 def test_golden_is_reproduced(case, tmp_path):
     golden = Golden(case.name)
     goldens.write_checkpoint(case, tmp_path)
@@ -63,12 +63,12 @@ def pick(*options):
 
 def random_case(number):
     """A geometry that no committed case has: every size drawn, some layouts and dtypes too."""
-    kind = pick(goldens.MOE, goldens.DENSE)
+    kind = pick(geometries.MOE, geometries.DENSE)
     num_layers, kv_heads, k_heads = int(RNG.integers(1, 6)), pick(1, 2, 3), pick(1, 2, 3)
     pairs, rotating = int(RNG.integers(1, 7)), pick(1.0, 0.5, 0.25)
     height, width = (int(RNG.integers(0, pairs // 3 + 1)) for _ in range(2))
     ffn = int(RNG.integers(8, 60))
-    if kind == goldens.MOE:
+    if kind == geometries.MOE:
         experts = int(RNG.integers(2, 20))
         ffn = (
             experts,
@@ -79,14 +79,14 @@ def random_case(number):
     more = {"tie_word_embeddings": pick(True, False)}
     more |= pick(
         {"full_attention_interval": int(RNG.integers(1, 5))},
-        {"layer_types": [pick(goldens.FULL, goldens.LINEAR) for _ in range(num_layers)]},
+        {"layer_types": [pick(geometries.FULL, geometries.LINEAR) for _ in range(num_layers)]},
         {},
     )
-    rope = goldens.rope([pairs - height - width, height, width], pick(1e4, 1e6, 1e7), rotating)
+    rope = geometries.rope([pairs - height - width, height, width], pick(1e4, 1e6, 1e7), rotating)
     if pick(True, False, False):
         rope |= {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 70}
     delta = (k_heads, k_heads * pick(1, 2, 3, 4), int(RNG.integers(4, 30)), int(RNG.integers(4, 30)))
-    text = goldens.dims(
+    text = geometries.dims(
         int(RNG.integers(24, 90)),
         num_layers,
         int(RNG.integers(50, 400)),
@@ -99,7 +99,7 @@ def random_case(number):
         **more,
     )
     nested = pick(True, False)
-    return goldens.Case(
+    return geometries.Case(
         f"live_{number}",
         "drawn",
         kind,

@@ -117,6 +117,8 @@ struct Scratch {
     x: Vec<f32>,
     /// Running sum of g.
     g: Vec<f32>,
+    /// What of the running sum f32 cannot hold.
+    g_low: Vec<f32>,
 }
 
 thread_local! {
@@ -156,23 +158,32 @@ kernel! {
     ) {
         const C: usize = CHUNK_LEN;
         let (len, dk, dv) = (rows.len, head.k_dim, head.v_dim);
-        let Scratch { q, k, k_last, kk, qk, x, g: sums } = scratch;
+        let Scratch { q, k, k_last, kk, qk, x, g: sums, g_low: lows } = scratch;
         for buffer in [&mut *kk, &mut *qk] {
             buffer.resize(C * C, 0.0);
         }
         k_last.resize(dk * C, 0.0);
         x.resize(C * dv, 0.0);
+        // In two f32 parts: behind a token of total decay (g = -1e4) the differences of later sums are still
+        // exact, where one f32 would leave them 1e-3 apart.
         sums.clear();
-        sums.extend(g.iter().scan(0.0, |sum, g| { *sum += g; Some(*sum) }));
-        let last = sums[len - 1];
+        lows.clear();
+        let mut sum = 0.0_f64;
+        for &g in g {
+            sum += f64::from(g);
+            sums.push(sum as f32);
+            lows.push((sum - f64::from(sum as f32)) as f32);
+        }
+        let (last, last_low) = (sums[len - 1], lows[len - 1]);
         sums.resize(C, 0.0);
+        lows.resize(C, 0.0);
 
         matmul_nt::<V>(len, len, dk, k.as_ptr(), dk, k.as_ptr(), dk, kk.as_mut_ptr(), C);
         matmul_nt::<V>(len, len, dk, q.as_ptr(), dk, k.as_ptr(), dk, qk.as_mut_ptr(), C);
         for i in 0..len {
-            decay_row::<V>(sums[i], sums, -beta[i], &mut kk[i * C..], i);
-            decay_row::<V>(sums[i], sums, 1.0, &mut qk[i * C..], i + 1);
-            let to_end = (last - sums[i]).exp();
+            decay_row::<V>((sums[i], lows[i]), (sums, lows), -beta[i], &mut kk[i * C..], i);
+            decay_row::<V>((sums[i], lows[i]), (sums, lows), 1.0, &mut qk[i * C..], i + 1);
+            let to_end = ((last - sums[i]) + (last_low - lows[i])).exp();
             for c in 0..dk {
                 k_last[c * C + i] = k[i * dk + c] * to_end;
             }
@@ -202,14 +213,22 @@ kernel! {
     }
 }
 
-/// `row[j] *= factor * exp(from - sums[j])` for the first `n` j (and more, up to a whole vector, that nobody
+/// `row[j] *= factor * exp(from - sums[j] - lows[j])` for the first `n` j (and more, up to a whole vector, that nobody
 /// reads).
 #[inline(always)]
-unsafe fn decay_row<V: F32x16>(from: f32, sums: &[f32], factor: f32, row: &mut [f32], n: usize) {
+unsafe fn decay_row<V: F32x16>(
+    from: (f32, f32),
+    (sums, lows): (&[f32], &[f32]),
+    factor: f32,
+    row: &mut [f32],
+    n: usize,
+) {
     for j in (0..n).step_by(LANES) {
-        // SAFETY: `sums` and `row` have CHUNK_LEN elements, a multiple of LANES.
+        // SAFETY: `sums`, `lows` and `row` have CHUNK_LEN elements, a multiple of LANES.
         unsafe {
-            let decay = V::splat(from).sub(V::load(sums.as_ptr().add(j))).exp().mul(V::splat(factor));
+            let high = V::splat(from.0).sub(V::load(sums.as_ptr().add(j)));
+            let low = V::splat(from.1).sub(V::load(lows.as_ptr().add(j)));
+            let decay = high.add(low).exp().mul(V::splat(factor));
             let p = row.as_mut_ptr().add(j);
             V::load(p).mul(decay).store(p);
         }

@@ -288,18 +288,19 @@ impl<X: Fn(usize) -> *const f32, Y: Fn(usize, usize, f32)> Product<'_, X, Y> {
     /// Widens a few weight rows at a time, for products with so many tokens that it pays.
     #[inline(always)]
     unsafe fn widened<V: F32x16, E: Element>(&self) {
-        WIDENED.with_borrow_mut(|buffer| {
-            let step = V::TILE.0;
-            buffer.resize(step * self.k, 0.0);
-            for o in (0..self.num_out).step_by(step) {
-                let rows = step.min(self.num_out - o);
-                // SAFETY: `rows` rows of k elements at `w`, and as many floats in the buffer.
-                unsafe {
-                    widen::<V, E>(self.w.cast::<E>().add(o * self.k), buffer.as_mut_ptr(), rows * self.k);
-                    self.row_tile::<V, f32>(buffer.as_ptr(), o, rows);
-                }
+        let step = V::TILE.0;
+        // Taken out and put back, not borrowed in a closure: a closure would lose the instruction set.
+        let mut buffer = WIDENED.take();
+        buffer.resize(step * self.k, 0.0);
+        for o in (0..self.num_out).step_by(step) {
+            let rows = step.min(self.num_out - o);
+            // SAFETY: `rows` rows of k elements at `w`, and as many floats in the buffer.
+            unsafe {
+                widen::<V, E>(self.w.cast::<E>().add(o * self.k), buffer.as_mut_ptr(), rows * self.k);
+                self.row_tile::<V, f32>(buffer.as_ptr(), o, rows);
             }
-        });
+        }
+        WIDENED.set(buffer);
     }
 
     #[inline(always)]

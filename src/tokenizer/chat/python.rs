@@ -67,6 +67,11 @@ impl Object for BigInt {
     }
 }
 
+/// Whether Python's `isinstance(value, int)` holds.
+pub(super) fn is_integer(value: &Value) -> bool {
+    value.is_integer() || value.kind() == ValueKind::Bool || value.downcast_object_ref::<BigInt>().is_some()
+}
+
 /// Python's `str(value)`. Undefined prints as nothing.
 pub(super) fn str(value: &Value) -> String {
     match value.kind() {

@@ -308,6 +308,27 @@ fn scoping_and_white_space_follow_jinja2() {
 }
 
 #[test]
+fn kinds_are_pythons() {
+    let kinds = "{{ x is sequence }}{{ x is iterable }}{{ x is mapping }}{{ x is number }}{{ x is integer }}";
+    for (json, expected) in [
+        ("\"a\"", "TrueTrueFalseFalseFalse"),
+        ("[]", "TrueTrueFalseFalseFalse"),
+        ("{}", "TrueTrueTrueFalseFalse"),
+        ("true", "FalseFalseFalseTrueTrue"),
+        ("1.0", "FalseFalseFalseTrueFalse"),
+        ("1", "FalseFalseFalseTrueTrue"),
+        ("100000000000000000000000000000000000000000", "FalseFalseFalseTrueTrue"),
+        ("null", "FalseFalseFalseFalseFalse"),
+    ] {
+        assert_eq!(expr(kinds, json), expected, "{json}");
+    }
+    assert_eq!(
+        expr("{{ missing|items|list }}{% for k, v in x|items %}{{ k }}{{ v }}{% endfor %}", "{\"a\": 1}"),
+        "[]a1"
+    );
+}
+
+#[test]
 fn nesting_without_end_is_an_error_and_not_a_crash() {
     let mut deep = json!(1);
     for _ in 0..2000 {

@@ -7,6 +7,30 @@ from typing import Any, Protocol, final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "ChatTemplate",
+    "ConfigError",
+    "DecodeStream",
+    "Delta",
+    "Engine",
+    "Generation",
+    "OutOfMemoryError",
+    "Qwen35Error",
+    "RequestError",
+    "Tokenizer",
+    "__version__",
+    "check_sampling_params",
+    "inspect_checkpoint",
+    "ops_attention",
+    "ops_causal_conv1d",
+    "ops_gated_delta_rule",
+    "ops_moe",
+    "ops_rms_norm",
+    "ops_rope",
+    "ops_route",
+    "plan_model",
+]
+
 __version__: str
 
 class Qwen35Error(Exception): ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,15 @@ class LLM:
                 raise RequestError(f"{name}: found {value}; allowed: 0 to 2^63 - 1")
         with _LoadBar(path, progress) as bar:
             self._engine = _core.Engine(
-                path, self._tokenizer and self._tokenizer._core, dtype=dtype, progress=bar.update, **limits
+                path,
+                None if self._tokenizer is None else self._tokenizer._core,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kv_cache_bytes=kv_cache_bytes,
+                seed=seed,
+                progress=bar.update,
             )
         self.model = os.fspath(model)
         self.path = path
@@ -294,7 +302,8 @@ def _ids(name: str, ids: Any) -> list[int]:
     if array.min() < 0 or array.max() >= 2**32:
         bad = next(int(i) for i in array if not 0 <= i < 2**32)
         raise RequestError(f"{name}: found {bad}; allowed: token ids from 0")
-    return array.tolist()
+    ids_list: list[int] = array.tolist()
+    return ids_list
 
 
 def _short(value: object) -> str:
@@ -317,6 +326,9 @@ def _empty(params: SamplingParams) -> list[dict[int, Logprob]] | None:
     return None if params.logprobs is None else []
 
 
+_Bar = TypeVar("_Bar", bound="_LoadBar")
+
+
 class _LoadBar:
     """A progress bar while a checkpoint loads; none for one that is loaded at once."""
 
@@ -327,7 +339,7 @@ class _LoadBar:
         self._show = show if show is not None else size > self.SIZE
         self._bar: Any = None
 
-    def __enter__(self) -> _LoadBar:
+    def __enter__(self: _Bar) -> _Bar:
         if self._show:
             self._bar = _bar()
             self._bar.start()

@@ -34,14 +34,16 @@ def _printable():
 
 def write_tokenizer(directory):
     form = _printable()
-    spell = lambda text: "".join(form[b] for b in text.encode())  # noqa: E731
+    spell = lambda text: "".join(form[b] for b in text.encode())
     vocab = {form[b]: b for b in range(256)}
     merges = []
     for i, text in enumerate(MERGED):
         raw = text.encode()
         vocab[spell(text)] = 256 + i
         if len(raw) > 2:
-            left = next((n for n in range(len(raw) - 1, 0, -1) if _known(raw[:n], raw[n:], vocab, form)), None)
+            left = next(
+                (n for n in range(len(raw) - 1, 0, -1) if _known(raw[:n], raw[n:], vocab, form)), None
+            )
             if left is None:
                 continue
         else:
@@ -50,7 +52,8 @@ def write_tokenizer(directory):
     special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     first = 256 + len(MERGED)
     added = [
-        {"id": first + i, "content": text, "special": text in SPECIAL, **special} for i, text in enumerate(ADDED)
+        {"id": first + i, "content": text, "special": text in SPECIAL, **special}
+        for i, text in enumerate(ADDED)
     ]
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -119,7 +122,9 @@ def write_safetensors(path, tensors):
         f.truncate(8 + len(text) + end)
 
 
-def write_checkpoint(directory, vocab=VOCAB, tokenizer=True, embedding=True, source=SOURCE, max_position=2048):
+def write_checkpoint(
+    directory, vocab=VOCAB, tokenizer=True, embedding=True, source=SOURCE, max_position=2048
+):
     """A checkpoint like `source` with another vocabulary. With `embedding=False` its embedding is a hole."""
     directory.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / "config.json").read_text())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ class OutOfMemoryError(Qwen35Error, MemoryError): ...
 
 # tokenizer
 
-_Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
+_Ids: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 @final
 class Tokenizer:
@@ -169,7 +169,7 @@ class Delta:
 
 # ops: arrays are C-contiguous float32
 
-_Array = npt.NDArray[np.float32]
+_Array: TypeAlias = npt.NDArray[np.float32]
 
 def ops_rms_norm(x: _Array, weight: _Array, eps: float) -> _Array: ...
 def ops_rope(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -326,9 +326,6 @@ def _empty(params: SamplingParams) -> list[dict[int, Logprob]] | None:
     return None if params.logprobs is None else []
 
 
-_Bar = TypeVar("_Bar", bound="_LoadBar")
-
-
 class _LoadBar:
     """A progress bar while a checkpoint loads; none for one that is loaded at once."""
 
@@ -339,7 +336,7 @@ class _LoadBar:
         self._show = show if show is not None else size > self.SIZE
         self._bar: Any = None
 
-    def __enter__(self: _Bar) -> _Bar:
+    def __enter__(self) -> _LoadBar:  # noqa: PYI034  `Self` is of Python 3.11
         if self._show:
             self._bar = _bar()
             self._bar.start()
@@ -360,6 +357,10 @@ class _RequestBar(_LoadBar):
 
     def __init__(self, total: int, show: bool) -> None:
         self._show, self._bar, self._done, self._total = show, None, 0, total
+
+    def __enter__(self) -> _RequestBar:  # noqa: PYI034
+        super().__enter__()
+        return self
 
     def advance(self) -> None:
         self._done += 1

@@ -198,6 +198,8 @@ class _Tensor:
     mean: float = 0.0
     rule: str = "normal"
     float32: bool = False
+    quiet_from: int | None = None
+    """Rows from here are a tenth as large."""
 
     @property
     def size(self) -> int:
@@ -257,7 +259,8 @@ def _tensors(text: dict[str, Any]) -> Iterator[_Tensor]:
         yield matrix(f"{mlp}shared_expert.down_proj.weight", hidden, shared, gain=3 * out)
         yield matrix(f"{mlp}shared_expert_gate.weight", 1, hidden)
     yield norm(f"{prefix}norm.weight", hidden)
-    yield matrix("lm_head.weight", vocab, hidden, gain=3.0)
+    # Added tokens and padding are rare, so that a text goes on and is mostly letters.
+    yield _Tensor("lm_head.weight", (vocab, hidden), 3 * hidden**-0.5, quiet_from=text["eos_token_id"])
 
 
 def _draw(tensor: _Tensor, rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
@@ -298,6 +301,8 @@ def _write_safetensors(path: Path, text: dict[str, Any], dtype: str, seed: int) 
         for tensor in tensors:
             for start in range(0, tensor.size, 1 << 22):
                 values = _draw(tensor, rng, min(1 << 22, tensor.size - start))
+                if tensor.quiet_from is not None:
+                    values[max(tensor.quiet_from * tensor.shape[1] - start, 0) :] *= np.float32(0.1)
                 file.write(_to_bytes(values, header[tensor.name]["dtype"]))
     part.replace(path)
     return sum(tensor.size for tensor in tensors), 8 + len(text_header) + end

@@ -26,12 +26,12 @@ ADDED_TOKENS = """
 +<|fim_prefix|> +<|fim_middle|> +<|fim_suffix|> +<|fim_pad|> +<|repo_name|> +<|file_sep|> +<tool_response>
 +</tool_response> +<think> +</think> <|audio_start|> <|audio_end|> <tts_pad> <tts_text_bos> <tts_text_eod>
 <tts_text_bos_single> <|audio_pad|>
-""".split()
+""".split()  # noqa: SIM905
 # An underscore is a space. A token comes after its parts.
 BYTE_MERGES = """
 he th in er an on re at en or es is it ed ou al ar st to nd ng _t _a _s _w _o _h _c _b _f _p _m _d
 the _the ing and _and _to _of _in _is _he
-""".split()
+""".split()  # noqa: SIM905
 
 
 def has_real_ranks() -> bool:

@@ -122,7 +122,8 @@ class _Session:
                 write("\n")
                 return None
             except KeyboardInterrupt:
-                note("\n(Ctrl-D or /exit ends)")
+                write("\n")
+                note("(Ctrl-D or /exit ends)")
                 return ""
         data = sys.stdin.buffer.readline()
         return options.read_text("stdin", data).rstrip("\r\n") if data else None

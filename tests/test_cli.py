@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -184,6 +185,16 @@ def test_a_reader_that_leaves_is_no_error(demo):
     assert child.returncode == 141 and "Traceback" not in errors and "error" not in errors, errors
 
 
+def test_a_reader_that_leaves_a_table():
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shlex.join([*SCRIPT, 'plan', '9b'])} | true"],
+        check=False,
+        capture_output=True,
+        timeout=20,
+    )
+    assert done.returncode in (0, 141) and done.stderr == b""  # 0: all of it fitted the pipe in time
+
+
 def test_ctrl_c(demo):
     args = ["generate", demo, "Hello", "--max-tokens", "200000", "--ignore-eos"]
     for flag in [[], ["--json"]]:
@@ -197,6 +208,18 @@ def test_ctrl_c(demo):
             out, errors = child.communicate(timeout=10)
         assert child.returncode == 130 and time.monotonic() - started < 3
         assert b"Traceback" not in errors and (not flag or out == b"")
+
+
+def test_ctrl_c_in_a_chat_over_a_pipe(demo):
+    args = ["chat", demo, "--max-tokens", "200000"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*SCRIPT, *args], **pipes) as child:
+        child.stdin.write(b"Hello\n")
+        child.stdin.flush()
+        child.stdout.read1(4)
+        child.send_signal(signal.SIGINT)
+        errors = child.communicate(timeout=10)[1]
+    assert child.returncode == 130 and b"Traceback" not in errors
 
 
 ODD = [

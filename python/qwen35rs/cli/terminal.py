@@ -120,8 +120,12 @@ def console() -> Console:
     """For tables on stdout. Strings are printed to the letter; a pipe gets 120 columns."""
     from rich.console import Console
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704  it is called where the error is handled; `guarded` knows what to do
+
     width = None if sys.stdout.isatty() else 120
-    return Console(markup=False, emoji=False, highlight=False, width=width)
+    return Plain(markup=False, emoji=False, highlight=False, width=width)
 
 
 def gib(num_bytes: float) -> str:

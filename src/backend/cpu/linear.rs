@@ -5,8 +5,7 @@
 //! i + 16, ...) and one fixed fold, whatever tile it is computed in: a token's result does not depend on
 //! which other tokens are in the batch. Threads split the output features, never the reduction.
 
-use std::cell::RefCell;
-
+use super::gemm;
 use super::parallel::{self, Shared};
 use super::simd::{F32x16, Kernel, LANES, dispatch};
 use crate::weights::{DType, Tensor};
@@ -48,6 +47,12 @@ impl Linear {
         Self { parts, num_in, num_out }
     }
 
+    /// scratch
+    pub fn copied(l: &Linear) -> Self {
+        let parts = l.parts.iter().map(|p| { let b=p.data.bytes().to_vec(); Part { rows: p.rows.clone(), data: Data::Owned(b), dtype: p.dtype } }).collect();
+        Self { parts, num_in: l.num_in, num_out: l.num_out }
+    }
+
     /// An f32 matrix in memory.
     pub fn from_f32(data: &[f32], num_in: usize) -> Self {
         let num_out = data.len() / num_in.max(1);
@@ -80,20 +85,23 @@ impl Linear {
         let per_task = parallel::items_per_task(self.num_out, work);
         parallel::for_each(self.num_out.div_ceil(per_task), per_task * work, |task| {
             let rows = task * per_task..((task + 1) * per_task).min(self.num_out);
-            let write = |t: usize, row: usize, y: f32| {
-                // SAFETY: t < num_rows and row < num_out; tasks write disjoint rows.
-                unsafe { *out.get().add(t * self.num_out + row) = y }
-            };
-            self.rows(rows, num_rows, |t| x[t * self.num_in..].as_ptr(), write);
+            let start = rows.start;
+            // SAFETY: t < num_rows and start < num_out; tasks write disjoint features.
+            let out_row = |t: usize| unsafe { out.get().add(t * self.num_out + start) };
+            // SAFETY: every token has `num_in` floats and room for the features of this task.
+            unsafe { self.rows(rows, num_rows, |t| x[t * self.num_in..].as_ptr(), out_row) };
         });
     }
 
-    /// Output features `rows` for `num_rows` tokens, on this thread: token `t` is read at `x(t)` (`[in]`),
-    /// its feature `o` is handed to `write(t, o, y)`.
-    pub fn rows<X, Y>(&self, rows: std::ops::Range<usize>, num_rows: usize, x: X, write: Y)
+    /// Output features `rows` for `num_rows` tokens, on this thread.
+    ///
+    /// # Safety
+    /// Token `t` is read at `x(t)` (`num_in` floats) and written at `out(t)` (`rows.len()` floats), which nobody
+    /// else touches meanwhile.
+    pub unsafe fn rows<X, Y>(&self, rows: std::ops::Range<usize>, num_rows: usize, x: X, out: Y)
     where
         X: Fn(usize) -> *const f32,
-        Y: Fn(usize, usize, f32),
+        Y: Fn(usize) -> *mut f32,
     {
         let first = self.parts.partition_point(|p| p.rows.end <= rows.start);
         for part in self.parts[first..].iter().take_while(|p| p.rows.start < rows.end) {
@@ -101,6 +109,7 @@ impl Linear {
             let (k, size) = (self.num_in, part.dtype.size());
             let bytes = &part.data.bytes()[(start - part.rows.start) * k * size..];
             assert!(bytes.len() >= (end - start) * k * size);
+            let before = start - rows.start;
             let product = Product {
                 w: bytes.as_ptr(),
                 dtype: part.dtype,
@@ -108,7 +117,8 @@ impl Linear {
                 k,
                 num_rows,
                 x: &x,
-                write: |t, o, y| write(t, start + o, y),
+                // SAFETY: the part's features follow those of the parts before it.
+                out: |t| unsafe { out(t).add(before) },
             };
             dispatch(product);
         }
@@ -128,7 +138,7 @@ impl Data {
 #[inline(always)]
 pub unsafe fn dot<V: F32x16>(a: *const f32, b: *const f32, n: usize) -> f32 {
     // SAFETY: the caller's; both have n elements.
-    unsafe { tile::<V, f32, 1, 1>([a], [b], n)[0][0] }
+    unsafe { tile::<V, f32, 1, 1, false>([a], [b], n)[0][0].sum() }
 }
 
 /// How a weight element is loaded and widened.
@@ -200,26 +210,30 @@ impl Element for F16 {
     }
 }
 
-/// `R` weight rows times `T` token rows.
+/// `R` weight rows times `T` token rows: one vector of partial sums each. With `AHEAD`, the rows that follow in
+/// memory are fetched meanwhile.
 #[inline(always)]
-pub unsafe fn tile<V: F32x16, E: Element, const R: usize, const T: usize>(
+pub unsafe fn tile<V: F32x16, E: Element, const R: usize, const T: usize, const AHEAD: bool>(
     w: [*const E; R],
     x: [*const f32; T],
     k: usize,
-) -> [[f32; T]; R] {
-    // SAFETY: every row has k elements.
+) -> [[V; R]; T] {
+    // SAFETY: every row has k elements; a prefetch may name any address.
     unsafe {
-        let mut acc = [[V::splat(0.0); T]; R];
+        let mut acc = [[V::splat(0.0); R]; T];
         let mut i = 0;
         while i + LANES <= k {
             let mut wv = [V::splat(0.0); R];
             for r in 0..R {
+                if AHEAD {
+                    V::prefetch(w[r].wrapping_add(i + 2 * R * k).cast());
+                }
                 wv[r] = E::load::<V>(w[r].add(i));
             }
             for t in 0..T {
                 let xv = V::load(x[t].add(i));
                 for r in 0..R {
-                    acc[r][t] = wv[r].fma(xv, acc[r][t]);
+                    acc[t][r] = wv[r].fma(xv, acc[t][r]);
                 }
             }
             i += LANES;
@@ -228,26 +242,29 @@ pub unsafe fn tile<V: F32x16, E: Element, const R: usize, const T: usize>(
             for t in 0..T {
                 let xv = V::load_part(x[t].add(i), k - i);
                 for r in 0..R {
-                    acc[r][t] = E::load_part::<V>(w[r].add(i), k - i).fma(xv, acc[r][t]);
+                    acc[t][r] = E::load_part::<V>(w[r].add(i), k - i).fma(xv, acc[t][r]);
                 }
             }
         }
-        let mut out = [[0f32; T]; R];
-        for t in 0..T {
-            let mut r = 0;
-            while r + 4 <= R {
-                let s = V::sum4([acc[r][t], acc[r + 1][t], acc[r + 2][t], acc[r + 3][t]]);
-                for j in 0..4 {
-                    out[r + j][t] = s[j];
-                }
-                r += 4;
-            }
-            while r < R {
-                out[r][t] = acc[r][t].sum();
-                r += 1;
-            }
+        acc
+    }
+}
+
+/// Folds the partial sums of `R` neighbouring outputs and writes them.
+#[inline(always)]
+pub unsafe fn store_sums<V: F32x16, const R: usize>(acc: [V; R], out: *mut f32) {
+    // SAFETY: `out` has room for R floats.
+    unsafe {
+        let mut r = 0;
+        while r + 4 <= R {
+            let sums = V::sum4([acc[r], acc[r + 1], acc[r + 2], acc[r + 3]]);
+            out.add(r).cast::<[f32; 4]>().write_unaligned(sums);
+            r += 4;
         }
-        out
+        while r < R {
+            *out.add(r) = acc[r].sum();
+            r += 1;
+        }
     }
 }
 
@@ -259,116 +276,74 @@ struct Product<'a, X, Y> {
     k: usize,
     num_rows: usize,
     x: &'a X,
-    write: Y,
+    out: Y,
 }
 
-impl<X: Fn(usize) -> *const f32, Y: Fn(usize, usize, f32)> Kernel for Product<'_, X, Y> {
+impl<X: Fn(usize) -> *const f32, Y: Fn(usize) -> *mut f32> Kernel for Product<'_, X, Y> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<V: F32x16>(self) {
-        // SAFETY: `Linear::rows` checked the extent of `w`; `x(t)` is valid for k elements by contract.
+        // SAFETY: `Linear::rows` checked the extent of `w`; tokens and outputs are its caller's.
         unsafe {
             match self.dtype {
-                DType::F32 => self.elements::<V, f32>(self.w.cast()),
-                DType::BF16 if self.num_rows >= 8 => self.widened::<V, Bf16>(),
-                DType::F16 if self.num_rows >= 8 => self.widened::<V, F16>(),
-                DType::BF16 => self.elements::<V, Bf16>(self.w.cast()),
-                _ => self.elements::<V, F16>(self.w.cast()),
+                DType::F32 => self.elements::<V, f32>(),
+                DType::BF16 => self.elements::<V, Bf16>(),
+                _ => self.elements::<V, F16>(),
             }
         }
     }
 }
 
-thread_local! {
-    /// Widened weight rows of the tile at hand.
-    static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-impl<X: Fn(usize) -> *const f32, Y: Fn(usize, usize, f32)> Product<'_, X, Y> {
-    /// Widens a few weight rows at a time, for products with so many tokens that it pays.
+impl<X: Fn(usize) -> *const f32, Y: Fn(usize) -> *mut f32> Product<'_, X, Y> {
     #[inline(always)]
-    unsafe fn widened<V: F32x16, E: Element>(&self) {
-        let step = V::TILE.0;
-        // Taken out and put back, not borrowed in a closure: a closure would lose the instruction set.
-        let mut buffer = WIDENED.take();
-        buffer.resize(step * self.k, 0.0);
-        for o in (0..self.num_out).step_by(step) {
-            let rows = step.min(self.num_out - o);
-            // SAFETY: `rows` rows of k elements at `w`, and as many floats in the buffer.
-            unsafe {
-                widen::<V, E>(self.w.cast::<E>().add(o * self.k), buffer.as_mut_ptr(), rows * self.k);
-                self.row_tile::<V, f32>(buffer.as_ptr(), o, rows);
-            }
-        }
-        WIDENED.set(buffer);
-    }
-
-    #[inline(always)]
-    unsafe fn elements<V: F32x16, E: Element>(&self, w: *const E) {
-        let step = V::TILE.0;
-        for o in (0..self.num_out).step_by(step) {
-            // SAFETY: the caller's.
-            unsafe { self.row_tile::<V, E>(w.add(o * self.k), o, step.min(self.num_out - o)) };
-        }
-    }
-
-    /// Up to `TILE.0` weight rows at `w` times all tokens.
-    #[inline(always)]
-    unsafe fn row_tile<V: F32x16, E: Element>(&self, w: *const E, o: usize, rows: usize) {
+    unsafe fn elements<V: F32x16, E: Element>(&self) {
+        let Self { num_out, k, num_rows, x, out, .. } = self;
+        let w = self.w.cast::<E>();
         // SAFETY: the caller's.
         unsafe {
-            match (V::TILE, rows) {
-                ((4, _), 4) => self.tokens::<V, E, 4, 6>(w, o),
-                ((2, 3), 2) => self.tokens::<V, E, 2, 3>(w, o),
-                ((2, _), 2) => self.tokens::<V, E, 2, 2>(w, o),
-                _ => {
-                    for r in 0..rows {
-                        self.tokens::<V, E, 1, 4>(w.add(r * self.k), o + r);
+            match (*num_rows >= gemm::MIN_TOKENS, V::TILE) {
+                (true, (4, _)) => gemm::product::<V, E, 4, 6>(w, *num_out, *k, *num_rows, x, out),
+                (true, (2, 3)) => gemm::product::<V, E, 2, 3>(w, *num_out, *k, *num_rows, x, out),
+                (true, _) => gemm::product::<V, E, 2, 2>(w, *num_out, *k, *num_rows, x, out),
+                (false, _) => {
+                    let mut t = 0;
+                    while t + 2 <= *num_rows {
+                        self.few::<V, E, 2>(w, t);
+                        t += 2;
+                    }
+                    if t < *num_rows {
+                        self.few::<V, E, 1>(w, t);
                     }
                 }
             }
         }
     }
 
+    /// `T` tokens from `t`, the weights streaming past as they are.
     #[inline(always)]
-    unsafe fn tokens<V: F32x16, E: Element, const R: usize, const T: usize>(&self, w: *const E, o: usize) {
+    unsafe fn few<V: F32x16, E: Element, const T: usize>(&self, w: *const E, t: usize) {
+        const R: usize = 4;
+        let (mut x, mut out) = ([std::ptr::null(); T], [std::ptr::null_mut(); T]);
+        for i in 0..T {
+            x[i] = (self.x)(t + i);
+            out[i] = (self.out)(t + i);
+        }
         // SAFETY: the caller's.
         unsafe {
-            let mut w_rows = [w; R];
-            for (r, p) in w_rows.iter_mut().enumerate() {
-                *p = w.add(r * self.k);
+            let mut o = 0;
+            while o + R <= self.num_out {
+                let rows = [0, 1, 2, 3].map(|r| w.add((o + r) * self.k));
+                let acc = tile::<V, E, R, T, true>(rows, x, self.k);
+                for i in 0..T {
+                    store_sums::<V, R>(acc[i], out[i].add(o));
+                }
+                o += R;
             }
-            let mut t = 0;
-            while t + T <= self.num_rows {
-                self.one_tile::<V, E, R, T>(w_rows, o, t);
-                t += T;
-            }
-            while t + 2 <= self.num_rows {
-                self.one_tile::<V, E, R, 2>(w_rows, o, t);
-                t += 2;
-            }
-            if t < self.num_rows {
-                self.one_tile::<V, E, R, 1>(w_rows, o, t);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn one_tile<V: F32x16, E: Element, const R: usize, const T: usize>(
-        &self,
-        w: [*const E; R],
-        o: usize,
-        t: usize,
-    ) {
-        let mut x = [std::ptr::null(); T];
-        for (i, p) in x.iter_mut().enumerate() {
-            *p = (self.x)(t + i);
-        }
-        // SAFETY: the caller's.
-        let y = unsafe { tile::<V, E, R, T>(w, x, self.k) };
-        for (r, row) in y.iter().enumerate() {
-            for (i, &v) in row.iter().enumerate() {
-                (self.write)(t + i, o + r, v);
+            for o in o..self.num_out {
+                let acc = tile::<V, E, 1, T, false>([w.add(o * self.k)], x, self.k);
+                for i in 0..T {
+                    store_sums::<V, 1>(acc[i], out[i].add(o));
+                }
             }
         }
     }

@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod conv1d;
 pub mod delta_rule;
+mod gemm;
 mod kernel;
 pub mod linear;
 pub mod moe;

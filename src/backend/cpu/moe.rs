@@ -110,12 +110,12 @@ impl Moe {
             for part in 0..2 {
                 let first = (2 * index + part) * width;
                 let rows = first + features.start..first + features.end;
-                let row_of = |t: usize| x[group.tokens[t] as usize * hidden..].as_ptr();
-                group.gate_up.rows(rows, group.tokens.len(), row_of, |t, o, v| {
-                    let at = group.rows[t] as usize * 2 * widest + part * widest + o - first;
-                    // SAFETY: an assignment's features are written by the one task that has them.
-                    unsafe { *gate_up.get().add(at) = v }
-                });
+                let at = |t: usize| group.rows[t] as usize * 2 * widest + part * widest + features.start;
+                // SAFETY: a token has `hidden` floats; an assignment's features are this task's alone.
+                unsafe {
+                    let row_of = |t: usize| x[group.tokens[t] as usize * hidden..].as_ptr();
+                    group.gate_up.rows(rows, group.tokens.len(), row_of, |t| gate_up.get().add(at(t)));
+                }
             }
             for &row in &group.rows {
                 let (row, len) = (row as usize, features.len());
@@ -132,11 +132,12 @@ impl Moe {
         over_groups(&groups, |_| hidden, widest, |group, features| {
             let first = group.index * hidden;
             let rows = first + features.start..first + features.end;
-            let row_of = |t: usize| act[group.rows[t] as usize * widest..].as_ptr();
-            group.down.rows(rows, group.tokens.len(), row_of, |t, o, v| {
-                // SAFETY: as above.
-                unsafe { *y_out.get().add(group.rows[t] as usize * hidden + o - first) = v }
-            });
+            let at = |t: usize| group.rows[t] as usize * hidden + features.start;
+            // SAFETY: an assignment has `widest` activations; its features are this task's alone.
+            unsafe {
+                let row_of = |t: usize| act[group.rows[t] as usize * widest..].as_ptr();
+                group.down.rows(rows, group.tokens.len(), row_of, |t| y_out.get().add(at(t)));
+            }
         });
 
         let out = Shared::new(&mut out[..n * hidden]);

@@ -3,7 +3,7 @@
 //! Each output element is computed in one fixed order over k, whatever the tile: a row's result does not
 //! depend on how many rows are computed with it.
 
-use super::linear::tile;
+use super::linear::{store_sums, tile};
 use super::simd::{F32x16, LANES};
 
 /// `c[i, j] = a[i] · b[j]`: `a` `[m, k]`, `b` `[n, k]`, `c` `[m, n]` with the row strides given.
@@ -31,26 +31,23 @@ pub unsafe fn matmul_nt<V: F32x16>(
             let mut i = 0;
             while i + 4 <= m {
                 let cols = [0, 1, 2, 3].map(|t| a.add((i + t) * a_stride));
-                let y = tile::<V, f32, 4, 4>(rows, cols, k);
-                for (r, row) in y.iter().enumerate() {
-                    for (t, &v) in row.iter().enumerate() {
-                        *c.add((i + t) * c_stride + j + r) = v;
-                    }
+                let acc = tile::<V, f32, 4, 4, false>(rows, cols, k);
+                for t in 0..4 {
+                    store_sums::<V, 4>(acc[t], c.add((i + t) * c_stride + j));
                 }
                 i += 4;
             }
             while i < m {
-                let y = tile::<V, f32, 4, 1>(rows, [a.add(i * a_stride)], k);
-                for (r, row) in y.iter().enumerate() {
-                    *c.add(i * c_stride + j + r) = row[0];
-                }
+                let acc = tile::<V, f32, 4, 1, false>(rows, [a.add(i * a_stride)], k);
+                store_sums::<V, 4>(acc[0], c.add(i * c_stride + j));
                 i += 1;
             }
             j += 4;
         }
         while j < n {
             for i in 0..m {
-                *c.add(i * c_stride + j) = tile::<V, f32, 1, 1>([b.add(j * b_stride)], [a.add(i * a_stride)], k)[0][0];
+                let acc = tile::<V, f32, 1, 1, false>([b.add(j * b_stride)], [a.add(i * a_stride)], k);
+                store_sums::<V, 1>(acc[0], c.add(i * c_stride + j));
             }
             j += 1;
         }

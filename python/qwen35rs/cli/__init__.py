@@ -1,0 +1,66 @@
+"""The command line. One file per command; `terminal` has what they share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .chat import chat
+from .demo import demo
+from .generate import generate
+from .inspect import inspect
+from .plan import plan
+from .terminal import INTERRUPTED
+from .tokenize import tokenize
+
+app = typer.Typer(
+    name="qwen35rs",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from .._core import __version__
+
+        typer.echo(f"qwen35rs {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def qwen35rs(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Run Qwen3.5 models.
+
+    \b
+    qwen35rs demo ./demo              make a small random checkpoint to try
+    qwen35rs generate ./demo "Hello"  complete a prompt
+    qwen35rs chat ./demo              talk
+    qwen35rs plan 122b-a10b           will it fit, how fast could it be
+
+    \b
+    A model is the directory of a checkpoint, or a name on the Hugging
+    Face hub. Results go to stdout, notes and errors to stderr; every
+    command has --json. Exit codes: 0 done, 1 error, 2 usage, 130 Ctrl-C.
+    """
+
+
+for command in (generate, chat, tokenize, inspect, plan, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the script `qwen35rs`."""
+    try:
+        app(prog_name="qwen35rs")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

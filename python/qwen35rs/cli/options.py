@@ -1,0 +1,102 @@
+"""Options that several commands share, and what they make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .._core import RequestError
+
+if TYPE_CHECKING:
+    from ..sampling import SamplingParams
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory of a checkpoint, or a name on the Hugging Face hub such as Qwen/Qwen3.5-35B-A3B.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+_SAMPLING, _LOADING = "Sampling (default: what the checkpoint's generation_config.json says)", "Loading"
+
+
+def _sampling(name: str, help: str) -> object:
+    return typer.Option(name, help=help, show_default=False, rich_help_panel=_SAMPLING)
+
+
+Temperature = Annotated[float | None, _sampling("--temperature", "0 takes the most likely token.")]
+TopP = Annotated[float | None, _sampling("--top-p", "Keep the likeliest tokens up to this share, in (0, 1].")]
+TopK = Annotated[int | None, _sampling("--top-k", "Keep this many of the likeliest tokens; 0 for all.")]
+MinP = Annotated[float | None, _sampling("--min-p", "Keep tokens this likely against the best, in [0, 1].")]
+MaxTokens = Annotated[
+    int | None, _sampling("--max-tokens", "Most tokens to generate; else as far as the context goes.")
+]
+MinTokens = Annotated[int, _sampling("--min-tokens", "Least tokens to generate.")]
+Presence = Annotated[float | None, _sampling("--presence-penalty", "Off each token in the output, -2 to 2.")]
+Frequency = Annotated[float | None, _sampling("--frequency-penalty", "The same, times its count, -2 to 2.")]
+Repetition = Annotated[float | None, _sampling("--repetition-penalty", "Over all tokens so far; 1 is none.")]
+Seed = Annotated[int | None, _sampling("--seed", "Same seed, same text.")]
+Stop = Annotated[list[str] | None, _sampling("--stop", "Text that ends the output; may be repeated.")]
+IgnoreEos = Annotated[bool, _sampling("--ignore-eos", "Go on past the end of the text.")]
+SampleN = Annotated[int, _sampling("--n", "Samples of each prompt.")]
+Logprobs = Annotated[
+    int | None, _sampling("--logprobs", "With --json: log-probabilities of the chosen and the best K tokens.")
+]
+
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="How matrices are held: auto (as stored), float32, bfloat16, float16.", rich_help_panel=_LOADING
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest prompt plus output, in tokens; the model's context by default.",
+        show_default=False,
+        rich_help_panel=_LOADING,
+    ),
+]
+
+
+def sampling(stop: list[str] | None, **fields: object) -> SamplingParams:
+    """Sampling parameters of the options that were given. Raises RequestError."""
+    from ..sampling import SamplingParams
+
+    stop = [check_text("stop", text) for text in stop or []]
+    try:
+        return SamplingParams(stop=stop, **fields)  # type: ignore[arg-type]
+    except (OverflowError, TypeError) as error:  # what the core's integers do not hold
+        reason = str(error.__cause__ or error)
+        raise RequestError(f"sampling options: found a number that is too large ({reason})") from None
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids between spaces or commas. Raises RequestError."""
+    ids = []
+    for word in text.replace(",", " ").split():
+        if not (word.isascii() and word.isdigit()):
+            raise RequestError(f'token_ids: found {word!r}; allowed: whole numbers, as in "1 2 3"')
+        ids.append(int(word))
+    return ids
+
+
+def check_text(name: str, text: str) -> str:
+    """The text, if it is one: bytes that are no UTF-8 reach python as lone surrogates. Raises RequestError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name}: found bytes that are not UTF-8 at character {error.start}") from None
+    return text
+
+
+def read_text(name: str, data: bytes) -> str:
+    """Text of a file or of stdin. Raises RequestError."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name}: found bytes that are not UTF-8 at byte {error.start}") from None

@@ -1,0 +1,184 @@
+"""`qwen35rs plan`."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import _core, hub
+from .inspect import cache, facts, parameters, table_of
+from .options import Json
+from .terminal import BOLD, console, gib, guarded, write, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GPUS = ["RTX 4090", "RTX 5090", "RTX PRO 6000", "L40S", "A100 80GB", "H100 80GB", "H200"]
+CARDS = [1, 2, 4, 8]
+SCHEMES = ["bf16", "fp8", "int4"]
+CONTEXT = 8192
+
+
+@guarded
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A size of the family (0.8b 2b 4b 9b 27b 35b-a3b 122b-a10b 397b-a17b), a config.json, "
+            "the directory of a checkpoint, or a name on the hub. No weights are needed.",
+            show_default=False,
+        ),
+    ],
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Card, such as 4090, h100 or 'RTX PRO 6000'; may be repeated. [default: {', '.join(GPUS)}]"
+        ),
+    ] = None,
+    cards: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of cards; may be repeated. [default: the fewest of 1, 2, 4, 8 that do]"),
+    ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="bf16, fp8, int4, int4-experts, nvfp4, nvfp4-experts or mixed; may be repeated. "
+            "[default: bf16, fp8, int4; all of them for a --gpu]"
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens of each sequence. [default: {CONTEXT}]"),
+    ] = None,
+    fp8_kv: Annotated[bool, typer.Option("--fp8-kv", help="Keys and values in fp8.")] = False,
+    vision: Annotated[bool, typer.Option("--vision", help="Hold the vision tower.")] = False,
+    mtp: Annotated[bool, typer.Option("--mtp", help="Hold the multi-token-prediction module.")] = False,
+    json: Json = False,
+) -> None:
+    """Say whether a model fits on GPUs, and how fast it could decode at most. Arithmetic: no GPU is needed.
+
+    \b
+    qwen35rs plan 122b-a10b
+    qwen35rs plan 35b-a3b --gpu 4090 --gpu 5090 --context 32768
+    qwen35rs plan ./demo/config.json --json
+
+    \b
+    "At most" is memory bandwidth over the bytes that a token of one
+    sequence must read: no engine decodes faster without drafting tokens.
+    This version runs on the CPU only.
+    """
+    source = _source(model)
+
+    def ask(gpus: list[str], cards: list[int], schemes: list[str], context: int) -> dict[str, Any]:
+        text = _core.plan_model(
+            source,
+            gpus=gpus,
+            cards=cards,
+            schemes=schemes,
+            context=context,
+            fp8_kv=fp8_kv,
+            with_vision=vision,
+            with_mtp=mtp,
+        )
+        return json_text.loads(text)
+
+    for number in cards or []:
+        if number < 1:
+            raise _core.RequestError(f"cards: found {number}; allowed: 1 or more")
+    if context is not None and context < 1:
+        raise _core.RequestError(f"context: found {context}; allowed: 1 or more")
+    if context is None:
+        context = min(CONTEXT, ask([], [], [], 1)["config"]["max_position"])
+    schemes = scheme or ([] if gpu else SCHEMES)
+    found = ask(gpu or GPUS, cards or CARDS, schemes, context)
+    for item in (*found["weights"], *found["rows"]):
+        item["scheme"] = item["scheme"].replace("_", "-")  # as --scheme takes it
+    if json:
+        write_json({"model": model, **found})
+        return
+    _show(model, found, fewest=not cards)
+
+
+def _source(model: str) -> str:
+    """What the core plans: an existing path as it is, a family name, else a name on the hub."""
+    if Path(model).exists() or "/" not in model or model.lower().startswith("qwen/") and _is_size(model):
+        return model
+    return str(hub.resolve(model, patterns=["config.json"]))
+
+
+def _is_size(name: str) -> bool:
+    try:
+        _core.plan_model(
+            name, gpus=[], cards=[], schemes=[], context=1, fp8_kv=False, with_vision=False, with_mtp=False
+        )
+    except _core.RequestError:
+        return False
+    return True
+
+
+def _show(model: str, found: dict[str, Any], fewest: bool) -> None:
+    config, context = found["config"], found["options"]["context"]
+    out = console()
+    write(f"{model}\n", BOLD)
+    kinds = config["layers"]
+    rows = {"layers": f"{len(kinds)} ({kinds.count('attention')} attention), hidden {config['hidden']}"}
+    rows |= parameters(found["params"]) | cache(found["cache"])
+    rows["context"] = f"{config['max_position']:,} tokens"
+    out.print(facts(rows, ""))
+    out.print(_weights(found))
+    out.print(_rows(found, context, fewest))
+    options = found["options"]
+    held = [name for name in ("vision", "mtp") if options[f"with_{name}"]]
+    write(
+        f"Sequences are {context:,} tokens long, keys and values {'fp8' if options['fp8_kv'] else 'bf16'}"
+        f"{''.join(f', {name} held' for name in held)}; {options['memory_utilization']:.0%} of each card is used, "
+        f"{options['reserve_gib']} GiB of it for work space. Tokens per second are what the bandwidth allows one "
+        "sequence at most.\n"
+    )
+
+
+def _weights(found: dict[str, Any]) -> Table:
+    table = table_of("Weights", ("precision", "left"), ("resident", "right"), ("read per token", "right"))
+    for row in found["weights"]:
+        table.add_row(row["scheme"], gib(row["resident"]), gib(row["read_per_token"]))
+    return table
+
+
+def _rows(found: dict[str, Any], context: int, fewest: bool) -> Table:
+    table = table_of(
+        "Cards",
+        ("card", "left"),
+        ("precision", "left"),
+        ("cards", "right"),
+        ("weights each", "right"),
+        ("longest context", "right"),
+        ("sequences", "right"),
+        ("at most", "right"),
+    )
+    chosen: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        chosen.setdefault((row["gpu"], row["scheme"]), []).append(row)
+    last = None
+    for (gpu, scheme), rows in chosen.items():
+        if last not in (None, gpu):
+            table.add_section()
+        if fewest:
+            rows = [row for row in rows if row["max_seqs"] > 0][:1] or rows[-1:]
+        for row in rows:
+            does = row["max_seqs"] > 0
+            few = not does and fewest
+            table.add_row(
+                gpu if gpu != last else "",
+                scheme,
+                f"more than {row['num_cards']}" if few else str(row["num_cards"]),
+                "" if few else f"{row['weights_gib_per_card']:.1f} GiB",
+                f"{row['max_context']:,}" if row["fits"] else "does not fit" if not few else "",
+                f"{row['max_seqs']:,}" if does else "" if few else "0",
+                f"{row['decode_limit_tokens_per_s']:,.0f} tok/s" if does else "",
+            )
+            last = gpu
+    return table

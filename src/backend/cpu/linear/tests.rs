@@ -64,6 +64,26 @@ fn products_equal_sums() {
 }
 
 #[test]
+fn large_products_give_each_row_its_own_bits() {
+    // More features than a panel holds, more of k than a block: the same sums as one row alone.
+    for dtype in DTYPES {
+        for (num_in, num_out, num_rows) in [(700, 130, 33), (2500, 70, 17), (5000, 67, 9), (33, 1000, 64)] {
+            let w = owned(&numbers(num_in * num_out, 1), num_in, dtype);
+            let x = numbers(num_rows * num_in, 2);
+            let (mut all, mut alone) = (vec![f32::NAN; num_rows * num_out], vec![0.0; num_out]);
+            w.forward(&x, &mut all, num_rows);
+            for (x, row) in x.chunks_exact(num_in).zip(all.chunks_exact(num_out)) {
+                w.forward(x, &mut alone, 1);
+                assert!(
+                    row.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{dtype:?} {num_in}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn rows_are_widened_exactly() {
     let data = numbers(7 * 19, 3);
     for dtype in DTYPES {

@@ -109,6 +109,12 @@ fn digest() -> String {
             }
         }
     }
+    for (num_in, num_out, num_rows) in [(700, 130, 33), (2500, 70, 17), (33, 1000, 64)] {
+        let w = owned(&numbers(num_in * num_out, 1), num_in, DType::BF16);
+        let mut out = vec![0.0; num_rows * num_out];
+        w.forward(&numbers(num_rows * num_in, 2), &mut out, num_rows);
+        line("linear", &[num_in, num_out, num_rows], &out);
+    }
     for n in LENS {
         let (mut a, b, c) = (numbers(n, 3), numbers(n, 4), numbers(n, 5));
         let mut out = vec![0.0; n];

@@ -312,3 +312,6 @@ enum Row {
     /// Itself.
     Logits(Vec<f32>),
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -60,21 +60,25 @@ fn choose(row: &mut [f32], context: &Context<'_>, scratch: &mut Scratch) -> Opti
         return Some(best);
     }
     let u = uniform(context.seed, context.output.len() as u64);
-    exp_weights(row, max, 1.0 / p.temperature, &mut scratch.weights);
-    let weights = &scratch.weights;
-    if p.top_k == 0 && p.top_p >= 1.0 {
-        // min-p is a threshold on the weight, since the best one has weight 1.
-        let kept = |w: f32| if w >= p.min_p { f64::from(w) } else { 0.0 };
-        return pick(weights.iter().map(|&w| kept(w)).enumerate().map(|(i, w)| (i as u32, w)), u).or(Some(best));
-    }
-    let candidates = &mut scratch.candidates;
-    if p.top_k > 0 && p.top_k < row.len() {
-        top(weights, p.top_k, candidates);
+    // Finite, so that the best token's weight is exp(0) = 1 and never NaN.
+    let scale = (1.0 / p.temperature).min(f32::MAX);
+    let Scratch { weights, candidates, .. } = scratch;
+    let total: f64 = if p.top_k > 0 && p.top_k < row.len() {
+        // By their logits, which tell apart what the weights of a high temperature do not.
+        top(row, p.top_k, candidates);
+        row.iter_mut().zip(&*candidates).for_each(|(x, c)| *x = c.0);
+        exp_weights(&row[..candidates.len()], max, scale, weights);
+        candidates.iter_mut().zip(&*weights).for_each(|(c, &w)| c.0 = w);
+        weights.iter().map(|&w| f64::from(w)).sum()
     } else {
-        nucleus(weights, p.top_p, candidates);
-    }
-    let total: f64 = candidates.iter().map(|c| f64::from(c.0)).sum();
-    let total = if p.top_k == 0 { weights.iter().map(|&w| f64::from(w)).sum() } else { total };
+        exp_weights(row, max, scale, weights);
+        if p.top_p >= 1.0 {
+            // min-p is a threshold on the weight, since the best one has weight 1.
+            let kept = |w: f32| if w >= p.min_p { f64::from(w) } else { 0.0 };
+            return pick(weights.iter().enumerate().map(|(i, &w)| (i as u32, kept(w))), u).or(Some(best));
+        }
+        nucleus(weights, p.top_p, candidates)
+    };
     let mut sum = 0.0;
     let keep = candidates.iter().take_while(|c| {
         let before = sum;
@@ -159,14 +163,14 @@ fn rank(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
     b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
-/// The k largest weights, largest first.
+/// The k largest numbers above -inf, largest first.
 fn top(weights: &[f32], k: usize, out: &mut Vec<(f32, u32)>) {
     out.clear();
     let room = 2 * k + 256;
     let mut floor = f32::NEG_INFINITY;
     for (b, block) in weights.chunks(64).enumerate() {
         let max = block.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-        // An equal weight with a higher id loses to one that is already held.
+        // An equal one with a higher id loses to one that is already held.
         if max <= floor {
             continue;
         }
@@ -181,9 +185,10 @@ fn top(weights: &[f32], k: usize, out: &mut Vec<(f32, u32)>) {
     out.truncate(k);
 }
 
-/// Enough of the largest weights, largest first, to hold `top_p` of the total.
-fn nucleus(weights: &[f32], top_p: f32, out: &mut Vec<(f32, u32)>) {
-    let target = f64::from(top_p) * weights.iter().map(|&w| f64::from(w)).sum::<f64>();
+/// Enough of the largest weights, largest first, to hold `top_p` of the total, which is returned.
+fn nucleus(weights: &[f32], top_p: f32, out: &mut Vec<(f32, u32)>) -> f64 {
+    let total = weights.iter().map(|&w| f64::from(w)).sum::<f64>();
+    let target = f64::from(top_p) * total;
     let mut floor = 0.01f32;
     loop {
         out.clear();
@@ -194,6 +199,7 @@ fn nucleus(weights: &[f32], top_p: f32, out: &mut Vec<(f32, u32)>) {
         floor = if floor > 1e-12 { floor * 0.01 } else { 0.0 };
     }
     out.sort_unstable_by(rank);
+    total
 }
 
 fn logprobs(raw: &[f32], chosen: u32, n: usize, scratch: &mut Scratch) -> TokenLogprobs {
@@ -225,3 +231,6 @@ pub fn mix(x: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests;

@@ -205,3 +205,5 @@ fn next_len(r: &Request, prefill_left: usize) -> usize {
     end.saturating_sub(r.computed_len)
 }
 
+#[cfg(test)]
+mod tests;

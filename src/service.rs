@@ -254,3 +254,6 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     Error::Internal(text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("panic").into())
 }
+
+#[cfg(test)]
+mod tests;

@@ -47,9 +47,10 @@ impl RequestText {
     }
 
     fn take(&mut self, end: bool) -> (String, bool) {
-        let found = self.stop.iter().filter_map(|s| Some((self.held.find(s)?, s.len()))).min();
-        if let Some((at, len)) = found {
-            self.held.truncate(if self.include_stop { at + len } else { at });
+        // Of several, the one that is complete first: the choice must not depend on the cuts between tokens.
+        let found = self.stop.iter().filter_map(|s| self.held.find(s).map(|at| (at + s.len(), at))).min();
+        if let Some((end, at)) = found {
+            self.held.truncate(if self.include_stop { end } else { at });
             return (std::mem::take(&mut self.held), true);
         }
         let keep = if end { 0 } else { self.stop.iter().map(|s| overlap(&self.held, s)).max().unwrap_or(0) };
@@ -68,15 +69,4 @@ fn overlap(text: &str, stop: &str) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::overlap;
-
-    #[test]
-    fn overlap_is_the_longest_start_of_the_stop_string() {
-        assert_eq!(overlap("abc", "cd"), 1);
-        assert_eq!(overlap("aab", "aabaab"), 3);
-        assert_eq!(overlap("ab", "ab"), 0);
-        assert_eq!(overlap("xé", "éé"), 2);
-        assert_eq!(overlap("", "a"), 0);
-    }
-}
+mod tests;

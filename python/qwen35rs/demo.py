@@ -268,7 +268,8 @@ def _draw(tensor: _Tensor, rng: np.random.Generator, count: int) -> npt.NDArray[
         return np.log(rng.uniform(1, 16, count)).astype(np.float32)
     if tensor.rule == "dt_bias":  # softplus of it is a time step between 1/1000 and 1/10
         step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), count))
-        return (step + np.log(-np.expm1(-step))).astype(np.float32)
+        bias: npt.NDArray[np.float32] = (step + np.log(-np.expm1(-step))).astype(np.float32)
+        return bias
     return rng.standard_normal(count, np.float32) * np.float32(tensor.std) + np.float32(tensor.mean)
 
 

@@ -88,7 +88,15 @@ class LLM:
                 raise RequestError(f"{name}: found {value}; allowed: 0 to 2^63 - 1")
         with _LoadBar(path, progress) as bar:
             self._engine = _core.Engine(
-                path, self._tokenizer and self._tokenizer._core, dtype=dtype, progress=bar.update, **limits
+                path,
+                None if self._tokenizer is None else self._tokenizer._core,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kv_cache_bytes=kv_cache_bytes,
+                seed=seed,
+                progress=bar.update,
             )
         self.model = os.fspath(model)
         self.path = path
@@ -294,7 +302,8 @@ def _ids(name: str, ids: Any) -> list[int]:
     if array.min() < 0 or array.max() >= 2**32:
         bad = next(int(i) for i in array if not 0 <= i < 2**32)
         raise RequestError(f"{name}: found {bad}; allowed: token ids from 0")
-    return array.tolist()
+    ids_list: list[int] = array.tolist()
+    return ids_list
 
 
 def _short(value: object) -> str:
@@ -327,7 +336,7 @@ class _LoadBar:
         self._show = show if show is not None else size > self.SIZE
         self._bar: Any = None
 
-    def __enter__(self) -> _LoadBar:
+    def __enter__(self) -> _LoadBar:  # noqa: PYI034  `Self` is of Python 3.11
         if self._show:
             self._bar = _bar()
             self._bar.start()
@@ -348,6 +357,10 @@ class _RequestBar(_LoadBar):
 
     def __init__(self, total: int, show: bool) -> None:
         self._show, self._bar, self._done, self._total = show, None, 0, total
+
+    def __enter__(self) -> _RequestBar:  # noqa: PYI034
+        super().__enter__()
+        return self
 
     def advance(self) -> None:
         self._done += 1

@@ -71,8 +71,9 @@ def rope(
     Source: Transformers ``Qwen3_5TextRotaryEmbedding``; YaRN by Peng et al. (2023, arXiv:2309.00071).
     """
     x = _array("x", x)
-    rotary_dim = x.shape[-1] // 4 if rotary_dim is None and x.ndim else rotary_dim
-    half = (rotary_dim or 0) // 2
+    if rotary_dim is None:
+        rotary_dim = x.shape[-1] // 4 if x.ndim else 0
+    half = rotary_dim // 2
     if mrope_section is None:
         mrope_section = (11, 11, 10) if half == 32 else (half, 0, 0)
     where = np.asarray(positions)
@@ -161,9 +162,17 @@ def gated_delta_rule(
     """
     if mode not in ("chunked", "recurrent"):
         raise RequestError(f"mode: found {mode!r}; allowed: 'chunked', 'recurrent'")
-    arrays = [_array(name, x) for name, x in zip(("q", "k", "v", "g", "beta"), (q, k, v, g, beta))]
-    first = None if state is None else _array("state", state)
-    return _core.ops_gated_delta_rule(*arrays, first, mode == "chunked", qk_l2norm, scale)
+    return _core.ops_gated_delta_rule(
+        _array("q", q),
+        _array("k", k),
+        _array("v", v),
+        _array("g", g),
+        _array("beta", beta),
+        None if state is None else _array("state", state),
+        mode == "chunked",
+        qk_l2norm,
+        scale,
+    )
 
 
 def attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Array:

@@ -84,7 +84,8 @@ def plan(
             with_vision=vision,
             with_mtp=mtp,
         )
-        return json_text.loads(text)
+        plan: dict[str, Any] = json_text.loads(text)
+        return plan
 
     for number in cards or []:
         if number < 1:

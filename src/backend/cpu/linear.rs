@@ -415,3 +415,6 @@ fn convert(t: &Tensor, dtype: DType) -> Vec<u8> {
         _ => wide.iter().flat_map(|x| x.to_ne_bytes()).collect(),
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

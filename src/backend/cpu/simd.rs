@@ -534,3 +534,6 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

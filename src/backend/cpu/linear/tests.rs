@@ -1,0 +1,108 @@
+//! Matrix products against plain sums in f64.
+
+use super::{Data, Linear, Part, to_f32};
+use crate::weights::DType;
+
+/// Numbers in -2..2, the same for the same salt.
+pub(crate) fn numbers(n: usize, salt: u64) -> Vec<f32> {
+    (0..n).map(|i| (crate::sampler::uniform(salt, i as u64) * 4.0 - 2.0) as f32).collect()
+}
+
+/// A matrix of these numbers, rounded to `dtype`.
+pub(crate) fn owned(data: &[f32], num_in: usize, dtype: DType) -> Linear {
+    let part = |data: &[f32], start: usize| {
+        let bytes: Vec<u8> = match dtype {
+            DType::BF16 => data.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect(),
+            DType::F16 => data.iter().flat_map(|&x| half::f16::from_f32(x).to_ne_bytes()).collect(),
+            _ => data.iter().flat_map(|x| x.to_ne_bytes()).collect(),
+        };
+        Part { rows: start..start + data.len() / num_in, data: Data::Owned(bytes), dtype }
+    };
+    // Two parts, as q, k and v of a layer are.
+    let num_out = data.len() / num_in;
+    let cut = num_out / 3;
+    let (a, b) = data.split_at(cut * num_in);
+    Linear { parts: vec![part(a, 0), part(b, cut)], num_in, num_out }
+}
+
+const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+#[test]
+fn products_equal_sums() {
+    for dtype in DTYPES {
+        for num_in in [1, 15, 16, 17, 31, 100] {
+            for num_out in [1, 2, 3, 4, 7, 33] {
+                let w = owned(&numbers(num_in * num_out, 1), num_in, dtype);
+                let mut wide = vec![0.0; num_in * num_out];
+                wide.chunks_exact_mut(num_in).enumerate().for_each(|(i, row)| w.read_row(i, row));
+                for num_rows in [0, 1, 2, 5, 6, 7, 8, 13, 64] {
+                    let x = numbers(num_rows * num_in, 2);
+                    let mut out = vec![f32::NAN; num_rows * num_out + 1];
+                    w.forward(&x, &mut out, num_rows);
+                    assert!(out[num_rows * num_out].is_nan(), "writes past the end");
+                    for t in 0..num_rows {
+                        let x = &x[t * num_in..(t + 1) * num_in];
+                        let mut alone = vec![0.0; num_out];
+                        w.forward(x, &mut alone, 1);
+                        for o in 0..num_out {
+                            let terms =
+                                x.iter().zip(&wide[o * num_in..]).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                            let (sum, size) = terms.fold((0.0, 0.0), |(s, a), x| (s + x, a + x.abs()));
+                            let got = out[t * num_out + o];
+                            let bound = size * f64::from(f32::EPSILON) * (num_in as f64 / 16.0 + 6.0);
+                            assert!(
+                                (f64::from(got) - sum).abs() <= bound,
+                                "{dtype:?} {num_in}x{num_out}: {got}, {sum}"
+                            );
+                            assert_eq!(got.to_bits(), alone[o].to_bits(), "a row depends on its batch");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_are_widened_exactly() {
+    let data = numbers(7 * 19, 3);
+    for dtype in DTYPES {
+        let w = owned(&data, 19, dtype);
+        let mut row = vec![0.0; 19];
+        for i in 0..7 {
+            w.read_row(i, &mut row);
+            for (got, &x) in row.iter().zip(&data[i * 19..]) {
+                let want = match dtype {
+                    DType::BF16 => half::bf16::from_f32(x).to_f32(),
+                    DType::F16 => half::f16::from_f32(x).to_f32(),
+                    _ => x,
+                };
+                assert_eq!(*got, want);
+            }
+        }
+    }
+}
+
+#[test]
+fn tensors_are_converted_where_another_dtype_is_wished() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data/dense_bf16");
+    let config = crate::config::ModelConfig::from_dir(&path).unwrap();
+    let checkpoint = crate::weights::Checkpoint::open(&path).unwrap();
+    let tensor = crate::weights::ModelTensors::resolve(&checkpoint, &config).unwrap().embed_tokens;
+    let plain = to_f32(&tensor);
+    let width = config.hidden;
+    for (dtype, exact) in
+        [(None, true), (Some(DType::F32), true), (Some(DType::BF16), true), (Some(DType::F16), false)]
+    {
+        let w = Linear::new(&[tensor.clone(), tensor.clone()], dtype);
+        assert_eq!((w.num_in, w.num_out), (width, 2 * config.vocab));
+        let mut row = vec![0.0; width];
+        for i in [0, config.vocab - 1, config.vocab, 2 * config.vocab - 1] {
+            w.read_row(i, &mut row);
+            for (got, want) in row.iter().zip(&plain[i % config.vocab * width..]) {
+                let want = if exact { *want } else { half::f16::from_f32(*want).to_f32() };
+                assert_eq!(*got, want);
+            }
+        }
+    }
+}

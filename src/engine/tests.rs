@@ -1,0 +1,277 @@
+//! The engine on the CPU backend and the committed checkpoints: what a request gets does not depend on what else
+//! happens.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::{Engine, EngineLimits, StepOutput};
+use crate::Error;
+use crate::backend::cpu::Cpu;
+use crate::config::ModelConfig;
+use crate::model::Model;
+use crate::request::{FinishReason, RequestId, SamplingParams};
+use crate::weights::{Checkpoint, ModelTensors};
+
+/// Attention and delta layers, dense and sparse.
+const CHECKPOINTS: [&str; 3] = ["dense_bf16", "moe_bf16", "dense_delta_only"];
+
+pub(crate) fn model(name: &str) -> Model<Cpu> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(name);
+    let config = ModelConfig::from_dir(&path).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let tensors = ModelTensors::resolve(&checkpoint, &config).unwrap();
+    Model::load(&config, tensors, None, Cpu, |_, _| Ok(())).unwrap()
+}
+
+pub(crate) fn limits() -> EngineLimits {
+    EngineLimits {
+        max_model_len: Some(256),
+        max_num_seqs: 4,
+        max_num_batched_tokens: 64,
+        ..EngineLimits::default()
+    }
+}
+
+fn engine(name: &str, limits: &EngineLimits) -> Engine<Cpu> {
+    engine_with_eos(name, limits, Vec::new())
+}
+
+fn engine_with_eos(name: &str, limits: &EngineLimits, eos: Vec<u32>) -> Engine<Cpu> {
+    Engine::new(model(name), limits, usize::MAX, eos).unwrap()
+}
+
+/// Bytes of `num_pages` pages of a checkpoint.
+fn page_bytes(name: &str, num_pages: usize) -> usize {
+    let model = model(name);
+    let layers = model.config().num_layers_of(crate::config::LayerKind::Attention);
+    num_pages * crate::batch::PAGE_LEN * layers * model.config().attention.kv_width() * 2 * 4
+}
+
+/// All that a request gave: tokens, and each log-probability to the bit.
+type Outcome = (Vec<u32>, Vec<u32>, Option<FinishReason>);
+
+fn collect(into: &mut BTreeMap<RequestId, Outcome>, outputs: Vec<StepOutput>) {
+    for output in outputs {
+        assert!(output.error.is_none(), "{:?}", output.error);
+        let outcome = into.entry(output.id).or_default();
+        assert!(outcome.2.is_none(), "an output after the end");
+        outcome.0.extend(output.token);
+        outcome.1.extend(output.logprobs.iter().flat_map(|l| {
+            let top = l.top.iter().flat_map(|&(id, x)| [id, x.to_bits()]);
+            [l.chosen.to_bits(), l.rank as u32].into_iter().chain(top)
+        }));
+        outcome.1.extend(output.logits.iter().map(|x| x.to_bits()));
+        outcome.2 = output.finish;
+    }
+}
+
+fn finish(engine: &mut Engine<Cpu>) -> BTreeMap<RequestId, Outcome> {
+    let mut outcomes = BTreeMap::new();
+    while !engine.is_idle() {
+        collect(&mut outcomes, engine.step(|_| Ok(())).unwrap());
+        assert_eq!(engine.scheduler.check_integrity(), Ok(()));
+    }
+    outcomes
+}
+
+fn sampled(seed: u64, max_tokens: usize) -> SamplingParams {
+    SamplingParams {
+        temperature: 0.9,
+        top_p: 0.95,
+        frequency_penalty: 0.2,
+        seed: Some(seed),
+        logprobs: Some(3),
+        max_tokens: Some(max_tokens),
+        ..SamplingParams::default()
+    }
+}
+
+fn prompt(len: usize, salt: usize) -> Vec<u32> {
+    (0..len).map(|i| ((i * 37 + salt * 101 + i * i) % 140) as u32).collect()
+}
+
+/// One request of a random set: prompt length, tokens to generate (none for logits), step it arrives at.
+type Job = (usize, Option<usize>, usize);
+
+fn add(engine: &mut Engine<Cpu>, i: usize, job: &Job) -> RequestId {
+    match job.1 {
+        Some(n) => engine.add(&prompt(job.0, i), &sampled(i as u64, n), 0).unwrap(),
+        None => engine.add_logits(&prompt(job.0, i)).unwrap(),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_request_gets_the_same_bits_in_any_company(
+        jobs in prop::collection::vec((1usize..150, prop::option::weighted(0.85, 1usize..40), 0usize..12), 1..6),
+        interrupts in prop::collection::vec((0usize..40, 0usize..6), 0..5),
+        aborted in prop::option::of(0usize..6),
+        which in 0..CHECKPOINTS.len(),
+        num_pages in 4usize..9,
+        max_num_batched_tokens in prop_oneof![Just(64usize), Just(128), Just(512)],
+    ) {
+        let name = CHECKPOINTS[which];
+        let mut alone = Vec::new();
+        let mut one = engine(name, &limits());
+        for (i, job) in jobs.iter().enumerate() {
+            let id = add(&mut one, i, job);
+            alone.push(finish(&mut one).remove(&id).unwrap());
+        }
+
+        // Few pages: requests are sent back and computed again.
+        let kv_cache_bytes = page_bytes(name, num_pages).max(1);
+        let mut all = engine(name, &EngineLimits { kv_cache_bytes, max_num_batched_tokens, ..limits() });
+        let (mut ids, mut outcomes, mut step) = (BTreeMap::new(), BTreeMap::new(), 0);
+        while ids.len() < jobs.len() || !all.is_idle() {
+            for (i, job) in jobs.iter().enumerate().filter(|(_, job)| job.2 == step) {
+                ids.insert(add(&mut all, i, job), i);
+            }
+            if step == 9 && let Some((&id, _)) = aborted.and_then(|a| ids.iter().nth(a)) {
+                all.abort(id);
+            }
+            let polls = Cell::new(0);
+            let stop = interrupts.iter().find(|x| x.0 == step).map(|x| x.1);
+            let poll = |_: &[RequestId]| {
+                polls.set(polls.get() + 1);
+                if stop.is_some_and(|stop| polls.get() > stop) { Err(Error::Interrupted) } else { Ok(()) }
+            };
+            match all.step(poll) {
+                Ok(outputs) => collect(&mut outcomes, outputs),
+                Err(Error::Interrupted) => prop_assert!(stop.is_some()),
+                Err(error) => panic!("{error}"),
+            }
+            prop_assert_eq!(all.scheduler.check_integrity(), Ok(()));
+            step += 1;
+        }
+        let gone = aborted.and_then(|a| ids.keys().nth(a));
+        for (id, i) in &ids {
+            let got = outcomes.remove(id).unwrap_or_default();
+            if got.2.is_none() && Some(id) == gone {
+                prop_assert!(alone[*i].0.starts_with(&got.0)); // ended in the middle
+            } else {
+                prop_assert_eq!(&got, &alone[*i], "request {} of {:?}", i, jobs);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pool_too_small_for_all_sends_requests_back() {
+    // Shown by counting prompt tokens: with room for all, each is computed once.
+    let name = "dense_bf16";
+    let run = |num_pages| {
+        let kv_cache_bytes = page_bytes(name, num_pages);
+        let mut engine =
+            engine(name, &EngineLimits { kv_cache_bytes, max_num_batched_tokens: 512, ..limits() });
+        for i in 0..4 {
+            engine.add(&prompt(60, i), &sampled(i as u64, 30), 0).unwrap();
+        }
+        let (mut outcomes, mut steps) = (BTreeMap::new(), 0);
+        while !engine.is_idle() {
+            collect(&mut outcomes, engine.step(|_| Ok(())).unwrap());
+            steps += 1;
+        }
+        (outcomes, steps)
+    };
+    let (plenty, few) = (run(16), run(4));
+    assert_eq!(plenty.0, few.0);
+    assert!(few.1 > plenty.1, "{} and {} steps", few.1, plenty.1);
+}
+
+#[test]
+fn aborting_ends_a_request_and_only_that() {
+    let mut engine = engine("moe_bf16", &limits());
+    let ids: Vec<_> =
+        (0..3).map(|i| engine.add(&prompt(20, i), &sampled(i as u64, 12), 0).unwrap()).collect();
+    let mut outcomes = BTreeMap::new();
+    for _ in 0..4 {
+        collect(&mut outcomes, engine.step(|_| Ok(())).unwrap());
+    }
+    engine.abort(ids[1]);
+    engine.abort(ids[1]);
+    engine.abort(RequestId(999));
+    let tokens = outcomes[&ids[1]].0.len();
+    while !engine.is_idle() {
+        collect(&mut outcomes, engine.step(|_| Ok(())).unwrap());
+    }
+    assert_eq!(outcomes[&ids[1]].0.len(), tokens);
+    assert_eq!(outcomes[&ids[0]].2, Some(FinishReason::Length));
+    assert_eq!(outcomes[&ids[2]].0.len(), 12);
+    assert!(engine.step(|_| Ok(())).unwrap().is_empty());
+}
+
+#[test]
+fn requests_that_cannot_be_served() {
+    let mut engine = engine("dense_bf16", &EngineLimits { max_model_len: Some(16), ..limits() });
+    let mut refused = |prompt: &[u32]| match engine.add(prompt, &SamplingParams::default(), 0) {
+        Err(Error::Request { field, found, allowed }) => format!("{field}: {found}; {allowed}"),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(&[]), "prompt: 0 tokens; 1 to 15 tokens (max_model_len is 16)");
+    assert_eq!(refused(&[1; 16]), "prompt: 16 tokens; 1 to 15 tokens (max_model_len is 16)");
+    assert_eq!(refused(&[1, 151]), "prompt_token_ids: 151; token ids below 151");
+    assert!(engine.add_logits(&[1; 16]).is_ok());
+    assert!(engine.add_logits(&[1; 17]).is_err());
+    assert!(engine.add(&[1; 15], &SamplingParams::default(), 0).is_ok());
+    let ended = finish(&mut engine);
+    assert_eq!(ended.len(), 2);
+}
+
+#[test]
+fn limits_that_cannot_be() {
+    let make = |limits: EngineLimits| match Engine::new(model("dense_bf16"), &limits, usize::MAX, Vec::new())
+    {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("accepted"),
+    };
+    let with = |change: fn(&mut EngineLimits)| {
+        let mut limits = limits();
+        change(&mut limits);
+        make(limits)
+    };
+    assert_eq!(with(|l| l.max_num_seqs = 0), "max_num_seqs: found 0; allowed: at least 1");
+    assert_eq!(
+        with(|l| l.max_num_batched_tokens = 63),
+        "max_num_batched_tokens: found 63; allowed: at least 64"
+    );
+    assert_eq!(with(|l| l.max_model_len = Some(0)), "max_model_len: found 0; allowed: 1 to 2048");
+    let long = with(|l| l.max_model_len = Some(2049));
+    assert_eq!(long, "max_model_len: found 2049; allowed: 1 to 2048, the context the checkpoint declares");
+    let memory = with(|l| l.kv_cache_bytes = 1);
+    assert!(
+        memory.starts_with("out of memory: ") && memory.contains("lower max_model_len to 64"),
+        "{memory}"
+    );
+}
+
+#[test]
+fn stop_tokens_end_a_request_and_are_held_back_by_min_tokens() {
+    let greedy =
+        |max| SamplingParams { temperature: 0.0, max_tokens: Some(max), ..SamplingParams::default() };
+    let name = "dense_bf16";
+    let mut free = engine(name, &limits());
+    let id = free.add(&prompt(9, 1), &greedy(30), 0).unwrap();
+    let tokens = finish(&mut free).remove(&id).unwrap().0;
+    let eos = tokens[4];
+    let first = tokens.iter().position(|&t| t == eos).unwrap();
+
+    let mut stopped = engine_with_eos(name, &limits(), vec![eos]);
+    let mut run = |params: &SamplingParams| {
+        let id = stopped.add(&prompt(9, 1), params, 0).unwrap();
+        finish(&mut stopped).remove(&id).unwrap()
+    };
+    let (got, _, why) = run(&greedy(30));
+    assert_eq!((got.as_slice(), why), (&tokens[..=first], Some(FinishReason::Stop)));
+    let (got, _, why) = run(&SamplingParams { ignore_eos: true, ..greedy(30) });
+    assert_eq!((got, why), (tokens.clone(), Some(FinishReason::Length)));
+    let (got, _, _) = run(&SamplingParams { min_tokens: 12, ..greedy(30) });
+    assert!(got.len() >= 12 && !got[..12].contains(&eos) && got[..first] == tokens[..first]);
+    let other = tokens[1];
+    let (got, _, why) = run(&SamplingParams { stop_token_ids: vec![other], ignore_eos: true, ..greedy(30) });
+    assert_eq!((got.last(), why), (Some(&other), Some(FinishReason::Stop)));
+}

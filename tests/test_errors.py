@@ -1,0 +1,236 @@
+"""What cannot be served is refused with its own class, and with words that name the value and what is allowed."""
+
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from qwen35rs import LLM, ConfigError, OutOfMemoryError, Qwen35Error, RequestError, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def test_classes_of_errors():
+    assert issubclass(ConfigError, (Qwen35Error, ValueError)) and issubclass(ConfigError, Qwen35Error)
+    assert issubclass(RequestError, Qwen35Error) and issubclass(RequestError, ValueError)
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(OutOfMemoryError, Qwen35Error) and issubclass(OutOfMemoryError, MemoryError)
+    assert issubclass(Qwen35Error, Exception) and not issubclass(Qwen35Error, ValueError)
+    assert {c.__module__ for c in (Qwen35Error, ConfigError, RequestError, OutOfMemoryError)} == {"qwen35rs"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([[]], "prompt: found 0 tokens; allowed: 1 to 2047 tokens"),
+        ("", "prompt: found 0 tokens; allowed: 1 to 2047 tokens"),
+        ([[1] * 2048], "prompt: found 2048 tokens; allowed: 1 to 2047 tokens (max_model_len is 2048)"),
+        ([[1, tiny.VOCAB]], f"prompt_token_ids: found {tiny.VOCAB}; allowed: token ids below {tiny.VOCAB}"),
+        ([[1, -1]], "prompt: found -1; allowed: token ids from 0"),
+        ([[1, 2**40]], f"prompt: found {2**40}; allowed: token ids from 0"),
+        ([[True, False]], "prompt: found [True, False]; allowed: a flat sequence of token ids"),
+        ([True, False], "prompt: found [True, False]; allowed: a flat sequence of token ids"),
+        ([[1.5]], "prompt: found [1.5]; allowed: a flat sequence of token ids"),
+        ([["a", "b"]], "prompt: found ['a', 'b']; allowed: a flat sequence of token ids"),
+        ([[[1, 2], [3]]], "prompt: found [[1, 2], [3]]; allowed: a flat sequence of token ids"),
+        ([None], "prompt: found None; allowed: a flat sequence of token ids"),
+        (
+            {"prompt": "a", "prompt_token_ids": [1]},
+            "prompt: found keys ['prompt', 'prompt_token_ids']; allowed: one",
+        ),
+        ({"text": "a"}, "prompt: found keys ['text']; allowed: one of 'prompt', 'prompt_token_ids'"),
+        ({"prompt_token_ids": "abc"}, "prompt_token_ids: found 'abc'; allowed: a flat sequence of token ids"),
+    ],
+)
+def test_prompts_that_cannot_be_served(llm, prompt, words):
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompt, GREEDY)
+    assert words in str(caught.value)
+
+
+def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm):
+    with pytest.raises(RequestError, match=r"request 1: prompt_token_ids: found 9999"):
+        llm.generate([[1], [9999], [2]], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("temperature", -1.0, "temperature: found -1; allowed: a finite number >= 0"),
+        ("temperature", math.nan, "temperature: found NaN"),
+        ("temperature", math.inf, "temperature: found inf"),
+        ("top_p", 0.0, "top_p: found 0; allowed: 0 < top_p <= 1"),
+        ("top_p", 1.1, "top_p: found 1.1"),
+        ("min_p", -0.1, "min_p: found -0.1; allowed: 0 <= min_p <= 1"),
+        ("top_k", -2, "top_k: found -2; allowed: a number of tokens; 0 or -1 for all of them"),
+        ("presence_penalty", 2.5, "presence_penalty: found 2.5; allowed: -2 to 2"),
+        ("frequency_penalty", -2.5, "frequency_penalty: found -2.5; allowed: -2 to 2"),
+        ("repetition_penalty", 0.0, "repetition_penalty: found 0; allowed: a finite number > 0"),
+        ("max_tokens", 0, "max_tokens: found 0; allowed: at least 1"),
+        ("max_tokens", -5, "max_tokens: found -5; allowed: at least 1"),
+        ("min_tokens", -1, "min_tokens: found -1; allowed: at least 0"),
+        ("n", 0, "n: found 0; allowed: at least 1"),
+        ("logprobs", -1, "logprobs: found -1; allowed: at least 0"),
+        ("logprobs", 5000, "logprobs: found 5000; allowed: 0 to 1024"),
+        ("stop", "", "stop: found an empty string"),
+        ("stop_token_ids", [-1], "stop_token_ids: found -1; allowed: token ids"),
+        ("logit_bias", {-1: 1.0}, "logit_bias: found -1; allowed: token ids"),
+        ("logit_bias", {1: math.nan}, "logit_bias: found NaN; allowed: finite numbers"),
+    ],
+)
+def test_parameters_that_cannot_be(field, value, words):
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{field: value})
+    assert words in str(caught.value)
+
+
+def test_parameters_against_the_model(llm):
+    with pytest.raises(RequestError, match="min_tokens: found 5; allowed: at most max_tokens = 3"):
+        SamplingParams(min_tokens=5, max_tokens=3)
+    with pytest.raises(RequestError, match=f"stop_token_ids: found {tiny.VOCAB}; allowed: token ids, 0 to"):
+        llm.generate("a", SamplingParams(stop_token_ids=[tiny.VOCAB]))
+    with pytest.raises(RequestError, match="logit_bias: found 100000"):
+        llm.generate("a", SamplingParams(logit_bias={100000: 1.0}))
+    with pytest.raises(TypeError):
+        SamplingParams(temperature="hot")
+    with pytest.raises(TypeError):
+        SamplingParams(beams=3)
+
+
+def test_logits_that_cannot_be(llm):
+    for ids, words in [
+        ([], "prompt: found 0 tokens; allowed: 1 to 2048"),
+        ([1] * 2049, "prompt: found 2049 tokens"),
+        ([-1], "token_ids: found -1"),
+        ([tiny.VOCAB], f"found {tiny.VOCAB}; allowed: token ids below {tiny.VOCAB}"),
+        ("abc", "token_ids: found 'abc'; allowed: a flat sequence of token ids"),
+    ]:
+        with pytest.raises(RequestError) as caught:
+            llm.logits(ids)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"dtype": "int3"}, RequestError, "dtype: found int3; allowed: auto, float32, bfloat16, float16"),
+        ({"device": "cuda"}, RequestError, "device: found 'cuda'; allowed: 'cpu', 'auto'"),
+        ({"max_model_len": 0}, RequestError, "max_model_len: found 0; allowed: 1 to 2048"),
+        ({"max_model_len": -1}, RequestError, "max_model_len: found -1"),
+        ({"max_model_len": 4096}, RequestError, "max_model_len: found 4096; allowed: 1 to 2048, the context"),
+        ({"max_num_seqs": 0}, RequestError, "max_num_seqs: found 0; allowed: at least 1"),
+        (
+            {"max_num_batched_tokens": 8},
+            RequestError,
+            "max_num_batched_tokens: found 8; allowed: at least 64",
+        ),
+        ({"max_model_len": 2048, "kv_cache_bytes": 1}, OutOfMemoryError, "lower max_model_len to 64"),
+        ({"max_num_seqs": 2**40}, OutOfMemoryError, "max_num_seqs"),
+    ],
+)
+def test_arguments_that_cannot_be(checkpoint, arguments, error, words):
+    with pytest.raises(error) as caught:
+        LLM(checkpoint, **arguments)
+    assert words in str(caught.value)
+
+
+def test_places_that_hold_no_checkpoint(checkpoint, tmp_path):
+    with pytest.raises(RequestError, match="model: found nothing"):
+        LLM()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        LLM(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        LLM("./missing/model")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        LLM(checkpoint / "config.json")
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        LLM(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "words"),
+    [
+        ("config.json", b"{", ConfigError, "config.json"),
+        (
+            "config.json",
+            b'{"model_type": "llama"}',
+            ConfigError,
+            'model_type: found "llama"; allowed: qwen3_5',
+        ),
+        ("generation_config.json", b"[", ConfigError, "generation_config.json"),
+        ("tokenizer.json", b"{}", ConfigError, "tokenizer.json"),
+        ("tokenizer.json", b"\xff", ConfigError, "tokenizer.json"),
+        ("model.safetensors", b"", ConfigError, "model.safetensors: 0 bytes"),
+        ("model.safetensors", b"\xff" * 64, ConfigError, "model.safetensors: a header of"),
+        ("model.safetensors", None, ConfigError, "found no weights; expected model.safetensors"),
+    ],
+)
+def test_broken_files(checkpoint, tmp_path, file, content, error, words):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    (path / file).unlink()
+    if content is not None:
+        (path / file).write_bytes(content)
+    with pytest.raises(error) as caught:
+        LLM(path)
+    assert words in str(caught.value)
+
+
+def test_a_truncated_checkpoint(checkpoint, tmp_path):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:-100])
+    with pytest.raises(ConfigError, match="^tensor "):
+        LLM(path)
+
+
+def test_weights_that_are_not_numbers(tmp_path):
+    path = tiny.write_checkpoint(tmp_path / "m")
+    tensors = tiny.read_safetensors(path / "model.safetensors")
+    (name,) = [n for n in tensors if n.endswith("embed_tokens.weight")]
+    dtype, shape, _ = tensors[name]
+    tensors[name] = (dtype, shape, np.full(shape, np.nan, np.float32).tobytes())
+    tiny.write_safetensors(path / "model.safetensors", tensors)
+    llm = LLM(path)
+    with pytest.raises(Qwen35Error, match="no finite logit"):
+        llm.generate("a", GREEDY)
+    with pytest.raises(Qwen35Error, match="no finite logit"):  # and it lives on
+        llm.generate("a", GREEDY)
+    assert np.isnan(llm.logits([1])).all()
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path, checkpoint):
+    path = tiny.write_checkpoint(tmp_path / "m", tokenizer=False)
+    llm = LLM(path)
+    out = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0))[0]
+    assert (out.text, len(out.token_ids)) == ("", 4)
+    with pytest.raises(ConfigError, match="found no tokenizer.json; allowed: prompts as token ids"):
+        llm.generate("a", GREEDY)
+    with pytest.raises(RequestError, match="this checkpoint has no tokenizer; use stop_token_ids"):
+        llm.generate([[1]], SamplingParams(stop=["a"]))
+    assert LLM(path, tokenizer=checkpoint).generate("the", GREEDY)[0].text != ""
+
+
+def test_a_template_that_refuses(llm):
+    with pytest.raises(RequestError, match="chat template: "):
+        llm.chat([{"role": "captain", "content": "?"}], GREEDY)
+    with pytest.raises(RequestError, match="allowed: values that JSON can hold"):
+        llm.chat([{"role": "user", "content": object()}], GREEDY)
+
+
+def test_after_a_fork(llm):
+    llm.generate("a", GREEDY)
+    pid = os.fork()
+    if pid == 0:  # the child: no pytest beyond this point
+        status = 1
+        try:
+            llm.generate("a", GREEDY)
+        except RequestError as error:
+            status = 0 if "forked after the model was loaded" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    llm.generate("a", GREEDY)

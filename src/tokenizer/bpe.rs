@@ -7,56 +7,87 @@ use std::collections::BinaryHeap;
 
 use super::vocab::ID_BITS;
 
-/// No merge.
-pub(super) const NO_RANK: u32 = u32::MAX;
+/// More merges than this do not fit: a symbol and a rank have `ID_BITS` bits.
+pub(super) const MAX_MERGES: usize = (1 << ID_BITS) - 256;
 const RANK_BITS: u32 = 64 - 2 * ID_BITS;
-/// More merges than this do not fit.
-pub(super) const MAX_MERGES: usize = (1 << RANK_BITS) - 1;
+const RANK_MASK: u64 = (1 << RANK_BITS) - 1;
+/// No merge.
+const NO_RANK: u32 = RANK_MASK as u32;
 const FREE: u64 = u64::MAX;
-/// Longest piece that is merged in arrays.
-const SHORT: usize = 96;
+/// Longest piece that is merged in arrays: one bit each in a word.
+const SHORT: usize = 64;
+/// Pairs that the scratch remembers.
+const RECENT: usize = 1 << 14;
 
-/// The merges of a tokenizer, and the tokens of the single bytes.
+/// The merges of a tokenizer.
+///
+/// Inside, a symbol is a byte, or 256 + the rank of the merge that makes it: what a merge makes is known without a
+/// look-up. `ids` turns symbols into token ids at the end.
 pub(super) struct Merges {
-    /// Id of each byte's token.
-    byte_ids: [u32; 256],
+    ids: Vec<u32>,
     /// Rank of each pair of bytes: most look-ups, out of the way of the large table.
     byte_pairs: Box<[u32]>,
     /// Open addressing: left << 44 | right << 24 | rank, or `FREE`.
     table: Box<[u64]>,
     shift: u32,
-    /// Id that each rank makes.
-    made: Vec<u32>,
+    /// Symbol that each rank makes, where several ranks make one token.
+    made: Option<Vec<u32>>,
 }
 
-/// Buffers of the long path, kept between pieces.
-#[derive(Default)]
+/// Working memory, kept between pieces.
 pub(super) struct MergeScratch {
-    ids: Vec<u32>,
+    /// Pairs looked up before, as in the table; with `NO_RANK` those that do not merge.
+    recent: Box<[u64]>,
+    symbols: Vec<u32>,
     next: Vec<u32>,
     previous: Vec<u32>,
     heap: BinaryHeap<Reverse<(u32, u32, u32)>>,
 }
 
+impl Default for MergeScratch {
+    fn default() -> Self {
+        MergeScratch {
+            recent: vec![FREE; RECENT].into_boxed_slice(),
+            symbols: Vec::new(),
+            next: Vec::new(),
+            previous: Vec::new(),
+            heap: BinaryHeap::new(),
+        }
+    }
+}
+
 impl Merges {
-    /// `merges` are `(left, right, made)` by rank; all ids are below `1 << ID_BITS`, at most [`MAX_MERGES`] of them.
-    /// Of a pair that is listed twice the later rank holds, as in the reference.
+    /// `byte_ids` are the tokens of the single bytes; `merges` are `(left, right, made)` by rank, at most
+    /// [`MAX_MERGES`]. Of a pair that is listed twice the later rank holds, as in the reference.
     pub(super) fn new(byte_ids: [u32; 256], merges: &[(u32, u32, u32)]) -> Self {
         let slots = (2 * merges.len()).next_power_of_two().max(16);
+        let mut ids = byte_ids.to_vec();
+        ids.extend(merges.iter().map(|merge| merge.2));
+        // Symbol of each token: of ranks that make the same one, the first. A part that no merge makes has none.
+        const NONE: u32 = u32::MAX;
+        let end = merges.iter().flat_map(|m| [m.0, m.1, m.2]).chain(byte_ids).max().map_or(0, |id| id as usize + 1);
+        let mut symbols = vec![NONE; end];
+        for (symbol, &id) in ids.iter().enumerate().rev() {
+            symbols[id as usize] = symbol as u32;
+        }
+        let several = merges.iter().enumerate().any(|(rank, m)| symbols[m.2 as usize] != 256 + rank as u32);
         let mut new = Merges {
-            byte_ids,
+            ids,
             byte_pairs: vec![NO_RANK; 1 << 16].into_boxed_slice(),
             table: vec![FREE; slots].into_boxed_slice(),
             shift: 64 - slots.trailing_zeros(),
-            made: merges.iter().map(|merge| merge.2).collect(),
+            made: several.then(|| merges.iter().map(|m| symbols[m.2 as usize]).collect()),
         };
-        for (rank, &(left, right, _)) in merges.iter().enumerate() {
-            let slot = new.slot(left, right);
-            new.table[slot] = pair(left, right) << RANK_BITS | rank as u64;
-        }
-        for left in 0..256 {
-            for right in 0..256 {
-                new.byte_pairs[left << 8 | right] = new.rank(byte_ids[left], byte_ids[right]);
+        for (rank, merge) in merges.iter().enumerate() {
+            let (left, right) = (symbols[merge.0 as usize], symbols[merge.1 as usize]);
+            if left == NONE || right == NONE {
+                continue;
+            }
+            let pair = pair(left, right);
+            let slot = new.slot(pair, hash(pair));
+            new.table[slot] = pair << RANK_BITS | rank as u64;
+            if left < 256 && right < 256 {
+                new.byte_pairs[(left << 8 | right) as usize] = rank as u32;
             }
         }
         new
@@ -64,70 +95,96 @@ impl Merges {
 
     /// The slot of a pair, or the free slot where it would stand.
     #[inline]
-    fn slot(&self, left: u32, right: u32) -> usize {
-        let pair = pair(left, right);
-        let mut slot = (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize;
+    fn slot(&self, pair: u64, hash: u64) -> usize {
+        let mut slot = (hash >> self.shift) as usize;
         while self.table[slot] != FREE && self.table[slot] >> RANK_BITS != pair {
             slot = (slot + 1) & (self.table.len() - 1);
         }
         slot
     }
 
-    #[inline]
-    fn rank(&self, left: u32, right: u32) -> u32 {
-        match self.table[self.slot(left, right)] {
-            FREE => NO_RANK,
-            entry => (entry & ((1 << RANK_BITS) - 1)) as u32,
+    #[inline(always)]
+    fn rank(&self, left: u32, right: u32, recent: &mut [u64]) -> u32 {
+        let pair = pair(left, right);
+        let hash = hash(pair);
+        // The middle bits: the high ones choose the slot in the table.
+        let seen = &mut recent[(hash >> 24) as usize & (RECENT - 1)];
+        if *seen >> RANK_BITS != pair {
+            let entry = self.table[self.slot(pair, hash)];
+            *seen = if entry == FREE { pair << RANK_BITS | RANK_MASK } else { entry };
+        }
+        (*seen & RANK_MASK) as u32
+    }
+
+    #[inline(always)]
+    fn made(&self, rank: u32) -> u32 {
+        match &self.made {
+            None => 256 + rank,
+            Some(made) => made[rank as usize],
         }
     }
 
     /// Appends the tokens of one piece.
     pub(super) fn encode(&self, piece: &[u8], scratch: &mut MergeScratch, out: &mut Vec<u32>) {
-        if piece.len() <= SHORT { self.encode_short(piece, out) } else { self.encode_long(piece, scratch, out) }
+        if piece.len() <= SHORT {
+            self.encode_short(piece, &mut scratch.recent, out)
+        } else {
+            self.encode_long(piece, scratch, out)
+        }
     }
 
-    fn encode_short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let mut ids = [0u32; SHORT];
-        let mut ranks = [NO_RANK; SHORT];
-        let mut len = piece.len();
-        for (id, &byte) in ids.iter_mut().zip(piece) {
-            *id = self.byte_ids[byte as usize];
+    fn encode_short(&self, piece: &[u8], recent: &mut [u64], out: &mut Vec<u32>) {
+        // A symbol stands where its first byte does; so does the rank of its pair with the next one, as
+        // rank << 6 | place, so that the smallest is the leftmost of the lowest.
+        const NONE: i32 = i32::MAX;
+        let mut symbols = [0u32; SHORT];
+        let mut ranks = [NONE; SHORT];
+        let entry = |rank: u32, at: usize| if rank == NO_RANK { NONE } else { (rank << 6) as i32 | at as i32 };
+        let len = piece.len().min(SHORT);
+        let padded = len.next_multiple_of(16).min(SHORT);
+        for (symbol, &byte) in symbols.iter_mut().zip(piece) {
+            *symbol = byte.into();
         }
-        for (rank, bytes) in ranks.iter_mut().zip(piece.windows(2)) {
-            *rank = self.byte_pairs[(bytes[0] as usize) << 8 | bytes[1] as usize];
+        for (at, bytes) in piece[..len].windows(2).enumerate() {
+            ranks[at] = entry(self.byte_pairs[(bytes[0] as usize) << 8 | bytes[1] as usize], at);
         }
-        while len > 1 {
-            let (mut at, mut best) = (0, NO_RANK);
-            for (i, &rank) in ranks[..len - 1].iter().enumerate() {
-                if rank < best {
-                    (at, best) = (i, rank);
-                }
-            }
-            if best == NO_RANK {
+        let mut alive = u64::MAX.checked_shr(64 - len as u32).unwrap_or(0);
+        loop {
+            let best = ranks[..padded].chunks_exact(16).flatten().fold(NONE, |best, &rank| best.min(rank));
+            if best == NONE {
                 break;
             }
-            ids[at] = self.made[best as usize];
-            ids.copy_within(at + 2..len, at + 1);
-            ranks.copy_within(at + 1..len, at);
-            len -= 1;
-            ranks[len - 1] = NO_RANK;
-            if at + 1 < len {
-                ranks[at] = self.rank(ids[at], ids[at + 1]);
-            }
-            if at > 0 {
-                ranks[at - 1] = self.rank(ids[at - 1], ids[at]);
+            let at = best as usize % SHORT;
+            let after = alive & (u64::MAX << 1 << at);
+            let right = after.trailing_zeros() as usize % SHORT;
+            alive &= !(1 << right);
+            ranks[right] = NONE;
+            symbols[at] = self.made(best as u32 >> 6);
+            let after = after & after.wrapping_sub(1);
+            ranks[at] = if after == 0 {
+                NONE
+            } else {
+                entry(self.rank(symbols[at], symbols[after.trailing_zeros() as usize % SHORT], recent), at)
+            };
+            let before = alive & ((1 << at) - 1);
+            if before != 0 {
+                let left = 63 - before.leading_zeros() as usize;
+                ranks[left] = entry(self.rank(symbols[left], symbols[at], recent), left);
             }
         }
-        out.extend_from_slice(&ids[..len]);
+        while alive != 0 {
+            out.push(self.ids[symbols[alive.trailing_zeros() as usize % SHORT] as usize]);
+            alive &= alive - 1;
+        }
     }
 
     /// The same over a linked list and a heap: n log n.
     fn encode_long(&self, piece: &[u8], scratch: &mut MergeScratch, out: &mut Vec<u32>) {
         const DEAD: u32 = u32::MAX;
         let len = piece.len() as u32;
-        let MergeScratch { ids, next, previous, heap } = scratch;
-        ids.clear();
-        ids.extend(piece.iter().map(|&byte| self.byte_ids[byte as usize]));
+        let MergeScratch { recent, symbols, next, previous, heap } = scratch;
+        symbols.clear();
+        symbols.extend(piece.iter().map(|&byte| u32::from(byte)));
         next.clear();
         next.extend(1..=len);
         previous.clear();
@@ -143,23 +200,27 @@ impl Merges {
         *heap = BinaryHeap::from(entries);
         while let Some(Reverse((rank, at, right))) = heap.pop() {
             let (i, j) = (at as usize, right as usize);
-            if ids[i] == DEAD || ids[j] == DEAD || next[i] != right || self.rank(ids[i], ids[j]) != rank {
+            if symbols[i] == DEAD
+                || symbols[j] == DEAD
+                || next[i] != right
+                || self.rank(symbols[i], symbols[j], recent) != rank
+             {
                 continue;
             }
-            ids[i] = self.made[rank as usize];
-            ids[j] = DEAD;
+            symbols[i] = self.made(rank);
+            symbols[j] = DEAD;
             let after = next[j];
             next[i] = after;
             if after < len {
                 previous[after as usize] = at;
-                let rank = self.rank(ids[i], ids[after as usize]);
+                let rank = self.rank(symbols[i], symbols[after as usize], recent);
                 if rank != NO_RANK {
                     heap.push(Reverse((rank, at, after)));
                 }
             }
             let before = previous[i];
             if before < len {
-                let rank = self.rank(ids[before as usize], ids[i]);
+                let rank = self.rank(symbols[before as usize], symbols[i], recent);
                 if rank != NO_RANK {
                     heap.push(Reverse((rank, before, at)));
                 }
@@ -167,7 +228,7 @@ impl Merges {
         }
         let mut at = 0;
         while at < len {
-            out.push(ids[at as usize]);
+            out.push(self.ids[symbols[at as usize] as usize]);
             at = next[at as usize];
         }
     }
@@ -176,6 +237,11 @@ impl Merges {
 #[inline(always)]
 fn pair(left: u32, right: u32) -> u64 {
     u64::from(left) << ID_BITS | u64::from(right)
+}
+
+#[inline(always)]
+fn hash(pair: u64) -> u64 {
+    pair.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 #[cfg(test)]
@@ -225,8 +291,9 @@ mod tests {
             let encoder = encoder(&merges);
             let expected = plain(&merges, piece.as_bytes());
             let (mut short, mut long) = (Vec::new(), Vec::new());
-            encoder.encode_short(piece.as_bytes(), &mut short);
-            encoder.encode_long(piece.as_bytes(), &mut MergeScratch::default(), &mut long);
+            let mut scratch = MergeScratch::default();
+            encoder.encode_short(piece.as_bytes(), &mut scratch.recent, &mut short);
+            encoder.encode_long(piece.as_bytes(), &mut scratch, &mut long);
             prop_assert_eq!(&short, &expected);
             prop_assert_eq!(&long, &expected);
         }

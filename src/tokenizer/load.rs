@@ -195,6 +195,9 @@ fn merges(model: &Model, vocab: &Vocab) -> std::result::Result<Merges, String> {
                 format!("model.merges[{rank}]: {part:?} is not in the vocabulary")
             })
         };
+        if middle == start || end == middle {
+            return Err(format!("model.merges[{rank}] has an empty part"));
+        }
         merges.push((token(start, middle)?, token(middle, end)?, token(start, end)?));
         start = end;
     }

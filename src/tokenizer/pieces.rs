@@ -17,6 +17,14 @@ const CACHED_LEN: usize = 16;
 const CACHED_IDS: usize = 3;
 /// Sets in the cache, of two pieces and 64 bytes each.
 const SETS: usize = 1 << 15;
+/// Bits of `Entry::meta` that count the ids.
+const NUM_IDS: u32 = 0xff;
+
+/// Longest piece that the second cache holds, in bytes, and most ids.
+const WIDE_LEN: usize = 32;
+const WIDE_IDS: usize = 7;
+/// Entries in the second cache, of 64 bytes each.
+const WIDE: usize = 1 << 16;
 
 /// Whether merging a token's bytes gives that token.
 const UNKNOWN: u8 = 0;
@@ -31,30 +39,43 @@ pub(super) struct PieceEncoder {
     starts: Starts,
 }
 
-/// A piece and its ids; `len` is 0 where there is none.
+/// A piece and its ids. The default holds no piece: no piece has length 0.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(32))]
 struct Entry {
     key: Key,
-    ids: [u32; CACHED_IDS],
-    len: u8,
-    num_ids: u8,
+    /// The ids, and as the last element `len << 8 | num_ids`.
+    ids: [u32; CACHED_IDS + 1],
 }
 
-/// The first is the one that was asked for again; a new one replaces the second.
+/// The first way keeps the lowest single id, which is the most frequent token; the second takes everything else.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 struct Set([Entry; 2]);
 
+/// A piece that took merging, and its ids; the last element is as in [`Entry`].
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct WideEntry {
+    key: [Key; 2],
+    ids: [u32; WIDE_IDS + 1],
+}
+
 /// Working memory of one call at a time; survives in the tokenizer's pool.
 pub(super) struct Scratch {
     sets: Box<[Set]>,
+    /// Asked where `sets` has no answer: by far larger than what the processor keeps close.
+    wide: Box<[WideEntry]>,
     merge: MergeScratch,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Scratch { sets: vec![Set::default(); SETS].into_boxed_slice(), merge: MergeScratch::default() }
+        Scratch {
+            sets: vec![Set::default(); SETS].into_boxed_slice(),
+            wide: vec![WideEntry::default(); WIDE].into_boxed_slice(),
+            merge: MergeScratch::default(),
+        }
     }
 }
 
@@ -127,18 +148,24 @@ impl PieceEncoder {
         }
         let key = key(text, start, end);
         let hash = hash_key(key);
-        let set = &mut scratch.sets[(hash >> 40) as usize & (SETS - 1)].0;
-        for way in 0..2 {
-            let entry = set[way];
-            if entry.key == key && entry.len as usize == len {
-                out.extend_from_slice(&entry.ids[..entry.num_ids as usize]);
-                if way == 1 {
-                    set.swap(0, 1);
-                }
-                return;
-            }
+        let set = &scratch.sets[(hash >> 40) as usize & (SETS - 1)].0;
+        let holds = |entry: &Entry| {
+            (entry.key[0] ^ key[0]) | (entry.key[1] ^ key[1]) | u64::from(entry.ids[CACHED_IDS] >> 8) ^ len as u64 == 0
+        };
+        // Chosen without a branch: which of the two it is cannot be predicted.
+        let entry = &set[usize::from(holds(&set[1]))];
+        if !holds(entry) {
+            return self.new_piece(vocab, &text[start..end], key, hash, scratch, out);
         }
-        self.new_piece(vocab, &text[start..end], key, hash, scratch, out);
+        out.reserve(CACHED_IDS + 1);
+        let num_ids = (entry.ids[CACHED_IDS] & NUM_IDS) as usize;
+        // SAFETY: there is room for CACHED_IDS + 1 ids after the first out.len(), all of them are written, and
+        // num_ids is at most CACHED_IDS. A plain extend costs a call of memmove per piece.
+        unsafe {
+            let at = out.len();
+            out.as_mut_ptr().add(at).cast::<[u32; CACHED_IDS + 1]>().write_unaligned(entry.ids);
+            out.set_len(at + num_ids);
+        }
     }
 
     /// Appends the ids of a piece that the cache lacks, and keeps them there.
@@ -154,19 +181,56 @@ impl PieceEncoder {
         out: &mut Vec<u32>,
     ) {
         let before = out.len();
-        self.merge(vocab, piece, hash, &mut scratch.merge, out);
+        self.wide_piece(vocab, piece, [key, [0; 2]], hash, scratch, out);
         let ids = &out[before..];
         if ids.len() <= CACHED_IDS {
-            let mut entry = Entry { key, len: piece.len() as u8, num_ids: ids.len() as u8, ..Entry::default() };
+            let mut entry = Entry { key, ids: [0; CACHED_IDS + 1] };
             entry.ids[..ids.len()].copy_from_slice(ids);
+            entry.ids[CACHED_IDS] = (piece.len() << 8 | ids.len()) as u32;
             let set = &mut scratch.sets[(hash >> 40) as usize & (SETS - 1)].0;
-            set[usize::from(set[0].len != 0)] = entry;
+            let single = |entry: &Entry| entry.ids[CACHED_IDS] & NUM_IDS == 1;
+            let [first, second] = set;
+            if !single(first) || single(&entry) && entry.ids[0] < first.ids[0] {
+                *second = std::mem::replace(first, entry);
+            } else {
+                *second = entry;
+            }
         }
     }
 
     #[inline(never)]
     fn long_piece(&self, vocab: &Vocab, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-        self.merge(vocab, piece, hash_bytes(piece), &mut scratch.merge, out);
+        let hash = hash_bytes(piece);
+        if piece.len() <= WIDE_LEN {
+            let keys = [key(piece, 0, CACHED_LEN), key(piece, CACHED_LEN, piece.len())];
+            self.wide_piece(vocab, piece, keys, hash, scratch, out);
+        } else {
+            self.merge(vocab, piece, hash, &mut scratch.merge, out);
+        }
+    }
+
+    /// Appends the ids of a piece by the second cache, where it is of use.
+    fn wide_piece(
+        &self,
+        vocab: &Vocab,
+        piece: &[u8],
+        keys: [Key; 2],
+        hash: u64,
+        scratch: &mut Scratch,
+        out: &mut Vec<u32>,
+    ) {
+        let entry = &mut scratch.wide[(hash >> 32) as usize & (WIDE - 1)];
+        if entry.key == keys && (entry.ids[WIDE_IDS] >> 8) as usize == piece.len() {
+            return out.extend_from_slice(&entry.ids[..(entry.ids[WIDE_IDS] & NUM_IDS) as usize]);
+        }
+        let before = out.len();
+        self.merge(vocab, piece, hash, &mut scratch.merge, out);
+        let ids = &out[before..];
+        if (2..=WIDE_IDS).contains(&ids.len()) {
+            entry.key = keys;
+            entry.ids[..ids.len()].copy_from_slice(ids);
+            entry.ids[WIDE_IDS] = (piece.len() << 8 | ids.len()) as u32;
+        }
     }
 
     /// Appends the ids of a piece: the whole token where merging is known to give it, or by merging.

@@ -101,7 +101,9 @@ impl PyTokenizer {
         for _ in 0..texts.len() {
             lists.append(py.None())?;
         }
-        self.for_each_encoded(py, &texts, split_special_tokens, |i, ids| lists.set_item(i, self.list(py, &ids)?))?;
+        self.for_each_encoded(py, &texts, split_special_tokens, |i, ids| {
+            lists.set_item(i, self.list(py, &ids)?)
+        })?;
         Ok(lists)
     }
 
@@ -128,7 +130,12 @@ impl PyTokenizer {
 
     /// `decode` of every list of ids.
     #[pyo3(signature = (batch, skip_special_tokens = true))]
-    fn decode_batch(&self, py: Python<'_>, batch: Vec<Ids>, skip_special_tokens: bool) -> PyResult<Vec<String>> {
+    fn decode_batch(
+        &self,
+        py: Python<'_>,
+        batch: Vec<Ids>,
+        skip_special_tokens: bool,
+    ) -> PyResult<Vec<String>> {
         enter(py, || batch.iter().map(|ids| self.inner.decode(&ids.0, skip_special_tokens)).collect())
     }
 

@@ -58,7 +58,8 @@ impl Matcher {
     pub(super) fn matches(&self, text: &str, plain_special: bool, mut each: impl FnMut(Match)) {
         let (mut at, mut done) = (0, 0);
         while let Some(start) = self.candidate(text.as_bytes(), at) {
-            let Some(token) = self.tokens.iter().find(|t| text.as_bytes()[start..].starts_with(t.text.as_bytes()))
+            let Some(token) =
+                self.tokens.iter().find(|t| text.as_bytes()[start..].starts_with(t.text.as_bytes()))
             else {
                 at = start + 1;
                 continue;
@@ -93,7 +94,15 @@ mod tests {
     use super::*;
 
     fn token(text: &str, id: u32, special: bool, strip: (bool, bool)) -> AddedToken {
-        AddedToken { id, content: text.into(), special, lstrip: strip.0, rstrip: strip.1, normalized: false, single_word: false }
+        AddedToken {
+            id,
+            content: text.into(),
+            special,
+            lstrip: strip.0,
+            rstrip: strip.1,
+            normalized: false,
+            single_word: false,
+        }
     }
 
     fn found(tokens: &[AddedToken], text: &str, plain_special: bool) -> Vec<(usize, usize, u32)> {
@@ -105,8 +114,11 @@ mod tests {
 
     #[test]
     fn leftmost_then_longest() {
-        let tokens =
-            [token("<a", 1, true, (false, false)), token("<a>b", 2, false, (false, false)), token("b<", 3, true, (false, false))];
+        let tokens = [
+            token("<a", 1, true, (false, false)),
+            token("<a>b", 2, false, (false, false)),
+            token("b<", 3, true, (false, false)),
+        ];
         assert_eq!(found(&tokens, "x<a>b<a", false), [(1, 5, 2), (5, 7, 1)]);
         assert_eq!(found(&tokens, "b<a>b", false), [(0, 2, 3)]);
         // A special token that is passed over still covers its text.

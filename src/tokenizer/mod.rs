@@ -82,7 +82,11 @@ impl Tokenizer {
     }
 
     /// [`Tokenizer::encode_with`] for every text, over all cores.
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], split_special_tokens: bool) -> Vec<Vec<u32>> {
+    pub fn encode_batch<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[T],
+        split_special_tokens: bool,
+    ) -> Vec<Vec<u32>> {
         texts.par_iter().map(|text| self.encode_with(text.as_ref(), split_special_tokens)).collect()
     }
 
@@ -172,7 +176,11 @@ impl Tokenizer {
     }
 
     fn unknown(&self, id: u32) -> Error {
-        Error::request("token id", id, format!("an id of the vocabulary, 0 to {}", self.len().saturating_sub(1)))
+        Error::request(
+            "token id",
+            id,
+            format!("an id of the vocabulary, 0 to {}", self.len().saturating_sub(1)),
+        )
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Box<Scratch>>> {

@@ -17,7 +17,9 @@ const CACHED_LEN: usize = 16;
 const CACHED_IDS: usize = 3;
 /// Sets in the cache, of two pieces and 64 bytes each.
 const SETS: usize = 1 << 15;
-/// Bits of `Entry::meta` that count the ids.
+/// Most pieces in the queue; a window adds up to `WINDOW` to at most `QUEUE - WINDOW`.
+const QUEUE: usize = 128;
+/// Bits of an entry's last element that count its ids.
 const NUM_IDS: u32 = 0xff;
 
 /// Longest piece that the second cache holds, in bytes, and most ids.
@@ -61,6 +63,55 @@ struct WideEntry {
     ids: [u32; WIDE_IDS + 1],
 }
 
+/// Pieces that are cut and not looked up yet.
+///
+/// By the time that one is looked up, its part of the cache has come from memory.
+struct Queue {
+    pieces: [Piece; QUEUE],
+    len: usize,
+}
+
+/// `text[start..end]`; `key` and `hash` only where it is short enough for the cache.
+#[derive(Clone, Copy, Default)]
+struct Piece {
+    key: Key,
+    hash: u64,
+    start: usize,
+    end: usize,
+}
+
+impl Queue {
+    #[inline(always)]
+    fn push(&mut self, text: &[u8], start: usize, end: usize, scratch: &Scratch) {
+        let Some(piece) = self.pieces.get_mut(self.len) else { return };
+        *piece = Piece { start, end, ..Piece::default() };
+        if end - start <= CACHED_LEN {
+            piece.key = key(text, start, end);
+            piece.hash = hash_key(piece.key);
+            prefetch(&scratch.sets[set_of(piece.hash)]);
+        }
+        self.len += 1;
+    }
+}
+
+#[inline(always)]
+fn set_of(hash: u64) -> usize {
+    (hash >> 40) as usize & (SETS - 1)
+}
+
+/// Asks for the first cache line of `target`.
+#[inline(always)]
+fn prefetch<T>(target: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of a valid reference; it changes nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(target).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = target;
+}
+
 /// Working memory of one call at a time; survives in the tokenizer's pool.
 pub(super) struct Scratch {
     sets: Box<[Set]>,
@@ -96,6 +147,7 @@ impl PieceEncoder {
     ) {
         let mut at = 0;
         let mut tail = [0; WINDOW];
+        let mut queue = Queue { pieces: [Piece::default(); QUEUE], len: 0 };
         while at < text.len() {
             let len = (text.len() - at).min(WINDOW);
             let window = match text.get(at..at + WINDOW).and_then(|bytes| bytes.try_into().ok()) {
@@ -110,61 +162,66 @@ impl PieceEncoder {
             let (base, mut start) = (at, at);
             while starts != 0 {
                 let end = base + starts.trailing_zeros() as usize;
-                self.piece(vocab, text, start, end, scratch, out);
+                queue.push(text, start, end, scratch);
                 start = end;
                 starts &= starts - 1;
             }
             at = start;
             // The piece that the window leaves open; and more of them where the text is not ASCII.
             if start == base || ascii < len || len < WINDOW {
-                loop {
+                while queue.len < QUEUE && at < text.len() {
                     let end = next_piece(chars, text, at);
-                    self.piece(vocab, text, at, end, scratch, out);
+                    queue.push(text, at, end, scratch);
                     at = end;
-                    match text.get(at..at + 8) {
-                        Some(next) if next.is_ascii() => break,
-                        _ if at >= text.len() => break,
-                        _ => {}
+                    if text.get(at..at + 8).is_some_and(<[u8]>::is_ascii) {
+                        break;
                     }
                 }
             }
+            if queue.len > QUEUE - WINDOW {
+                self.flush(vocab, text, &mut queue, scratch, out);
+            }
         }
+        self.flush(vocab, text, &mut queue, scratch, out);
     }
 
-    /// Appends the ids of the piece `text[start..end]`.
-    #[inline(always)]
-    fn piece(
+    /// Appends the ids of the pieces in the queue and empties it.
+    fn flush(
         &self,
         vocab: &Vocab,
         text: &[u8],
-        start: usize,
-        end: usize,
+        queue: &mut Queue,
         scratch: &mut Scratch,
         out: &mut Vec<u32>,
     ) {
-        let len = end - start;
-        if len > CACHED_LEN {
-            return self.long_piece(vocab, &text[start..end], scratch, out);
-        }
-        let key = key(text, start, end);
-        let hash = hash_key(key);
-        let set = &scratch.sets[(hash >> 40) as usize & (SETS - 1)].0;
-        let holds = |entry: &Entry| {
-            (entry.key[0] ^ key[0]) | (entry.key[1] ^ key[1]) | u64::from(entry.ids[CACHED_IDS] >> 8) ^ len as u64 == 0
-        };
-        // Chosen without a branch: which of the two it is cannot be predicted.
-        let entry = &set[usize::from(holds(&set[1]))];
-        if !holds(entry) {
-            return self.new_piece(vocab, &text[start..end], key, hash, scratch, out);
-        }
-        out.reserve(CACHED_IDS + 1);
-        let num_ids = (entry.ids[CACHED_IDS] & NUM_IDS) as usize;
-        // SAFETY: there is room for CACHED_IDS + 1 ids after the first out.len(), all of them are written, and
-        // num_ids is at most CACHED_IDS. A plain extend costs a call of memmove per piece.
-        unsafe {
-            let at = out.len();
-            out.as_mut_ptr().add(at).cast::<[u32; CACHED_IDS + 1]>().write_unaligned(entry.ids);
-            out.set_len(at + num_ids);
+        let pieces = &queue.pieces[..std::mem::take(&mut queue.len)];
+        out.reserve(pieces.len() + CACHED_IDS);
+        for &Piece { key, hash, start, end } in pieces {
+            let len = end - start;
+            if len > CACHED_LEN {
+                self.long_piece(vocab, &text[start..end], scratch, out);
+                continue;
+            }
+            let set = &scratch.sets[set_of(hash)].0;
+            let holds = |entry: &Entry| {
+                let other_len = u64::from(entry.ids[CACHED_IDS] >> 8) ^ len as u64;
+                (entry.key[0] ^ key[0]) | (entry.key[1] ^ key[1]) | other_len == 0
+            };
+            // Chosen without a branch: which of the two it is cannot be predicted.
+            let entry = &set[usize::from(holds(&set[1]))];
+            if !holds(entry) {
+                self.new_piece(vocab, &text[start..end], key, hash, scratch, out);
+                continue;
+            }
+            out.reserve(CACHED_IDS + 1);
+            let num_ids = (entry.ids[CACHED_IDS] & NUM_IDS) as usize;
+            // SAFETY: there is room for CACHED_IDS + 1 ids after the first out.len(), all of them are written, and
+            // num_ids is at most CACHED_IDS. A plain extend costs a call of memmove per piece.
+            unsafe {
+                let at = out.len();
+                out.as_mut_ptr().add(at).cast::<[u32; CACHED_IDS + 1]>().write_unaligned(entry.ids);
+                out.set_len(at + num_ids);
+            }
         }
     }
 
@@ -187,7 +244,7 @@ impl PieceEncoder {
             let mut entry = Entry { key, ids: [0; CACHED_IDS + 1] };
             entry.ids[..ids.len()].copy_from_slice(ids);
             entry.ids[CACHED_IDS] = (piece.len() << 8 | ids.len()) as u32;
-            let set = &mut scratch.sets[(hash >> 40) as usize & (SETS - 1)].0;
+            let set = &mut scratch.sets[set_of(hash)].0;
             let single = |entry: &Entry| entry.ids[CACHED_IDS] & NUM_IDS == 1;
             let [first, second] = set;
             if !single(first) || single(&entry) && entry.ids[0] < first.ids[0] {

@@ -65,11 +65,8 @@ const MASKS: [Key; 17] = {
     let mut masks = [[0u64; 2]; 17];
     let mut len = 1;
     while len <= 16 {
-        masks[len] = if len <= 8 {
-            [u64::MAX >> (64 - 8 * len), 0]
-        } else {
-            [u64::MAX, u64::MAX >> (128 - 8 * len)]
-        };
+        masks[len] =
+            if len <= 8 { [u64::MAX >> (64 - 8 * len), 0] } else { [u64::MAX, u64::MAX >> (128 - 8 * len)] };
         len += 1;
     }
     masks
@@ -134,7 +131,8 @@ impl Vocab {
         entries: &[(u32, u32, u32)],
         raw: HashMap<String, u32>,
     ) -> Result<Self, String> {
-        let max = entries.iter().map(|e| e.0).chain(raw.values().copied()).max().map_or(0, |id| id as usize + 1);
+        let max =
+            entries.iter().map(|e| e.0).chain(raw.values().copied()).max().map_or(0, |id| id as usize + 1);
         let slots = (2 * entries.len()).next_power_of_two().max(16);
         let mut vocab = Vocab {
             bytes,
@@ -269,7 +267,10 @@ mod tests {
         let entries = [(0, 0, 1), (2, 1, 2), (1, 0, 3)];
         let raw = HashMap::from([("x y".to_string(), 4)]);
         let mut vocab = Vocab::new(b"abc".to_vec(), &entries, raw).unwrap();
-        assert_eq!((vocab.id(b"a"), vocab.id(b"bc"), vocab.id(b"abc"), vocab.id(b"ab")), (Some(0), Some(2), Some(1), None));
+        assert_eq!(
+            (vocab.id(b"a"), vocab.id(b"bc"), vocab.id(b"abc"), vocab.id(b"ab")),
+            (Some(0), Some(2), Some(1), None)
+        );
         assert_eq!((vocab.get(3), vocab.get(4), vocab.get(9)), (None, Some(&b"x y"[..]), None));
         assert_eq!((vocab.id_of_printable("x y"), vocab.id(b"x y")), (Some(4), None));
         vocab.add(6, "Ġz");

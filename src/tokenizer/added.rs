@@ -31,11 +31,11 @@ pub(super) struct Match {
 }
 
 impl Matcher {
-    /// `tokens`: the text to look for, and the token that it stands for.
-    pub(super) fn new<'a>(tokens: impl Iterator<Item = (String, &'a AddedToken)>) -> Self {
+    pub(super) fn new<'a>(tokens: impl Iterator<Item = &'a AddedToken>) -> Self {
         let mut matcher = Matcher { tokens: Vec::new(), first: vec![false; 256], few: Vec::new() };
-        for (text, token) in tokens {
+        for token in tokens {
             let AddedToken { id, lstrip, rstrip, special, .. } = *token;
+            let text = token.content.clone();
             if let Some(&byte) = text.as_bytes().first() {
                 matcher.first[byte as usize] = true;
                 matcher.tokens.push(Pattern { text, id, lstrip, rstrip, special });
@@ -106,7 +106,7 @@ mod tests {
     }
 
     fn found(tokens: &[AddedToken], text: &str, plain_special: bool) -> Vec<(usize, usize, u32)> {
-        let matcher = Matcher::new(tokens.iter().map(|t| (t.content.clone(), t)));
+        let matcher = Matcher::new(tokens.iter());
         let mut out = Vec::new();
         matcher.matches(text, plain_special, |m| out.push((m.start, m.end, m.id)));
         out

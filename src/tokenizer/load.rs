@@ -72,8 +72,16 @@ fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
     let mut vocab = Vocab::new(entries.bytes, &entries.entries, entries.raw).map_err(bad)?;
     let merges = merges(&file.model, &vocab).map_err(bad)?;
 
+    let chars = CharTable::new(components.marks_join);
+    // The reference keeps the text of such a token as the normalizer leaves it.
+    let normalize = |mut token: AddedToken| {
+        if token.normalized && components.nfc {
+            token.content = nfc(&token.content, &chars).into_owned();
+        }
+        token
+    };
     let mut added = Vec::new();
-    for token in file.added_tokens {
+    for token in file.added_tokens.into_iter().map(normalize) {
         add(&mut added, token, &mut vocab, "tokenizer.json: added_tokens")?;
     }
     let mut more: Vec<AddedToken> = Vec::new();
@@ -93,7 +101,7 @@ fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
         });
     }
     more.sort_by_key(|token| token.id);
-    for token in more {
+    for token in more.into_iter().map(normalize) {
         // What tokenizer.json says of a token stands.
         match added.iter().find(|known| known.content == token.content) {
             Some(known) if known.id != token.id => {
@@ -109,12 +117,9 @@ fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
         }
     }
 
-    let chars = CharTable::new(components.marks_join);
     let (normalized, exact): (Vec<_>, Vec<_>) = added.iter().partition(|token| token.normalized);
-    let as_normalized =
-        |text: &str| if components.nfc { nfc(text, &chars).into_owned() } else { text.to_owned() };
-    let exact = Matcher::new(exact.into_iter().map(|token| (token.content.clone(), token)));
-    let normalized = Matcher::new(normalized.into_iter().map(|token| (as_normalized(&token.content), token)));
+    let exact = Matcher::new(exact.into_iter());
+    let normalized = Matcher::new(normalized.into_iter());
     added.sort_by_key(|token| token.id);
     let mut special = vec![false; vocab.end() as usize];
     for token in added.iter().filter(|token| token.special) {

@@ -17,6 +17,11 @@ const NO_RANK: u32 = RANK_MASK as u32;
 const FREE: u64 = u64::MAX;
 /// Longest piece that is merged in arrays: one bit each in a word.
 const SHORT: usize = 64;
+/// Merges in the small table: the lowest ranks, which are most of those that come up.
+const HOT: usize = 1 << 14;
+const HOT_SHIFT: u32 = 64 - 15;
+/// Bits in the filter.
+const FILTER_BITS: usize = 1 << 21;
 /// No symbol.
 const NONE: u32 = u32::MAX;
 
@@ -28,6 +33,10 @@ pub(super) struct Merges {
     ids: Vec<u32>,
     /// Rank of each pair of bytes: most look-ups, out of the way of the large table.
     byte_pairs: Box<[u32]>,
+    /// The lowest ranks, as in `table`: small enough to stay near the processor.
+    hot: Box<[u64]>,
+    /// A bit that is set for each pair outside `hot`, by its hash: most pairs that do not merge end here.
+    filter: Box<[u64]>,
     /// Open addressing: left << 44 | right << 24 | rank, or `FREE`.
     table: Box<[u64]>,
     shift: u32,
@@ -70,6 +79,8 @@ impl Merges {
             ids,
             byte_pairs: vec![NO_RANK; 1 << 16].into_boxed_slice(),
             whole: vec![NONE; 1 << 16].into_boxed_slice(),
+            hot: vec![FREE; 1 << (64 - HOT_SHIFT)].into_boxed_slice(),
+            filter: vec![0; FILTER_BITS / 64].into_boxed_slice(),
             table: vec![FREE; slots].into_boxed_slice(),
             shift: 64 - slots.trailing_zeros(),
             made: several.then(|| merges.iter().map(|m| symbols[m.2 as usize]).collect()),
@@ -80,8 +91,22 @@ impl Merges {
                 continue;
             }
             let pair = pair(left, right);
-            let slot = new.slot(pair, hash(pair));
-            new.table[slot] = pair << RANK_BITS | rank as u64;
+            let hash = hash(pair);
+            let entry = pair << RANK_BITS | rank as u64;
+            if rank < HOT {
+                let slot = find(&new.hot, HOT_SHIFT, pair, hash);
+                new.hot[slot] = entry;
+            } else {
+                // A pair that the small table has too would be found there, with the rank that does not hold.
+                let slot = find(&new.hot, HOT_SHIFT, pair, hash);
+                if new.hot[slot] != FREE {
+                    new.hot[slot] = entry;
+                }
+                let slot = find(&new.table, new.shift, pair, hash);
+                new.table[slot] = entry;
+                let bit = hash as usize >> 8 & (FILTER_BITS - 1);
+                new.filter[bit / 64] |= 1 << (bit % 64);
+            }
             if left < 256 && right < 256 {
                 new.byte_pairs[(left << 8 | right) as usize] = rank as u32;
             }
@@ -161,27 +186,14 @@ impl Merges {
         }
     }
 
-    /// The slot of a pair, or the free slot where it would stand.
-    #[inline]
-    fn slot(&self, pair: u64, hash: u64) -> usize {
-        let mut slot = (hash >> self.shift) as usize;
-        while self.table[slot] != FREE && self.table[slot] >> RANK_BITS != pair {
-            slot = (slot + 1) & (self.table.len() - 1);
-        }
-        slot
-    }
-
     #[inline(always)]
     fn rank(&self, left: u32, right: u32) -> u32 {
         let pair = pair(left, right);
-        self.rank_from(pair, self.table[(hash(pair) >> self.shift) as usize])
-    }
-
-    /// Rank of a pair, given what stands in the first slot that it may be in.
-    #[inline(always)]
-    fn rank_from(&self, pair: u64, mut entry: u64) -> u32 {
-        if entry != FREE && entry >> RANK_BITS != pair {
-            entry = self.table[self.slot(pair, hash(pair))];
+        let hash = hash(pair);
+        let mut entry = self.hot[find(&self.hot, HOT_SHIFT, pair, hash)];
+        let bit = hash as usize >> 8 & (FILTER_BITS - 1);
+        if entry == FREE && self.filter[bit / 64] >> (bit % 64) & 1 != 0 {
+            entry = self.table[find(&self.table, self.shift, pair, hash)];
         }
         // FREE has NO_RANK in its low bits.
         (entry & RANK_MASK) as u32
@@ -242,15 +254,14 @@ impl Merges {
             symbols[at] = made;
             let after = after & after.wrapping_sub(1);
             let before = alive & ((1 << at) - 1);
-            // Both look-ups are under way before either is needed; one with no neighbour is of no use and harmless.
-            let next = after.trailing_zeros() as usize % SHORT;
-            let left = before.leading_zeros() as usize ^ 63;
-            let (right_pair, left_pair) = (pair(made, symbols[next]), pair(symbols[left % SHORT], made));
-            let right_entry = self.table[(hash(right_pair) >> self.shift) as usize];
-            let left_entry = self.table[(hash(left_pair) >> self.shift) as usize];
-            ranks[at] = if after == 0 { STAY } else { entry(self.rank_from(right_pair, right_entry), at) };
+            ranks[at] = if after == 0 {
+                STAY
+            } else {
+                entry(self.rank(made, symbols[after.trailing_zeros() as usize % SHORT]), at)
+            };
             if before != 0 {
-                ranks[left % SHORT] = entry(self.rank_from(left_pair, left_entry), left);
+                let left = 63 - before.leading_zeros() as usize;
+                ranks[left] = entry(self.rank(symbols[left], made), left);
             }
         }
         while alive != 0 {
@@ -325,6 +336,16 @@ impl Merges {
 #[inline(always)]
 fn pair(left: u32, right: u32) -> u64 {
     u64::from(left) << ID_BITS | u64::from(right)
+}
+
+/// The slot of a pair in an open-addressing table, or the free slot where it would stand.
+#[inline(always)]
+fn find(table: &[u64], shift: u32, pair: u64, hash: u64) -> usize {
+    let mut slot = (hash >> shift) as usize;
+    while table[slot] != FREE && table[slot] >> RANK_BITS != pair {
+        slot = (slot + 1) & (table.len() - 1);
+    }
+    slot
 }
 
 #[inline(always)]

@@ -50,6 +50,14 @@ struct Entry {
     ids: [u32; CACHED_IDS + 1],
 }
 
+impl Entry {
+    #[inline(always)]
+    fn holds(&self, key: Key, len: usize) -> bool {
+        let other_len = u64::from(self.ids[CACHED_IDS] >> 8) ^ len as u64;
+        (self.key[0] ^ key[0]) | (self.key[1] ^ key[1]) | other_len == 0
+    }
+}
+
 /// The first way keeps the lowest single id, which is the most frequent token; the second takes everything else.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
@@ -71,7 +79,7 @@ struct Queue {
     len: usize,
 }
 
-/// `text[start..end]`; `key` and `hash` only where it is short enough for the cache.
+/// `text[start..end]`; `key` only where it is short enough for the first cache.
 #[derive(Clone, Copy, Default)]
 struct Piece {
     key: Key,
@@ -89,6 +97,8 @@ impl Queue {
             piece.key = key(text, start, end);
             piece.hash = hash_key(piece.key);
             prefetch(&scratch.sets[set_of(piece.hash)]);
+        } else {
+            piece.hash = hash_bytes(&text[start..end]);
         }
         self.len += 1;
     }
@@ -99,9 +109,14 @@ fn set_of(hash: u64) -> usize {
     (hash >> 40) as usize & (SETS - 1)
 }
 
+#[inline(always)]
+fn wide_of(hash: u64) -> usize {
+    (hash >> 32) as usize & (WIDE - 1)
+}
+
 /// Asks for the first cache line of `target`.
 #[inline(always)]
-fn prefetch<T>(target: &T) {
+pub(super) fn prefetch<T>(target: &T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch of a valid reference; it changes nothing.
     unsafe {
@@ -196,20 +211,23 @@ impl PieceEncoder {
     ) {
         let pieces = &queue.pieces[..std::mem::take(&mut queue.len)];
         out.reserve(pieces.len() + CACHED_IDS);
+        // What pieces that the first cache lacks will need is on its way before the first of them is looked up.
+        for &Piece { key, hash, start, end } in pieces {
+            if !scratch.sets[set_of(hash)].0.iter().any(|entry| entry.holds(key, end - start)) {
+                prefetch(&scratch.wide[wide_of(hash)]);
+                vocab.prefetch(hash);
+            }
+        }
         for &Piece { key, hash, start, end } in pieces {
             let len = end - start;
             if len > CACHED_LEN {
-                self.long_piece(vocab, &text[start..end], scratch, out);
+                self.long_piece(vocab, &text[start..end], hash, scratch, out);
                 continue;
             }
             let set = &scratch.sets[set_of(hash)].0;
-            let holds = |entry: &Entry| {
-                let other_len = u64::from(entry.ids[CACHED_IDS] >> 8) ^ len as u64;
-                (entry.key[0] ^ key[0]) | (entry.key[1] ^ key[1]) | other_len == 0
-            };
             // Chosen without a branch: which of the two it is cannot be predicted.
-            let entry = &set[usize::from(holds(&set[1]))];
-            if !holds(entry) {
+            let entry = &set[usize::from(set[1].holds(key, len))];
+            if !entry.holds(key, len) {
                 self.new_piece(vocab, &text[start..end], key, hash, scratch, out);
                 continue;
             }
@@ -256,8 +274,7 @@ impl PieceEncoder {
     }
 
     #[inline(never)]
-    fn long_piece(&self, vocab: &Vocab, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-        let hash = hash_bytes(piece);
+    fn long_piece(&self, vocab: &Vocab, piece: &[u8], hash: u64, scratch: &mut Scratch, out: &mut Vec<u32>) {
         if piece.len() <= WIDE_LEN {
             let keys = [key(piece, 0, CACHED_LEN), key(piece, CACHED_LEN, piece.len())];
             self.wide_piece(vocab, piece, keys, hash, scratch, out);
@@ -276,7 +293,7 @@ impl PieceEncoder {
         scratch: &mut Scratch,
         out: &mut Vec<u32>,
     ) {
-        let entry = &mut scratch.wide[(hash >> 32) as usize & (WIDE - 1)];
+        let entry = &mut scratch.wide[wide_of(hash)];
         if entry.key == keys && (entry.ids[WIDE_IDS] >> 8) as usize == piece.len() {
             return out.extend_from_slice(&entry.ids[..(entry.ids[WIDE_IDS] & NUM_IDS) as usize]);
         }

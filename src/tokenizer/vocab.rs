@@ -4,6 +4,8 @@
 
 use std::collections::HashMap;
 
+use super::pieces::prefetch;
+
 /// Ids fit into this many bits, so that a pair of them and a rank fit into one word.
 pub(super) const ID_BITS: u32 = 20;
 
@@ -220,6 +222,14 @@ impl Vocab {
                 return Some(entry as u32);
             }
             slot = (slot + 1) & mask;
+        }
+    }
+
+    /// Asks for what [`Vocab::id_with_hash`] will look at first.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, hash: u64) {
+        if let Some(entry) = self.table.get(hash as usize & self.table.len().wrapping_sub(1)) {
+            prefetch(entry);
         }
     }
 

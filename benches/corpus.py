@@ -53,9 +53,17 @@ def files(roots, suffixes):
 def kinds():
     """(name, share of the corpus, documents)"""
     code = dict.fromkeys(sysconfig.get_paths()[k] for k in ("purelib", "platlib", "stdlib"))
-    code = [*code, *(line for line in site_directories() if line not in code), "/usr/include", "/usr/lib/python3"]
+    code = [
+        *code,
+        *(line for line in site_directories() if line not in code),
+        "/usr/include",
+        "/usr/lib/python3",
+    ]
     home = pathlib.Path.home() / ".cargo" / "registry" / "src"
-    documents = files(["/usr/share/doc", "/usr/share/man", "/usr/share/perl"], {".gz", ".txt", ".html", ".md", ".rst", ".pod"})
+    documents = files(
+        ["/usr/share/doc", "/usr/share/man", "/usr/share/perl"],
+        {".gz", ".txt", ".html", ".md", ".rst", ".pod"},
+    )
     yield "code", 0.45, filter(None, map(text_of, files(code, {".py", ".h", ".hpp", ".pyi", ".cuh"})))
     yield "rust", 0.10, filter(None, map(text_of, files([home], {".rs", ".md"})))
     yield "docs", 0.25, filter(None, map(text_of, documents))

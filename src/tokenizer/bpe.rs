@@ -34,8 +34,11 @@ pub(super) struct Merges {
     /// Open addressing: left << 44 | right << 24 | rank, or `FREE`.
     table: Box<[u64]>,
     shift: u32,
-    /// Symbol of each character below U+10000 whose bytes always merge into one before anything else touches them.
-    whole: Box<[u32]>,
+    /// By character below U+10000: the symbol that its bytes merge into, or `NONE`, and the highest rank on the way.
+    whole: Box<[[u32; 2]]>,
+    /// Lowest rank that joins a byte to the first byte of a character, and the last byte of one to the next byte.
+    before_lead: Box<[u32]>,
+    after_last: Box<[u32]>,
     /// Symbol that each rank makes, where several ranks make one token.
     made: Option<Vec<u32>>,
 }
@@ -115,7 +118,9 @@ impl Merges {
         let mut new = Merges {
             ids,
             byte_pairs: vec![NO_RANK; 1 << 16].into_boxed_slice(),
-            whole: vec![NONE; 1 << 16].into_boxed_slice(),
+            whole: vec![[NONE; 2]; 1 << 16].into_boxed_slice(),
+            before_lead: vec![NO_RANK; 1 << 16].into_boxed_slice(),
+            after_last: vec![NO_RANK; 1 << 16].into_boxed_slice(),
             table: vec![FREE; slots].into_boxed_slice(),
             shift: 64 - slots.trailing_zeros(),
             made: several.then(|| merges.iter().map(|m| symbols[m.2 as usize]).collect()),
@@ -136,30 +141,38 @@ impl Merges {
         new
     }
 
-    /// Fills `whole`. A merge joins part of a character with what stands beside it only if its right side is the
-    /// start of a character and nothing else, or its left side the end of one. A character whose own merges all come
-    /// before every such merge of its parts is one symbol before anything else can happen to it.
+    /// Fills `whole`, `before_lead` and `after_last`.
+    ///
+    /// A merge joins part of a character to what stands beside it only if its right side is the start of a character
+    /// and nothing else, or its left side the end of one. A character whose own merges all have lower ranks than
+    /// every such merge that its neighbours allow is one symbol before anything else can happen to it.
     fn find_whole_characters<'a>(
         &mut self,
         symbols: &[u32],
         merges: &[(u32, u32, u32)],
         token: impl Fn(u32) -> &'a [u8],
     ) {
+        let continues = |byte: &u8| byte & 0xc0 == 0x80;
+        // Parts of two and three bytes are rare enough to forget what stands beside them.
         let mut touched: HashMap<&[u8], u32> = HashMap::new();
-        let mut touch = |part: &'a [u8], rank: usize| {
-            let first = touched.entry(part).or_insert(NO_RANK);
-            *first = (*first).min(rank as u32);
-        };
         for (rank, merge) in merges.iter().enumerate() {
             if symbols[merge.0 as usize] == NONE || symbols[merge.1 as usize] == NONE {
                 continue;
             }
-            let (left, right) = (token(merge.0), token(merge.1));
-            if right[0] >= 0xc0 && right.len() < 4 && right[1..].iter().all(|byte| byte & 0xc0 == 0x80) {
-                touch(right, rank);
-            }
-            if left.len() < 4 && left.iter().all(|byte| byte & 0xc0 == 0x80) && right[0] & 0xc0 != 0x80 {
-                touch(left, rank);
+            let (left, right, rank) = (token(merge.0), token(merge.1), rank as u32);
+            let (last, first) = (left[left.len() - 1], right[0]);
+            let beside = (last as usize) << 8 | first as usize;
+            let starts = first >= 0xc0 && right.len() < 4 && right[1..].iter().all(continues);
+            let ends = left.len() < 4 && left.iter().all(continues) && !continues(&first);
+            for (part, is_part, table) in
+                [(right, starts, &mut self.before_lead), (left, ends, &mut self.after_last)]
+            {
+                if is_part && part.len() == 1 {
+                    table[beside] = table[beside].min(rank);
+                } else if is_part {
+                    let lowest = touched.entry(part).or_insert(rank);
+                    *lowest = rank.min(*lowest);
+                }
             }
         }
         for c in ('\u{80}'..='\u{ffff}').filter(|c| c.len_utf8() < 4) {
@@ -177,14 +190,12 @@ impl Merges {
                 parts.remove(at + 1);
                 highest = highest.max(rank);
             }
-            let first_touch = (1..bytes.len())
-                .flat_map(|i| [&bytes[..i], &bytes[i..]])
-                .filter_map(|part| touched.get(part))
-                .min();
+            let inner = [bytes.get(..2), bytes.get(1..)].into_iter().flatten().filter(|_| bytes.len() == 3);
+            let lowest = inner.filter_map(|part| touched.get(part)).min();
             if let [symbol] = *parts
-                && first_touch.is_none_or(|&rank| highest < rank)
+                && lowest.is_none_or(|&rank| highest < rank)
             {
-                self.whole[c as usize] = symbol;
+                self.whole[c as usize] = [symbol, highest];
             }
         }
     }
@@ -196,7 +207,14 @@ impl Merges {
         while let Some(&byte) = piece.get(at) {
             if byte >= 0xc0 {
                 let (code, len) = decode(piece, at);
-                if let Some(&symbol) = self.whole.get(code).filter(|&&symbol| symbol != NONE) {
+                let beside = |left: u8, right: u8| (left as usize) << 8 | right as usize;
+                if let Some(&[symbol, highest]) = self.whole.get(code)
+                    && symbol != NONE
+                    && (at == 0 || highest < self.before_lead[beside(piece[at - 1], byte)])
+                    && piece
+                        .get(at + len)
+                        .is_none_or(|&next| highest < self.after_last[beside(piece[at + len - 1], next)])
+                {
                     each(at, len, symbol);
                     at += len;
                     continue;
@@ -498,6 +516,43 @@ mod tests {
                 prop_assert_eq!(&short[span.0 as usize..span.1 as usize], plain(&merges, &piece.as_bytes()[..cut.1]));
             }
             encoder.encode_long(piece.as_bytes(), &mut scratch, &mut long);
+            prop_assert_eq!(&long, &expected);
+        }
+    }
+
+    /// Random merges over the bytes of é, è, 日 and a space.
+    fn byte_merges() -> impl Strategy<Value = Vec<(u32, u32, u32)>> {
+        prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..24).prop_map(
+            |picks| {
+                let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+                let mut ids: Vec<u32> = vec![0x20, 0xc3, 0xa9, 0xa8, 0xe6, 0x97, 0xa5];
+                let mut merges: Vec<(u32, u32, u32)> = Vec::new();
+                for (left, right) in picks {
+                    let (left, right) = (ids[left.index(ids.len())], ids[right.index(ids.len())]);
+                    let bytes = [tokens[left as usize].as_slice(), &tokens[right as usize]].concat();
+                    let made = tokens.iter().position(|token| *token == bytes).unwrap_or_else(|| {
+                        tokens.push(bytes);
+                        ids.push(tokens.len() as u32 - 1);
+                        tokens.len() - 1
+                    });
+                    merges.push((left, right, made as u32));
+                }
+                merges
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #[test]
+        fn characters_that_start_whole_change_nothing(merges in byte_merges(), piece in "[éè日 ]{0,12}") {
+            let encoder = encoder(&merges);
+            let expected = plain(&merges, piece.as_bytes());
+            let (mut short, mut long, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+            let mut scratch = MergeScratch::default();
+            encoder.encode(piece.as_bytes(), [(0, piece.len())].into_iter(), &mut scratch, &mut short, &mut spans);
+            encoder.encode_long(piece.as_bytes(), &mut scratch, &mut long);
+            prop_assert_eq!(&short, &expected);
             prop_assert_eq!(&long, &expected);
         }
     }

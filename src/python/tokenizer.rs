@@ -1,7 +1,7 @@
 //! `qwen35rs.Tokenizer`: strings and lists of ints in and out, over [`crate::tokenizer`].
 
 use std::path::PathBuf;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 
 use numpy::PyArray1;
 use pyo3::exceptions::PyIndexError;
@@ -27,11 +27,13 @@ pub(crate) struct PyTokenizer {
     pub(crate) inner: Arc<Tokenizer>,
     /// Python ints by id, so that a list of ids allocates none.
     ints: PyOnceLock<Vec<Py<PyInt>>>,
+    /// Ids on their way into a list, for the next call.
+    buffer: Mutex<Vec<u32>>,
 }
 
 impl PyTokenizer {
     pub(crate) fn new(tokenizer: Tokenizer) -> Self {
-        PyTokenizer { inner: Arc::new(tokenizer), ints: PyOnceLock::new() }
+        PyTokenizer { inner: Arc::new(tokenizer), ints: PyOnceLock::new(), buffer: Mutex::new(Vec::new()) }
     }
 
     fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
@@ -86,8 +88,21 @@ impl PyTokenizer {
         split_special_tokens: bool,
     ) -> PyResult<Bound<'py, PyList>> {
         let text = text.to_str()?;
-        let ids = enter(py, || Ok(self.inner.encode_with(text, split_special_tokens)))?;
-        self.list(py, &ids)
+        let mut ids =
+            self.buffer.try_lock().map(|mut buffer| std::mem::take(&mut *buffer)).unwrap_or_default();
+        enter(py, || {
+            self.inner.encode_to(text, split_special_tokens, &mut ids);
+            Ok(())
+        })?;
+        let list = self.list(py, &ids);
+        // One very long text must not hold its memory for ever.
+        if ids.capacity() <= 1 << 20
+            && let Ok(mut buffer) = self.buffer.try_lock()
+        {
+            ids.clear();
+            *buffer = ids;
+        }
+        list
     }
 
     /// `encode`, as a numpy array of uint32, shape [num_tokens].

@@ -121,11 +121,7 @@ struct Piece {
     hash: u64,
     start: usize,
     end: usize,
-    /// Which of the two entries of its set holds it, or `MISSING`.
-    way: u32,
 }
-
-const MISSING: u32 = 2;
 
 impl Queue {
     #[inline(always)]
@@ -168,12 +164,16 @@ pub(super) fn prefetch<T>(target: &T) {
 
 /// Working memory of one call at a time; survives in the tokenizer's pool.
 pub(super) struct Scratch {
+    /// For ids on their way to a caller; not used here.
+    pub(super) out: Vec<u32>,
     sets: Box<[Set]>,
     /// Asked where `sets` has no answer: by far larger than what the processor keeps close.
     wide: Box<[WideEntry]>,
     merge: MergeScratch,
-    /// Of the queue at hand: the pieces that the first cache lacks, where in `ids` each one's ids are, and the ids.
-    missing: Vec<u32>,
+    /// Of the queue at hand: the ids of the pieces that the first cache has; the other pieces, with the number of
+    /// those ids before them; where in `ids` each one's ids are; and the ids.
+    hits: Vec<u32>,
+    missing: Vec<(u32, u32)>,
     found: Vec<(u32, u32)>,
     ids: Vec<u32>,
     /// Those to be merged: place in `found`, the token that they spell if there is one, and where they are.
@@ -184,9 +184,11 @@ pub(super) struct Scratch {
 impl Default for Scratch {
     fn default() -> Self {
         Scratch {
+            out: Vec::new(),
             sets: vec![Set::default(); SETS].into_boxed_slice(),
             wide: vec![WideEntry::default(); WIDE].into_boxed_slice(),
             merge: MergeScratch::default(),
+            hits: Vec::new(),
             missing: Vec::new(),
             found: Vec::new(),
             ids: Vec::new(),
@@ -260,46 +262,38 @@ impl PieceEncoder {
         scratch: &mut Scratch,
         out: &mut Vec<u32>,
     ) {
-        let pieces = &mut queue.pieces[..std::mem::take(&mut queue.len)];
-        out.reserve(pieces.len() + CACHED_IDS);
+        let pieces = &queue.pieces[..std::mem::take(&mut queue.len)];
+        let mut hits = std::mem::take(&mut scratch.hits);
+        hits.clear();
         scratch.missing.clear();
-        for (i, piece) in pieces.iter_mut().enumerate() {
+        for (i, piece) in pieces.iter().enumerate() {
             let set = &scratch.sets[set_of(piece.hash)].0;
             // Chosen without a branch: which of the two it is cannot be predicted.
-            let way = usize::from(set[1].holds(piece.key, piece.end - piece.start));
-            piece.way = way as u32;
-            if !set[way].holds(piece.key, piece.end - piece.start) {
-                piece.way = MISSING;
-                scratch.missing.push(i as u32);
+            let entry = &set[usize::from(set[1].holds(piece.key, piece.end - piece.start))];
+            if entry.holds(piece.key, piece.end - piece.start) {
+                entry.append_to(&mut hits);
+            } else {
+                scratch.missing.push((i as u32, hits.len() as u32));
                 // What it needs next is on its way before the first of them is looked up.
                 prefetch(&scratch.wide[wide_of(piece.hash)]);
                 vocab.prefetch(piece.hash);
             }
         }
-        if scratch.missing.is_empty() {
-            for piece in &*pieces {
-                let set = &scratch.sets[set_of(piece.hash)].0;
-                set[piece.way as usize & 1].append_to(out);
-            }
-            return;
+        if !scratch.missing.is_empty() {
+            self.find_missing(vocab, text, pieces, scratch);
         }
-        self.find_missing(vocab, text, pieces, scratch);
-        let mut found = scratch.found.iter();
-        for piece in &*pieces {
-            if piece.way != MISSING {
-                let set = &scratch.sets[set_of(piece.hash)].0;
-                set[piece.way as usize & 1].append_to(out);
-            } else if let Some(&(start, end)) = found.next() {
-                out.extend_from_slice(&scratch.ids[start as usize..end as usize]);
-            }
-        }
-        // Only now, because the entries were still needed.
-        for (&i, &(start, end)) in scratch.missing.iter().zip(&scratch.found) {
+        let mut done = 0;
+        for (&(i, before), &(start, end)) in scratch.missing.iter().zip(&scratch.found) {
             let (piece, ids) = (&pieces[i as usize], &scratch.ids[start as usize..end as usize]);
+            out.extend_from_slice(&hits[done..before as usize]);
+            out.extend_from_slice(ids);
+            done = before as usize;
             if piece.end - piece.start <= CACHED_LEN && ids.len() <= CACHED_IDS {
                 scratch.sets[set_of(piece.hash)].insert(piece, ids);
             }
         }
+        out.extend_from_slice(&hits[done..]);
+        scratch.hits = hits;
     }
 
     /// Finds the ids of the missing pieces: `scratch.found` says where in `scratch.ids` those of each are.
@@ -309,7 +303,7 @@ impl PieceEncoder {
         ids.clear();
         found.clear();
         to_merge.clear();
-        for &i in &*missing {
+        for &(i, _) in &*missing {
             let piece = &pieces[i as usize];
             let bytes = &text[piece.start..piece.end];
             let before = ids.len() as u32;

@@ -248,6 +248,7 @@ impl Merges {
     /// `pieces`. Their order in `ids` is any.
     ///
     /// Short pieces take turns, merge by merge: while the ranks that one needs come from memory, others go on.
+    #[inline(always)]
     pub(super) fn encode(
         &self,
         text: &[u8],
@@ -300,6 +301,7 @@ impl Merges {
     }
 
     /// Fills a lane with the symbols that merging starts from.
+    #[inline(always)]
     fn start(&self, lane: &mut Lane, piece: &[u8]) {
         lane.padded = piece.len().next_multiple_of(16).min(SHORT);
         lane.ranks[..lane.padded].fill(STAY);
@@ -362,6 +364,7 @@ impl Merges {
     }
 
     /// The same over a linked list and a heap: n log n.
+    #[inline(never)]
     fn encode_long(&self, piece: &[u8], scratch: &mut MergeScratch, out: &mut Vec<u32>) {
         const DEAD: u32 = u32::MAX;
         let len = piece.len() as u32;

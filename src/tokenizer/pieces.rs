@@ -39,6 +39,8 @@ pub(super) struct PieceEncoder {
     /// By id: `UNKNOWN`, `REACHED` or `NOT_REACHED`. Written without order: the answer never changes.
     reached: Vec<AtomicU8>,
     starts: Starts,
+    #[cfg(target_arch = "x86_64")]
+    has_avx2: bool,
 }
 
 /// A piece and its ids. The default holds no piece: no piece has length 0.
@@ -201,11 +203,52 @@ impl Default for Scratch {
 impl PieceEncoder {
     pub(super) fn new(merges: Merges, vocab: &Vocab) -> Self {
         let reached = (0..vocab.end()).map(|_| AtomicU8::new(UNKNOWN)).collect();
-        PieceEncoder { merges, reached, starts: starts_for_this_machine() }
+        PieceEncoder {
+            merges,
+            reached,
+            starts: starts_for_this_machine(),
+            #[cfg(target_arch = "x86_64")]
+            has_avx2: is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("popcnt"),
+        }
     }
 
     /// Appends the ids of `text`, which is UTF-8 and one stretch between added tokens.
     pub(super) fn encode(
+        &self,
+        chars: &CharTable,
+        vocab: &Vocab,
+        text: &[u8],
+        scratch: &mut Scratch,
+        out: &mut Vec<u32>,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if self.has_avx2 {
+            // SAFETY: `has_avx2` says that this machine has the features that the function asks for.
+            return unsafe { self.encode_avx2(chars, vocab, text, scratch, out) };
+        }
+        self.encode_any(chars, vocab, text, scratch, out);
+    }
+
+    /// The same code, compiled for processors with AVX2: nearly all there are.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+    fn encode_avx2(
+        &self,
+        chars: &CharTable,
+        vocab: &Vocab,
+        text: &[u8],
+        scratch: &mut Scratch,
+        out: &mut Vec<u32>,
+    ) {
+        self.encode_any(chars, vocab, text, scratch, out);
+    }
+
+    #[inline(always)]
+    fn encode_any(
         &self,
         chars: &CharTable,
         vocab: &Vocab,
@@ -246,14 +289,14 @@ impl PieceEncoder {
                     }
                 }
             }
-            if queue.len > QUEUE - WINDOW {
+            if queue.len > QUEUE - WINDOW || at == text.len() {
                 self.flush(vocab, text, &mut queue, scratch, out);
             }
         }
-        self.flush(vocab, text, &mut queue, scratch, out);
     }
 
     /// Appends the ids of the pieces in the queue and empties it.
+    #[inline(always)]
     fn flush(
         &self,
         vocab: &Vocab,
@@ -297,7 +340,7 @@ impl PieceEncoder {
     }
 
     /// Finds the ids of the missing pieces: `scratch.found` says where in `scratch.ids` those of each are.
-    #[inline(never)]
+    #[inline(always)]
     fn find_missing(&self, vocab: &Vocab, text: &[u8], pieces: &[Piece], scratch: &mut Scratch) {
         let Scratch { wide, merge, missing, found, ids, to_merge, merged, .. } = scratch;
         ids.clear();

@@ -98,6 +98,7 @@ pub(super) fn hash_key(key: Key) -> u64 {
 }
 
 /// Hash of any piece; equal to that of its key where it has one.
+#[inline]
 pub(super) fn hash_bytes(bytes: &[u8]) -> u64 {
     let mut hash = 0;
     let mut rest = bytes;
@@ -210,6 +211,7 @@ impl Vocab {
     }
 
     /// [`Vocab::id`], for a caller that knows the hash.
+    #[inline(always)]
     pub(super) fn id_with_hash(&self, bytes: &[u8], hash: u64) -> Option<u32> {
         let mask = self.table.len().wrapping_sub(1);
         let mut slot = hash as usize & mask;

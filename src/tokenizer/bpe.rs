@@ -262,14 +262,17 @@ impl Merges {
         let mut waiting = pieces.enumerate();
         let mut lanes = std::mem::take(&mut scratch.lanes);
         lanes.resize_with(LANES, Lane::default);
+        // Lanes at work come first.
+        let mut order: [usize; LANES] = std::array::from_fn(|i| i);
         let mut running = 0;
         loop {
             while running < LANES {
                 let Some((i, (start, end))) = waiting.next() else { break };
                 let piece = &text[start..end];
                 if piece.len() <= SHORT {
-                    self.start(&mut lanes[running], piece);
-                    lanes[running].piece = first_span + i;
+                    let lane = &mut lanes[order[running]];
+                    self.start(lane, piece);
+                    lane.piece = first_span + i;
                     running += 1;
                 } else {
                     let before = ids.len();
@@ -282,11 +285,11 @@ impl Merges {
             }
             let mut i = 0;
             while i < running {
-                if self.step(&mut lanes[i]) {
+                if self.step(&mut lanes[order[i]]) {
                     i += 1;
                     continue;
                 }
-                let (lane, before) = (&lanes[i], ids.len());
+                let (lane, before) = (&lanes[order[i]], ids.len());
                 let mut alive = lane.alive;
                 while alive != 0 {
                     ids.push(self.ids[lane.symbols[alive.trailing_zeros() as usize % SHORT] as usize]);
@@ -294,7 +297,7 @@ impl Merges {
                 }
                 spans[lane.piece] = (before as u32, ids.len() as u32);
                 running -= 1;
-                lanes.swap(i, running);
+                order.swap(i, running);
             }
         }
         scratch.lanes = lanes;

@@ -6,6 +6,7 @@ usage: unicode_classes.py [--check]     (pip install tokenizers unicodedata2)
 Every code point is asked of `tokenizers` itself: its class by matching \\p{L}, \\p{M}, \\p{N} and \\s with
 `pre_tokenizers.Split`, its part in NFC with `normalizers.NFC`. --check writes nothing and fails on a difference.
 """
+
 import argparse
 import pathlib
 import re
@@ -116,7 +117,7 @@ def rust(found):
         "/// other, 1 letter, 2 mark, 3 number, 4 white space), bits 3..5 the part in NFC (0 trivial, 1 a mark that can\n"
         "/// only reorder, 2 suspect, 3 inert: newer than the reference's tables).\n"
         "#[rustfmt::skip]\n"
-        f"pub(super) const RANGES: [(u32, u8); {len(found)}] = [\n" + "\n".join(lines) + "\n];\n"
+        f"pub(super) static RANGES: [(u32, u8); {len(found)}] = [\n" + "\n".join(lines) + "\n];\n"
     )
 
 
@@ -131,7 +132,9 @@ def main():
             sys.exit(f"{OUT.name} differs from tokenizers: {sorted(set(have) ^ set(found))[:10]}")
     else:
         OUT.write_text(rust(found))
-    print(f"{len(CODE_POINTS)} code points, {len(found)} ranges, newer data: Unicode {unicodedata2.unidata_version}")
+    print(
+        f"{len(CODE_POINTS)} code points, {len(found)} ranges, newer data: Unicode {unicodedata2.unidata_version}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 //! `qwen35rs.Tokenizer`: strings and lists of ints in and out, over [`crate::tokenizer`].
 
 use std::path::PathBuf;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 
 use numpy::PyArray1;
 use pyo3::exceptions::PyIndexError;
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt, PyList, PyString};
@@ -26,18 +27,77 @@ pub(crate) struct PyTokenizer {
     pub(crate) inner: Arc<Tokenizer>,
     /// Python ints by id, so that a list of ids allocates none.
     ints: PyOnceLock<Vec<Py<PyInt>>>,
+    /// Ids on their way into a list, for the next call.
+    buffer: Mutex<Vec<u32>>,
+    direct_items: PyOnceLock<bool>,
 }
 
 impl PyTokenizer {
     pub(crate) fn new(tokenizer: Tokenizer) -> Self {
-        PyTokenizer { inner: Arc::new(tokenizer), ints: PyOnceLock::new() }
+        PyTokenizer {
+            inner: Arc::new(tokenizer),
+            ints: PyOnceLock::new(),
+            buffer: Mutex::new(Vec::new()),
+            direct_items: PyOnceLock::new(),
+        }
     }
 
     fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
         let ints = self.ints.get_or_try_init(py, || {
             (0..self.inner.len()).map(|id| Ok(id.into_pyobject(py)?.unbind())).collect::<PyResult<Vec<_>>>()
         })?;
-        PyList::new(py, ids.iter().map(|&id| ints[id as usize].clone_ref(py)))
+        // SAFETY: PyList_New gives an owned list with room for all items, every one of which is set once before the
+        // list is seen by anyone. The reference that the list takes is made by adding to the count directly, as
+        // Py_INCREF does in the limited API of Python 3.10, and the items are written where `items_at` found them;
+        // with a call of PyO3 for each of both, a list of ids takes twice the time. The GIL is held, and this crate
+        // has no free-threaded build.
+        unsafe {
+            let list = Bound::from_owned_ptr_or_err(py, ffi::PyList_New(ids.len() as ffi::Py_ssize_t))?;
+            let items =
+                items_at(list.as_ptr()).filter(|_| *self.direct_items.get_or_init(py, || probe_items(py)));
+            for (i, &id) in ids.iter().enumerate() {
+                let int = ints[id as usize].as_ptr();
+                *int.cast::<ffi::Py_ssize_t>() += 1;
+                match items {
+                    Some(items) => *items.add(i) = int,
+                    None => {
+                        ffi::PyList_SetItem(list.as_ptr(), i as ffi::Py_ssize_t, int);
+                    }
+                }
+            }
+            Ok(list.cast_into_unchecked())
+        }
+    }
+}
+
+/// Where a list keeps its items in every CPython so far: the word after object header and length. Null for an empty
+/// list.
+///
+/// # Safety
+///
+/// `list` is a list. What comes back may be used only if [`probe_items`] holds.
+unsafe fn items_at(list: *mut ffi::PyObject) -> Option<*mut *mut ffi::PyObject> {
+    // SAFETY: a list object has at least five words: header, length, items and the room for them.
+    let items = unsafe { list.cast::<*mut *mut ffi::PyObject>().add(3).read() };
+    (!items.is_null()).then_some(items)
+}
+
+/// Whether this interpreter's lists are laid out as [`items_at`] says: known for the versions up to 3.14, and asked
+/// once of a list whose items are known.
+fn probe_items(py: Python<'_>) -> bool {
+    let known =
+        [PyString::new(py, "a").into_any(), PyString::new(py, "b").into_any(), py.None().into_bound(py)];
+    let Ok(list) = PyList::new(py, &known) else { return false };
+    let cpython =
+        py.import("sys").and_then(|sys| sys.getattr("implementation")?.getattr("name")?.extract::<String>());
+    if py.version_info() >= (3, 15) || !cpython.is_ok_and(|name| name == "cpython") {
+        return false;
+    }
+    // SAFETY: it is a list of three items, of an interpreter whose lists have this layout.
+    unsafe {
+        items_at(list.as_ptr()).is_some_and(|items| {
+            known.iter().enumerate().all(|(i, item)| items.add(i).read() == item.as_ptr())
+        })
     }
 }
 
@@ -72,8 +132,21 @@ impl PyTokenizer {
         split_special_tokens: bool,
     ) -> PyResult<Bound<'py, PyList>> {
         let text = text.to_str()?;
-        let ids = enter(py, || Ok(self.inner.encode_with(text, split_special_tokens)))?;
-        self.list(py, &ids)
+        let mut ids =
+            self.buffer.try_lock().map(|mut buffer| std::mem::take(&mut *buffer)).unwrap_or_default();
+        enter(py, || {
+            self.inner.encode_to(text, split_special_tokens, &mut ids);
+            Ok(())
+        })?;
+        let list = self.list(py, &ids);
+        // One very long text must not hold its memory for ever.
+        if ids.capacity() <= 1 << 20
+            && let Ok(mut buffer) = self.buffer.try_lock()
+        {
+            ids.clear();
+            *buffer = ids;
+        }
+        list
     }
 
     /// `encode`, as a numpy array of uint32, shape [num_tokens].
@@ -101,7 +174,9 @@ impl PyTokenizer {
         for _ in 0..texts.len() {
             lists.append(py.None())?;
         }
-        self.for_each_encoded(py, &texts, split_special_tokens, |i, ids| lists.set_item(i, self.list(py, &ids)?))?;
+        self.for_each_encoded(py, &texts, split_special_tokens, |i, ids| {
+            lists.set_item(i, self.list(py, &ids)?)
+        })?;
         Ok(lists)
     }
 
@@ -128,7 +203,12 @@ impl PyTokenizer {
 
     /// `decode` of every list of ids.
     #[pyo3(signature = (batch, skip_special_tokens = true))]
-    fn decode_batch(&self, py: Python<'_>, batch: Vec<Ids>, skip_special_tokens: bool) -> PyResult<Vec<String>> {
+    fn decode_batch(
+        &self,
+        py: Python<'_>,
+        batch: Vec<Ids>,
+        skip_special_tokens: bool,
+    ) -> PyResult<Vec<String>> {
         enter(py, || batch.iter().map(|ids| self.inner.decode(&ids.0, skip_special_tokens)).collect())
     }
 

@@ -31,11 +31,11 @@ pub(super) struct Match {
 }
 
 impl Matcher {
-    /// `tokens`: the text to look for, and the token that it stands for.
-    pub(super) fn new<'a>(tokens: impl Iterator<Item = (String, &'a AddedToken)>) -> Self {
+    pub(super) fn new<'a>(tokens: impl Iterator<Item = &'a AddedToken>) -> Self {
         let mut matcher = Matcher { tokens: Vec::new(), first: vec![false; 256], few: Vec::new() };
-        for (text, token) in tokens {
+        for token in tokens {
             let AddedToken { id, lstrip, rstrip, special, .. } = *token;
+            let text = token.content.clone();
             if let Some(&byte) = text.as_bytes().first() {
                 matcher.first[byte as usize] = true;
                 matcher.tokens.push(Pattern { text, id, lstrip, rstrip, special });
@@ -58,7 +58,8 @@ impl Matcher {
     pub(super) fn matches(&self, text: &str, plain_special: bool, mut each: impl FnMut(Match)) {
         let (mut at, mut done) = (0, 0);
         while let Some(start) = self.candidate(text.as_bytes(), at) {
-            let Some(token) = self.tokens.iter().find(|t| text.as_bytes()[start..].starts_with(t.text.as_bytes()))
+            let Some(token) =
+                self.tokens.iter().find(|t| text.as_bytes()[start..].starts_with(t.text.as_bytes()))
             else {
                 at = start + 1;
                 continue;
@@ -93,11 +94,19 @@ mod tests {
     use super::*;
 
     fn token(text: &str, id: u32, special: bool, strip: (bool, bool)) -> AddedToken {
-        AddedToken { id, content: text.into(), special, lstrip: strip.0, rstrip: strip.1, normalized: false, single_word: false }
+        AddedToken {
+            id,
+            content: text.into(),
+            special,
+            lstrip: strip.0,
+            rstrip: strip.1,
+            normalized: false,
+            single_word: false,
+        }
     }
 
     fn found(tokens: &[AddedToken], text: &str, plain_special: bool) -> Vec<(usize, usize, u32)> {
-        let matcher = Matcher::new(tokens.iter().map(|t| (t.content.clone(), t)));
+        let matcher = Matcher::new(tokens.iter());
         let mut out = Vec::new();
         matcher.matches(text, plain_special, |m| out.push((m.start, m.end, m.id)));
         out
@@ -105,8 +114,11 @@ mod tests {
 
     #[test]
     fn leftmost_then_longest() {
-        let tokens =
-            [token("<a", 1, true, (false, false)), token("<a>b", 2, false, (false, false)), token("b<", 3, true, (false, false))];
+        let tokens = [
+            token("<a", 1, true, (false, false)),
+            token("<a>b", 2, false, (false, false)),
+            token("b<", 3, true, (false, false)),
+        ];
         assert_eq!(found(&tokens, "x<a>b<a", false), [(1, 5, 2), (5, 7, 1)]);
         assert_eq!(found(&tokens, "b<a>b", false), [(0, 2, 3)]);
         // A special token that is passed over still covers its text.

@@ -3,139 +3,392 @@
 //! Short pieces are merged in small arrays, long ones over a heap, so that no input is quadratic.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 
+use super::chars::decode;
+use super::pieces::prefetch;
 use super::vocab::ID_BITS;
 
-/// No merge.
-pub(super) const NO_RANK: u32 = u32::MAX;
+/// More merges than this do not fit: a symbol and a rank have `ID_BITS` bits.
+pub(super) const MAX_MERGES: usize = (1 << ID_BITS) - 256;
 const RANK_BITS: u32 = 64 - 2 * ID_BITS;
-/// More merges than this do not fit.
-pub(super) const MAX_MERGES: usize = (1 << RANK_BITS) - 1;
+const RANK_MASK: u64 = (1 << RANK_BITS) - 1;
+/// No merge.
+const NO_RANK: u32 = RANK_MASK as u32;
 const FREE: u64 = u64::MAX;
-/// Longest piece that is merged in arrays.
-const SHORT: usize = 96;
+/// Longest piece that is merged in arrays: one bit each in a word.
+const SHORT: usize = 64;
+/// Pieces that are merged in turns.
+const LANES: usize = 8;
+/// No symbol.
+const NONE: u32 = u32::MAX;
 
-/// The merges of a tokenizer, and the tokens of the single bytes.
+/// The merges of a tokenizer.
+///
+/// Inside, a symbol is a byte, or 256 + the rank of the merge that makes it: what a merge makes is known without a
+/// look-up. `ids` turns symbols into token ids at the end.
 pub(super) struct Merges {
-    /// Id of each byte's token.
-    byte_ids: [u32; 256],
+    ids: Vec<u32>,
     /// Rank of each pair of bytes: most look-ups, out of the way of the large table.
     byte_pairs: Box<[u32]>,
     /// Open addressing: left << 44 | right << 24 | rank, or `FREE`.
     table: Box<[u64]>,
     shift: u32,
-    /// Id that each rank makes.
-    made: Vec<u32>,
+    /// By character below U+10000: the symbol that its bytes merge into, or `NONE`, and the highest rank on the way.
+    whole: Box<[[u32; 2]]>,
+    /// Lowest rank that joins a byte to the first byte of a character, and the last byte of one to the next byte.
+    before_lead: Box<[u32]>,
+    after_last: Box<[u32]>,
+    /// Symbol that each rank makes, where several ranks make one token.
+    made: Option<Vec<u32>>,
 }
 
-/// Buffers of the long path, kept between pieces.
+/// A short piece on its way. A symbol stands where its first byte does.
+struct Lane {
+    symbols: [u32; SHORT],
+    /// Rank of a symbol's pair with the next one, as `rank << 6 | place`, so that the smallest is the leftmost of the
+    /// lowest; `STAY` where there is no merge and no symbol.
+    ranks: [i32; SHORT],
+    /// A bit for each place where a symbol stands.
+    alive: u64,
+    /// The pairs that the last merge made, at `at` and at `left`, still to be looked up; or `FREE`.
+    right_pair: u64,
+    left_pair: u64,
+    at: usize,
+    left: usize,
+    /// How much of `ranks` is in use, a multiple of 16.
+    padded: usize,
+    piece: usize,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        let (symbols, ranks) = ([0; SHORT], [STAY; SHORT]);
+        Lane {
+            symbols,
+            ranks,
+            alive: 0,
+            right_pair: FREE,
+            left_pair: FREE,
+            at: 0,
+            left: 0,
+            padded: 0,
+            piece: 0,
+        }
+    }
+}
+
+const STAY: i32 = i32::MAX;
+
+#[inline(always)]
+fn entry(rank: u32, at: usize) -> i32 {
+    if rank == NO_RANK { STAY } else { (rank << 6) as i32 | at as i32 }
+}
+
+/// Working memory, kept between pieces.
 #[derive(Default)]
 pub(super) struct MergeScratch {
-    ids: Vec<u32>,
+    lanes: Vec<Lane>,
+    symbols: Vec<u32>,
     next: Vec<u32>,
     previous: Vec<u32>,
     heap: BinaryHeap<Reverse<(u32, u32, u32)>>,
 }
 
 impl Merges {
-    /// `merges` are `(left, right, made)` by rank; all ids are below `1 << ID_BITS`, at most [`MAX_MERGES`] of them.
-    /// Of a pair that is listed twice the later rank holds, as in the reference.
-    pub(super) fn new(byte_ids: [u32; 256], merges: &[(u32, u32, u32)]) -> Self {
+    /// `byte_ids` are the tokens of the single bytes; `merges` are `(left, right, made)` by rank, at most
+    /// [`MAX_MERGES`]. Of a pair that is listed twice the later rank holds, as in the reference.
+    /// `token` gives the bytes of an id.
+    pub(super) fn new<'a>(
+        byte_ids: [u32; 256],
+        merges: &[(u32, u32, u32)],
+        token: impl Fn(u32) -> &'a [u8],
+    ) -> Self {
         let slots = (2 * merges.len()).next_power_of_two().max(16);
+        let mut ids = byte_ids.to_vec();
+        ids.extend(merges.iter().map(|merge| merge.2));
+        // Symbol of each token: of ranks that make the same one, the first. A part that no merge makes has none.
+        let end =
+            merges.iter().flat_map(|m| [m.0, m.1, m.2]).chain(byte_ids).max().map_or(0, |id| id as usize + 1);
+        let mut symbols = vec![NONE; end];
+        for (symbol, &id) in ids.iter().enumerate().rev() {
+            symbols[id as usize] = symbol as u32;
+        }
+        let several = merges.iter().enumerate().any(|(rank, m)| symbols[m.2 as usize] != 256 + rank as u32);
         let mut new = Merges {
-            byte_ids,
+            ids,
             byte_pairs: vec![NO_RANK; 1 << 16].into_boxed_slice(),
+            whole: vec![[NONE; 2]; 1 << 16].into_boxed_slice(),
+            before_lead: vec![NO_RANK; 1 << 16].into_boxed_slice(),
+            after_last: vec![NO_RANK; 1 << 16].into_boxed_slice(),
             table: vec![FREE; slots].into_boxed_slice(),
             shift: 64 - slots.trailing_zeros(),
-            made: merges.iter().map(|merge| merge.2).collect(),
+            made: several.then(|| merges.iter().map(|m| symbols[m.2 as usize]).collect()),
         };
-        for (rank, &(left, right, _)) in merges.iter().enumerate() {
-            let slot = new.slot(left, right);
-            new.table[slot] = pair(left, right) << RANK_BITS | rank as u64;
-        }
-        for left in 0..256 {
-            for right in 0..256 {
-                new.byte_pairs[left << 8 | right] = new.rank(byte_ids[left], byte_ids[right]);
+        for (rank, merge) in merges.iter().enumerate() {
+            let (left, right) = (symbols[merge.0 as usize], symbols[merge.1 as usize]);
+            if left == NONE || right == NONE {
+                continue;
+            }
+            let pair = pair(left, right);
+            let slot = find(&new.table, new.shift, pair);
+            new.table[slot] = pair << RANK_BITS | rank as u64;
+            if left < 256 && right < 256 {
+                new.byte_pairs[(left << 8 | right) as usize] = rank as u32;
             }
         }
+        new.find_whole_characters(&symbols, merges, token);
         new
     }
 
-    /// The slot of a pair, or the free slot where it would stand.
-    #[inline]
-    fn slot(&self, left: u32, right: u32) -> usize {
-        let pair = pair(left, right);
-        let mut slot = (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize;
-        while self.table[slot] != FREE && self.table[slot] >> RANK_BITS != pair {
-            slot = (slot + 1) & (self.table.len() - 1);
-        }
-        slot
-    }
-
-    #[inline]
-    fn rank(&self, left: u32, right: u32) -> u32 {
-        match self.table[self.slot(left, right)] {
-            FREE => NO_RANK,
-            entry => (entry & ((1 << RANK_BITS) - 1)) as u32,
-        }
-    }
-
-    /// Appends the tokens of one piece.
-    pub(super) fn encode(&self, piece: &[u8], scratch: &mut MergeScratch, out: &mut Vec<u32>) {
-        if piece.len() <= SHORT { self.encode_short(piece, out) } else { self.encode_long(piece, scratch, out) }
-    }
-
-    fn encode_short(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let mut ids = [0u32; SHORT];
-        let mut ranks = [NO_RANK; SHORT];
-        let mut len = piece.len();
-        for (id, &byte) in ids.iter_mut().zip(piece) {
-            *id = self.byte_ids[byte as usize];
-        }
-        for (rank, bytes) in ranks.iter_mut().zip(piece.windows(2)) {
-            *rank = self.byte_pairs[(bytes[0] as usize) << 8 | bytes[1] as usize];
-        }
-        while len > 1 {
-            let (mut at, mut best) = (0, NO_RANK);
-            for (i, &rank) in ranks[..len - 1].iter().enumerate() {
-                if rank < best {
-                    (at, best) = (i, rank);
+    /// Fills `whole`, `before_lead` and `after_last`.
+    ///
+    /// A merge joins part of a character to what stands beside it only if its right side is the start of a character
+    /// and nothing else, or its left side the end of one. A character whose own merges all have lower ranks than
+    /// every such merge that its neighbours allow is one symbol before anything else can happen to it.
+    fn find_whole_characters<'a>(
+        &mut self,
+        symbols: &[u32],
+        merges: &[(u32, u32, u32)],
+        token: impl Fn(u32) -> &'a [u8],
+    ) {
+        let continues = |byte: &u8| byte & 0xc0 == 0x80;
+        // Parts of two and three bytes are rare enough to forget what stands beside them.
+        let mut touched: HashMap<&[u8], u32> = HashMap::new();
+        for (rank, merge) in merges.iter().enumerate() {
+            if symbols[merge.0 as usize] == NONE || symbols[merge.1 as usize] == NONE {
+                continue;
+            }
+            let (left, right, rank) = (token(merge.0), token(merge.1), rank as u32);
+            let (last, first) = (left[left.len() - 1], right[0]);
+            let beside = (last as usize) << 8 | first as usize;
+            let starts = first >= 0xc0 && right.len() < 4 && right[1..].iter().all(continues);
+            let ends = left.len() < 4 && left.iter().all(continues) && !continues(&first);
+            for (part, is_part, table) in
+                [(right, starts, &mut self.before_lead), (left, ends, &mut self.after_last)]
+            {
+                if is_part && part.len() == 1 {
+                    table[beside] = table[beside].min(rank);
+                } else if is_part {
+                    let lowest = touched.entry(part).or_insert(rank);
+                    *lowest = rank.min(*lowest);
                 }
             }
-            if best == NO_RANK {
-                break;
+        }
+        for c in ('\u{80}'..='\u{ffff}').filter(|c| c.len_utf8() < 4) {
+            let mut buffer = [0; 4];
+            let bytes = c.encode_utf8(&mut buffer).as_bytes();
+            let (mut parts, mut highest) = (bytes.iter().map(|&byte| u32::from(byte)).collect::<Vec<_>>(), 0);
+            while let Some((rank, at)) = parts
+                .windows(2)
+                .zip(0..)
+                .map(|(p, at)| (self.rank(p[0], p[1]), at))
+                .min()
+                .filter(|m| m.0 != NO_RANK)
+            {
+                parts[at] = self.made(rank);
+                parts.remove(at + 1);
+                highest = highest.max(rank);
             }
-            ids[at] = self.made[best as usize];
-            ids.copy_within(at + 2..len, at + 1);
-            ranks.copy_within(at + 1..len, at);
-            len -= 1;
-            ranks[len - 1] = NO_RANK;
-            if at + 1 < len {
-                ranks[at] = self.rank(ids[at], ids[at + 1]);
-            }
-            if at > 0 {
-                ranks[at - 1] = self.rank(ids[at - 1], ids[at]);
+            let inner = [bytes.get(..2), bytes.get(1..)].into_iter().flatten().filter(|_| bytes.len() == 3);
+            let lowest = inner.filter_map(|part| touched.get(part)).min();
+            if let [symbol] = *parts
+                && lowest.is_none_or(|&rank| highest < rank)
+            {
+                self.whole[c as usize] = [symbol, highest];
             }
         }
-        out.extend_from_slice(&ids[..len]);
+    }
+
+    /// Calls `each(at, len, symbol)` for the symbols that merging `piece` starts from.
+    #[inline(always)]
+    fn first_symbols(&self, piece: &[u8], mut each: impl FnMut(usize, usize, u32)) {
+        let mut at = 0;
+        while let Some(&byte) = piece.get(at) {
+            if byte >= 0xc0 {
+                let (code, len) = decode(piece, at);
+                let beside = |left: u8, right: u8| (left as usize) << 8 | right as usize;
+                if let Some(&[symbol, highest]) = self.whole.get(code)
+                    && symbol != NONE
+                    && (at == 0 || highest < self.before_lead[beside(piece[at - 1], byte)])
+                    && piece
+                        .get(at + len)
+                        .is_none_or(|&next| highest < self.after_last[beside(piece[at + len - 1], next)])
+                {
+                    each(at, len, symbol);
+                    at += len;
+                    continue;
+                }
+            }
+            each(at, 1, byte.into());
+            at += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn rank(&self, left: u32, right: u32) -> u32 {
+        self.rank_of(pair(left, right))
+    }
+
+    #[inline(always)]
+    fn rank_of(&self, pair: u64) -> u32 {
+        // FREE has NO_RANK in its low bits.
+        (self.table[find(&self.table, self.shift, pair)] & RANK_MASK) as u32
+    }
+
+    #[inline(always)]
+    fn made(&self, rank: u32) -> u32 {
+        match &self.made {
+            None => 256 + rank,
+            Some(made) => made[rank as usize],
+        }
+    }
+
+    /// Appends the tokens of every piece of `text` to `ids`, and to `spans` where in `ids` they are, in the order of
+    /// `pieces`. Their order in `ids` is any.
+    ///
+    /// Short pieces take turns, merge by merge: while the ranks that one needs come from memory, others go on.
+    #[inline(always)]
+    pub(super) fn encode(
+        &self,
+        text: &[u8],
+        pieces: impl ExactSizeIterator<Item = (usize, usize)>,
+        scratch: &mut MergeScratch,
+        ids: &mut Vec<u32>,
+        spans: &mut Vec<(u32, u32)>,
+    ) {
+        let first_span = spans.len();
+        spans.resize(first_span + pieces.len(), (0, 0));
+        let mut waiting = pieces.enumerate();
+        let mut lanes = std::mem::take(&mut scratch.lanes);
+        lanes.resize_with(LANES, Lane::default);
+        // Lanes at work come first.
+        let mut order: [usize; LANES] = std::array::from_fn(|i| i);
+        let mut running = 0;
+        loop {
+            while running < LANES {
+                let Some((i, (start, end))) = waiting.next() else { break };
+                let piece = &text[start..end];
+                if piece.len() <= SHORT {
+                    let lane = &mut lanes[order[running]];
+                    self.start(lane, piece);
+                    lane.piece = first_span + i;
+                    running += 1;
+                } else {
+                    let before = ids.len();
+                    self.encode_long(piece, scratch, ids);
+                    spans[first_span + i] = (before as u32, ids.len() as u32);
+                }
+            }
+            if running == 0 {
+                break;
+            }
+            let mut i = 0;
+            while i < running {
+                if self.step(&mut lanes[order[i]]) {
+                    i += 1;
+                    continue;
+                }
+                let (lane, before) = (&lanes[order[i]], ids.len());
+                let mut alive = lane.alive;
+                while alive != 0 {
+                    ids.push(self.ids[lane.symbols[alive.trailing_zeros() as usize % SHORT] as usize]);
+                    alive &= alive - 1;
+                }
+                spans[lane.piece] = (before as u32, ids.len() as u32);
+                running -= 1;
+                order.swap(i, running);
+            }
+        }
+        scratch.lanes = lanes;
+    }
+
+    /// Fills a lane with the symbols that merging starts from.
+    #[inline(always)]
+    fn start(&self, lane: &mut Lane, piece: &[u8]) {
+        lane.padded = piece.len().next_multiple_of(16).min(SHORT);
+        lane.ranks[..lane.padded].fill(STAY);
+        lane.alive = 0;
+        lane.right_pair = FREE;
+        lane.left_pair = FREE;
+        let mut previous = SHORT;
+        self.first_symbols(piece, |at, _, symbol| {
+            lane.symbols[at % SHORT] = symbol;
+            lane.alive |= 1 << at;
+            if previous < SHORT {
+                let left = lane.symbols[previous];
+                let rank = if left < 256 && symbol < 256 {
+                    self.byte_pairs[(left << 8 | symbol) as usize & 0xffff]
+                } else {
+                    self.rank(left, symbol)
+                };
+                lane.ranks[previous] = entry(rank, previous);
+            }
+            previous = at;
+        });
+    }
+
+    /// One merge, if there is one left; asks memory for what the next one needs.
+    #[inline(always)]
+    fn step(&self, lane: &mut Lane) -> bool {
+        if lane.right_pair != FREE {
+            lane.ranks[lane.at % SHORT] = entry(self.rank_of(lane.right_pair), lane.at);
+        }
+        if lane.left_pair != FREE {
+            lane.ranks[lane.left % SHORT] = entry(self.rank_of(lane.left_pair), lane.left);
+        }
+        let best =
+            lane.ranks[..lane.padded].chunks_exact(16).flatten().fold(STAY, |best, &rank| best.min(rank));
+        if best == STAY {
+            return false;
+        }
+        let at = best as usize % SHORT;
+        let after = lane.alive & (u64::MAX << 1 << at);
+        let right = after.trailing_zeros() as usize % SHORT;
+        lane.alive &= !(1 << right);
+        let made = self.made(best as u32 >> 6);
+        lane.symbols[at] = made;
+        lane.ranks[right] = STAY;
+        lane.ranks[at] = STAY;
+        (lane.right_pair, lane.left_pair) = (FREE, FREE);
+        let after = after & after.wrapping_sub(1);
+        if after != 0 {
+            lane.right_pair = pair(made, lane.symbols[after.trailing_zeros() as usize % SHORT]);
+            prefetch(&self.table[(hash(lane.right_pair) >> self.shift) as usize]);
+        }
+        let before = lane.alive & ((1 << at) - 1);
+        if before != 0 {
+            lane.left = 63 - before.leading_zeros() as usize;
+            lane.left_pair = pair(lane.symbols[lane.left % SHORT], made);
+            prefetch(&self.table[(hash(lane.left_pair) >> self.shift) as usize]);
+        }
+        lane.at = at;
+        true
     }
 
     /// The same over a linked list and a heap: n log n.
+    #[inline(never)]
     fn encode_long(&self, piece: &[u8], scratch: &mut MergeScratch, out: &mut Vec<u32>) {
         const DEAD: u32 = u32::MAX;
         let len = piece.len() as u32;
-        let MergeScratch { ids, next, previous, heap } = scratch;
-        ids.clear();
-        ids.extend(piece.iter().map(|&byte| self.byte_ids[byte as usize]));
-        next.clear();
-        next.extend(1..=len);
-        previous.clear();
-        previous.extend((0..len).map(|i| i.wrapping_sub(1)));
+        let MergeScratch { symbols, next, previous, heap, .. } = scratch;
+        for list in [&mut *symbols, &mut *next, &mut *previous] {
+            list.clear();
+            list.resize(piece.len(), DEAD);
+        }
+        // By place, as in the short path.
+        let mut last = DEAD;
+        self.first_symbols(piece, |at, width, symbol| {
+            symbols[at] = symbol;
+            next[at] = (at + width) as u32;
+            previous[at] = last;
+            last = at as u32;
+        });
         // An entry names its right neighbour, so that one whose pair is gone can be told from a live one.
-        let ranked = piece.windows(2).zip(0u32..).filter_map(|(bytes, at)| {
-            let rank = self.byte_pairs[(bytes[0] as usize) << 8 | bytes[1] as usize];
-            (rank != NO_RANK).then_some(Reverse((rank, at, at + 1)))
+        let ranked = (0..len).filter_map(|at| {
+            let (left, right) = (symbols[at as usize], *next.get(at as usize)?);
+            let rank = self.rank(left, *symbols.get(right as usize).filter(|_| left != DEAD)?);
+            (rank != NO_RANK).then_some(Reverse((rank, at, right)))
         });
         let mut entries = std::mem::take(heap).into_vec();
         entries.clear();
@@ -143,23 +396,27 @@ impl Merges {
         *heap = BinaryHeap::from(entries);
         while let Some(Reverse((rank, at, right))) = heap.pop() {
             let (i, j) = (at as usize, right as usize);
-            if ids[i] == DEAD || ids[j] == DEAD || next[i] != right || self.rank(ids[i], ids[j]) != rank {
+            if symbols[i] == DEAD
+                || symbols[j] == DEAD
+                || next[i] != right
+                || self.rank(symbols[i], symbols[j]) != rank
+            {
                 continue;
             }
-            ids[i] = self.made[rank as usize];
-            ids[j] = DEAD;
+            symbols[i] = self.made(rank);
+            symbols[j] = DEAD;
             let after = next[j];
             next[i] = after;
             if after < len {
                 previous[after as usize] = at;
-                let rank = self.rank(ids[i], ids[after as usize]);
+                let rank = self.rank(symbols[i], symbols[after as usize]);
                 if rank != NO_RANK {
                     heap.push(Reverse((rank, at, after)));
                 }
             }
             let before = previous[i];
             if before < len {
-                let rank = self.rank(ids[before as usize], ids[i]);
+                let rank = self.rank(symbols[before as usize], symbols[i]);
                 if rank != NO_RANK {
                     heap.push(Reverse((rank, before, at)));
                 }
@@ -167,7 +424,7 @@ impl Merges {
         }
         let mut at = 0;
         while at < len {
-            out.push(ids[at as usize]);
+            out.push(self.ids[symbols[at as usize] as usize]);
             at = next[at as usize];
         }
     }
@@ -178,6 +435,21 @@ fn pair(left: u32, right: u32) -> u64 {
     u64::from(left) << ID_BITS | u64::from(right)
 }
 
+/// The slot of a pair in an open-addressing table, or the free slot where it would stand.
+#[inline(always)]
+fn find(table: &[u64], shift: u32, pair: u64) -> usize {
+    let mut slot = (hash(pair) >> shift) as usize;
+    while table[slot] != FREE && table[slot] >> RANK_BITS != pair {
+        slot = (slot + 1) & (table.len() - 1);
+    }
+    slot
+}
+
+#[inline(always)]
+fn hash(pair: u64) -> u64 {
+    pair.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,10 +458,12 @@ mod tests {
 
     /// The definition, word for word.
     fn plain(merges: &[(u32, u32, u32)], piece: &[u8]) -> Vec<u32> {
-        let ranks: HashMap<_, _> = merges.iter().enumerate().map(|(rank, m)| ((m.0, m.1), (rank, m.2))).collect();
+        let ranks: HashMap<_, _> =
+            merges.iter().enumerate().map(|(rank, m)| ((m.0, m.1), (rank, m.2))).collect();
         let mut ids: Vec<u32> = piece.iter().map(|&byte| byte.into()).collect();
         let best = |ids: &[u32]| {
-            let ranked = ids.windows(2).enumerate().filter_map(|(i, p)| ranks.get(&(p[0], p[1])).map(|m| (*m, i)));
+            let ranked =
+                ids.windows(2).enumerate().filter_map(|(i, p)| ranks.get(&(p[0], p[1])).map(|m| (*m, i)));
             ranked.min_by_key(|((rank, _), i)| (*rank, *i))
         };
         while let Some(((_, made), at)) = best(&ids) {
@@ -200,22 +474,35 @@ mod tests {
     }
 
     fn encoder(merges: &[(u32, u32, u32)]) -> Merges {
-        Merges::new(std::array::from_fn(|i| i as u32), merges)
+        {
+            let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+            for merge in merges {
+                let made = [tokens[merge.0 as usize].as_slice(), &tokens[merge.1 as usize]].concat();
+                tokens.resize(tokens.len().max(merge.2 as usize + 1), Vec::new());
+                tokens[merge.2 as usize] = made;
+            }
+            Merges::new(std::array::from_fn(|i| i as u32), merges, |id| &tokens[id as usize])
+        }
     }
 
     /// Random merges over the letters a, b, c: each joins two ids that exist by then; pairs may repeat.
     fn merges() -> impl Strategy<Value = Vec<(u32, u32, u32)>> {
-        prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..24).prop_map(|picks| {
-            let mut ids: Vec<u32> = vec![97, 98, 99];
-            let mut merges: Vec<(u32, u32, u32)> = Vec::new();
-            for (left, right) in picks {
-                let (left, right) = (ids[left.index(ids.len())], ids[right.index(ids.len())]);
-                let made = merges.iter().find(|m| (m.0, m.1) == (left, right)).map_or(256 + merges.len() as u32, |m| m.2);
-                merges.push((left, right, made));
-                ids.push(made);
-            }
-            merges
-        })
+        prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..24).prop_map(
+            |picks| {
+                let mut ids: Vec<u32> = vec![97, 98, 99];
+                let mut merges: Vec<(u32, u32, u32)> = Vec::new();
+                for (left, right) in picks {
+                    let (left, right) = (ids[left.index(ids.len())], ids[right.index(ids.len())]);
+                    let made = merges
+                        .iter()
+                        .find(|m| (m.0, m.1) == (left, right))
+                        .map_or(256 + merges.len() as u32, |m| m.2);
+                    merges.push((left, right, made));
+                    ids.push(made);
+                }
+                merges
+            },
+        )
     }
 
     proptest! {
@@ -225,8 +512,52 @@ mod tests {
             let encoder = encoder(&merges);
             let expected = plain(&merges, piece.as_bytes());
             let (mut short, mut long) = (Vec::new(), Vec::new());
-            encoder.encode_short(piece.as_bytes(), &mut short);
-            encoder.encode_long(piece.as_bytes(), &mut MergeScratch::default(), &mut long);
+            let mut scratch = MergeScratch::default();
+            // Many pieces at a time, so that lanes fill and refill.
+            let text = piece.repeat(3);
+            let cuts: Vec<_> = (0..=piece.len()).flat_map(|n| [(0, n), (0, piece.len())]).collect();
+            let mut spans = Vec::new();
+            encoder.encode(text.as_bytes(), cuts.iter().copied(), &mut scratch, &mut short, &mut spans);
+            for (cut, span) in cuts.iter().zip(&spans) {
+                prop_assert_eq!(&short[span.0 as usize..span.1 as usize], plain(&merges, &piece.as_bytes()[..cut.1]));
+            }
+            encoder.encode_long(piece.as_bytes(), &mut scratch, &mut long);
+            prop_assert_eq!(&long, &expected);
+        }
+    }
+
+    /// Random merges over the bytes of é, è, 日 and a space.
+    fn byte_merges() -> impl Strategy<Value = Vec<(u32, u32, u32)>> {
+        prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..24).prop_map(
+            |picks| {
+                let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+                let mut ids: Vec<u32> = vec![0x20, 0xc3, 0xa9, 0xa8, 0xe6, 0x97, 0xa5];
+                let mut merges: Vec<(u32, u32, u32)> = Vec::new();
+                for (left, right) in picks {
+                    let (left, right) = (ids[left.index(ids.len())], ids[right.index(ids.len())]);
+                    let bytes = [tokens[left as usize].as_slice(), &tokens[right as usize]].concat();
+                    let made = tokens.iter().position(|token| *token == bytes).unwrap_or_else(|| {
+                        tokens.push(bytes);
+                        ids.push(tokens.len() as u32 - 1);
+                        tokens.len() - 1
+                    });
+                    merges.push((left, right, made as u32));
+                }
+                merges
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #[test]
+        fn characters_that_start_whole_change_nothing(merges in byte_merges(), piece in "[éè日 ]{0,12}") {
+            let encoder = encoder(&merges);
+            let expected = plain(&merges, piece.as_bytes());
+            let (mut short, mut long, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+            let mut scratch = MergeScratch::default();
+            encoder.encode(piece.as_bytes(), [(0, piece.len())].into_iter(), &mut scratch, &mut short, &mut spans);
+            encoder.encode_long(piece.as_bytes(), &mut scratch, &mut long);
             prop_assert_eq!(&short, &expected);
             prop_assert_eq!(&long, &expected);
         }
@@ -236,7 +567,13 @@ mod tests {
     fn a_pair_listed_twice_takes_its_later_rank() {
         let merges = [(97, 98, 256), (98, 97, 257), (97, 98, 256)];
         let mut out = Vec::new();
-        encoder(&merges).encode(b"aba", &mut MergeScratch::default(), &mut out);
+        encoder(&merges).encode(
+            b"aba",
+            [(0, 3)].into_iter(),
+            &mut MergeScratch::default(),
+            &mut out,
+            &mut Vec::new(),
+        );
         assert_eq!(out, [97, 257]);
     }
 }

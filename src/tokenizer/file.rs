@@ -93,7 +93,8 @@ impl TokenizerFile {
             "NFC" => true,
             _ => return Err(refused("normalizer", &self.normalizer, "NFC, or null")),
         };
-        let allowed = "a Sequence of Split (the pattern of Qwen3.5 or of Qwen2, Isolated) and ByteLevel (no regex)";
+        let allowed =
+            "a Sequence of Split (the pattern of Qwen3.5 or of Qwen2, Isolated) and ByteLevel (no regex)";
         let steps = match (kind(&self.pre_tokenizer), self.pre_tokenizer.get("pretokenizers")) {
             ("Sequence", Some(Value::Array(steps))) => steps.as_slice(),
             _ => &[],
@@ -146,7 +147,12 @@ impl Model {
                 empty(&self.continuing_subword_prefix),
                 "null, or empty",
             ),
-            ("end_of_word_suffix", &self.end_of_word_suffix, empty(&self.end_of_word_suffix), "null, or empty"),
+            (
+                "end_of_word_suffix",
+                &self.end_of_word_suffix,
+                empty(&self.end_of_word_suffix),
+                "null, or empty",
+            ),
             ("byte_fallback", &self.byte_fallback, off(&self.byte_fallback), "false"),
             ("ignore_merges", &self.ignore_merges, off(&self.ignore_merges), "false"),
         ] {

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use serde::Deserialize;
 
+use super::Tokenizer;
 use super::added::Matcher;
 use super::bpe::{MAX_MERGES, Merges};
 use super::chars::CharTable;
@@ -12,7 +13,6 @@ use super::file::{Model, TokenName, TokenizerConfig, TokenizerFile, read};
 use super::nfc::nfc;
 use super::pieces::PieceEncoder;
 use super::vocab::{ID_BITS, Vocab};
-use super::Tokenizer;
 use crate::{Error, Result};
 
 /// A token that is looked for in the text before anything else.
@@ -61,16 +61,27 @@ fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
     let mut file: TokenizerFile = read(path)?;
     let components = file.components()?;
 
-    let max_id = file.model.vocab.entries.iter().map(|entry| entry.0).chain(file.model.vocab.raw.values().copied());
-    if let Some(id) = max_id.chain(file.added_tokens.iter().map(|token| token.id)).find(|&id| id >> ID_BITS != 0) {
+    let max_id =
+        file.model.vocab.entries.iter().map(|entry| entry.0).chain(file.model.vocab.raw.values().copied());
+    if let Some(id) =
+        max_id.chain(file.added_tokens.iter().map(|token| token.id)).find(|&id| id >> ID_BITS != 0)
+    {
         return Err(bad(format!("token id {id}: ids must be below {}", 1 << ID_BITS)));
     }
     let entries = std::mem::take(&mut file.model.vocab);
     let mut vocab = Vocab::new(entries.bytes, &entries.entries, entries.raw).map_err(bad)?;
     let merges = merges(&file.model, &vocab).map_err(bad)?;
 
+    let chars = CharTable::new(components.marks_join);
+    // The reference keeps the text of such a token as the normalizer leaves it.
+    let normalize = |mut token: AddedToken| {
+        if token.normalized && components.nfc {
+            token.content = nfc(&token.content, &chars).into_owned();
+        }
+        token
+    };
     let mut added = Vec::new();
-    for token in file.added_tokens {
+    for token in file.added_tokens.into_iter().map(normalize) {
         add(&mut added, token, &mut vocab, "tokenizer.json: added_tokens")?;
     }
     let mut more: Vec<AddedToken> = Vec::new();
@@ -90,23 +101,25 @@ fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
         });
     }
     more.sort_by_key(|token| token.id);
-    for token in more {
+    for token in more.into_iter().map(normalize) {
         // What tokenizer.json says of a token stands.
         match added.iter().find(|known| known.content == token.content) {
             Some(known) if known.id != token.id => {
                 let field = format!("tokenizer_config.json: added_tokens_decoder.{}", token.id);
-                return Err(Error::config(field, token.content, format!("its id in tokenizer.json, {}", known.id)));
+                return Err(Error::config(
+                    field,
+                    token.content,
+                    format!("its id in tokenizer.json, {}", known.id),
+                ));
             }
             Some(_) => {}
             None => add(&mut added, token, &mut vocab, "tokenizer_config.json: added_tokens_decoder")?,
         }
     }
 
-    let chars = CharTable::new(components.marks_join);
     let (normalized, exact): (Vec<_>, Vec<_>) = added.iter().partition(|token| token.normalized);
-    let as_normalized = |text: &str| if components.nfc { nfc(text, &chars).into_owned() } else { text.to_owned() };
-    let exact = Matcher::new(exact.into_iter().map(|token| (token.content.clone(), token)));
-    let normalized = Matcher::new(normalized.into_iter().map(|token| (as_normalized(&token.content), token)));
+    let exact = Matcher::new(exact.into_iter());
+    let normalized = Matcher::new(normalized.into_iter());
     added.sort_by_key(|token| token.id);
     let mut special = vec![false; vocab.end() as usize];
     for token in added.iter().filter(|token| token.special) {
@@ -179,7 +192,9 @@ fn add(added: &mut Vec<AddedToken>, token: AddedToken, vocab: &mut Vocab, list: 
 fn merges(model: &Model, vocab: &Vocab) -> std::result::Result<Merges, String> {
     let mut byte_ids = [0; 256];
     for (byte, id) in (0..=255).zip(&mut byte_ids) {
-        *id = vocab.id(&[byte]).ok_or_else(|| format!("model.vocab has no token for the single byte {byte}"))?;
+        *id = vocab
+            .id(&[byte])
+            .ok_or_else(|| format!("model.vocab has no token for the single byte {byte}"))?;
     }
     let bytes = &model.merges.bytes;
     if model.merges.ends.len() > MAX_MERGES {
@@ -195,8 +210,11 @@ fn merges(model: &Model, vocab: &Vocab) -> std::result::Result<Merges, String> {
                 format!("model.merges[{rank}]: {part:?} is not in the vocabulary")
             })
         };
+        if middle == start || end == middle {
+            return Err(format!("model.merges[{rank}] has an empty part"));
+        }
         merges.push((token(start, middle)?, token(middle, end)?, token(start, end)?));
         start = end;
     }
-    Ok(Merges::new(byte_ids, &merges))
+    Ok(Merges::new(byte_ids, &merges, |id| vocab.get(id).unwrap_or_default()))
 }

@@ -52,7 +52,7 @@ pub struct Tokenizer {
     eos: Option<u32>,
     pad: Option<u32>,
     /// Working memory of past calls, for calls to come: as many as ever ran at once.
-    scratch: Mutex<Vec<Box<Scratch>>>,
+    scratch: Mutex<Vec<Scratch>>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -71,19 +71,40 @@ impl Tokenizer {
     /// Added tokens that are not special (`<think>`) keep their ids either way, as in the reference.
     pub fn encode_with(&self, text: &str, split_special_tokens: bool) -> Vec<u32> {
         let mut scratch = self.lock().pop().unwrap_or_default();
-        let mut out = Vec::with_capacity(text.len() / 4 + 16);
-        cut(&self.exact, text, split_special_tokens, &mut out, |text, out| {
+        let mut out = std::mem::take(&mut scratch.out);
+        out.clear();
+        self.encode_using(&mut scratch, text, split_special_tokens, &mut out);
+        let ids = out.as_slice().to_vec();
+        // One very long text must not hold its memory for ever.
+        if out.capacity() <= 1 << 20 {
+            scratch.out = out;
+        }
+        self.lock().push(scratch);
+        ids
+    }
+
+    /// [`Tokenizer::encode_with`], appending to `out`.
+    pub fn encode_to(&self, text: &str, split_special_tokens: bool, out: &mut Vec<u32>) {
+        let mut scratch = self.lock().pop().unwrap_or_default();
+        self.encode_using(&mut scratch, text, split_special_tokens, out);
+        self.lock().push(scratch);
+    }
+
+    fn encode_using(&self, scratch: &mut Scratch, text: &str, plain_special: bool, out: &mut Vec<u32>) {
+        cut(&self.exact, text, plain_special, out, |text, out| {
             let text = if self.nfc { nfc::nfc(text, &self.chars) } else { Cow::Borrowed(text) };
-            cut(&self.normalized, &text, split_special_tokens, out, |text, out| {
-                self.pieces.encode(&self.chars, &self.vocab, text.as_bytes(), &mut scratch, out);
+            cut(&self.normalized, &text, plain_special, out, |text, out| {
+                self.pieces.encode(&self.chars, &self.vocab, text.as_bytes(), scratch, out);
             });
         });
-        self.lock().push(scratch);
-        out
     }
 
     /// [`Tokenizer::encode_with`] for every text, over all cores.
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], split_special_tokens: bool) -> Vec<Vec<u32>> {
+    pub fn encode_batch<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[T],
+        split_special_tokens: bool,
+    ) -> Vec<Vec<u32>> {
         texts.par_iter().map(|text| self.encode_with(text.as_ref(), split_special_tokens)).collect()
     }
 
@@ -173,10 +194,14 @@ impl Tokenizer {
     }
 
     fn unknown(&self, id: u32) -> Error {
-        Error::request("token id", id, format!("an id of the vocabulary, 0 to {}", self.len().saturating_sub(1)))
+        Error::request(
+            "token id",
+            id,
+            format!("an id of the vocabulary, 0 to {}", self.len().saturating_sub(1)),
+        )
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Box<Scratch>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Scratch>> {
         // Working memory is valid in any state.
         self.scratch.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }

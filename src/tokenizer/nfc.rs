@@ -98,7 +98,14 @@ mod tests {
     #[test]
     fn borrowed_when_nothing_changes() {
         let chars = CharTable::new(true);
-        for text in ["", "plain", "naïve 日本語 한국어", "हिन्दी", "ไทย", "a\u{301}b".nfc().collect::<String>().as_str()] {
+        for text in [
+            "",
+            "plain",
+            "naïve 日本語 한국어",
+            "हिन्दी",
+            "ไทย",
+            "a\u{301}b".nfc().collect::<String>().as_str(),
+        ] {
             assert!(matches!(nfc(text, &chars), Cow::Borrowed(_)) || text.nfc().any(|_| true), "{text:?}");
             assert_eq!(nfc(text, &chars), text.nfc().collect::<String>());
         }

@@ -17,6 +17,16 @@ const CACHED_LEN: usize = 16;
 const CACHED_IDS: usize = 3;
 /// Sets in the cache, of two pieces and 64 bytes each.
 const SETS: usize = 1 << 15;
+/// Most pieces in the queue; a window adds up to `WINDOW` to at most `QUEUE - WINDOW`.
+const QUEUE: usize = 256;
+/// Bits of an entry's last element that count its ids.
+const NUM_IDS: u32 = 0xff;
+
+/// Longest piece that the second cache holds, in bytes, and most ids.
+const WIDE_LEN: usize = 32;
+const WIDE_IDS: usize = 7;
+/// Entries in the second cache, of 64 bytes each.
+const WIDE: usize = 1 << 16;
 
 /// Whether merging a token's bytes gives that token.
 const UNKNOWN: u8 = 0;
@@ -29,39 +39,181 @@ pub(super) struct PieceEncoder {
     /// By id: `UNKNOWN`, `REACHED` or `NOT_REACHED`. Written without order: the answer never changes.
     reached: Vec<AtomicU8>,
     starts: Starts,
+    #[cfg(target_arch = "x86_64")]
+    has_avx2: bool,
 }
 
-/// A piece and its ids; `len` is 0 where there is none.
+/// A piece and its ids. The default holds no piece: no piece has length 0.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(32))]
 struct Entry {
     key: Key,
-    ids: [u32; CACHED_IDS],
-    len: u8,
-    num_ids: u8,
+    /// The ids, and as the last element `len << 8 | num_ids`.
+    ids: [u32; CACHED_IDS + 1],
 }
 
-/// The first is the one that was asked for again; a new one replaces the second.
+impl Entry {
+    #[inline(always)]
+    fn holds(&self, key: Key, len: usize) -> bool {
+        let other_len = u64::from(self.ids[CACHED_IDS] >> 8) ^ len as u64;
+        (self.key[0] ^ key[0]) | (self.key[1] ^ key[1]) | other_len == 0
+    }
+
+    #[inline(always)]
+    fn append_to(&self, out: &mut Vec<u32>) {
+        out.reserve(CACHED_IDS + 1);
+        let num_ids = ((self.ids[CACHED_IDS] & NUM_IDS) as usize).min(CACHED_IDS);
+        // SAFETY: there is room for CACHED_IDS + 1 ids after the first out.len(), all of them are written, and
+        // num_ids is at most CACHED_IDS. A plain extend costs a call of memmove per piece.
+        unsafe {
+            let at = out.len();
+            out.as_mut_ptr().add(at).cast::<[u32; CACHED_IDS + 1]>().write_unaligned(self.ids);
+            out.set_len(at + num_ids);
+        }
+    }
+}
+
+/// The first way keeps the lowest single id, which is the most frequent token; the second takes everything else.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 struct Set([Entry; 2]);
 
+impl Set {
+    /// Keeps a piece of at most `CACHED_LEN` bytes with at most `CACHED_IDS` ids.
+    fn insert(&mut self, piece: &Piece, ids: &[u32]) {
+        let mut entry = Entry { key: piece.key, ids: [0; CACHED_IDS + 1] };
+        entry.ids[..ids.len()].copy_from_slice(ids);
+        entry.ids[CACHED_IDS] = ((piece.end - piece.start) << 8 | ids.len()) as u32;
+        let single = |entry: &Entry| entry.ids[CACHED_IDS] & NUM_IDS == 1;
+        let [first, second] = &mut self.0;
+        if !single(first) || single(&entry) && entry.ids[0] < first.ids[0] {
+            *second = std::mem::replace(first, entry);
+        } else {
+            *second = entry;
+        }
+    }
+}
+
+/// A piece that took merging, and its ids; the last element is as in [`Entry`].
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct WideEntry {
+    key: [Key; 2],
+    ids: [u32; WIDE_IDS + 1],
+}
+
+impl WideEntry {
+    fn holds(&self, key: [Key; 2], len: usize) -> bool {
+        self.key == key && (self.ids[WIDE_IDS] >> 8) as usize == len
+    }
+}
+
+/// Pieces that are cut and not looked up yet.
+///
+/// By the time that one is looked up, its part of the cache has come from memory.
+struct Queue {
+    pieces: [Piece; QUEUE],
+    len: usize,
+}
+
+/// `text[start..end]`; `key` only where it is short enough for the first cache.
+#[derive(Clone, Copy, Default)]
+struct Piece {
+    key: Key,
+    hash: u64,
+    start: usize,
+    end: usize,
+}
+
+impl Queue {
+    #[inline(always)]
+    fn push(&mut self, text: &[u8], start: usize, end: usize, scratch: &Scratch) {
+        let Some(piece) = self.pieces.get_mut(self.len) else { return };
+        *piece = Piece { start, end, ..Piece::default() };
+        if end - start <= CACHED_LEN {
+            piece.key = key(text, start, end);
+            piece.hash = hash_key(piece.key);
+            prefetch(&scratch.sets[set_of(piece.hash)]);
+        } else {
+            piece.hash = hash_bytes(&text[start..end]);
+        }
+        self.len += 1;
+    }
+}
+
+#[inline(always)]
+fn set_of(hash: u64) -> usize {
+    (hash >> 40) as usize & (SETS - 1)
+}
+
+#[inline(always)]
+fn wide_of(hash: u64) -> usize {
+    (hash >> 32) as usize & (WIDE - 1)
+}
+
+/// Asks for the first cache line of `target`.
+#[inline(always)]
+pub(super) fn prefetch<T>(target: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of a valid reference; it changes nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(target).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = target;
+}
+
 /// Working memory of one call at a time; survives in the tokenizer's pool.
 pub(super) struct Scratch {
+    /// For ids on their way to a caller; not used here.
+    pub(super) out: Vec<u32>,
     sets: Box<[Set]>,
+    /// Asked where `sets` has no answer: by far larger than what the processor keeps close.
+    wide: Box<[WideEntry]>,
     merge: MergeScratch,
+    /// Of the queue at hand: the ids of the pieces that the first cache has; the other pieces, with the number of
+    /// those ids before them; where in `ids` each one's ids are; and the ids.
+    hits: Vec<u32>,
+    missing: Vec<(u32, u32)>,
+    found: Vec<(u32, u32)>,
+    ids: Vec<u32>,
+    /// Those to be merged: place in `found`, the token that they spell if there is one, and where they are.
+    to_merge: Vec<(u32, Option<u32>, (usize, usize))>,
+    merged: Vec<(u32, u32)>,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Scratch { sets: vec![Set::default(); SETS].into_boxed_slice(), merge: MergeScratch::default() }
+        Scratch {
+            out: Vec::new(),
+            sets: vec![Set::default(); SETS].into_boxed_slice(),
+            wide: vec![WideEntry::default(); WIDE].into_boxed_slice(),
+            merge: MergeScratch::default(),
+            hits: Vec::new(),
+            missing: Vec::new(),
+            found: Vec::new(),
+            ids: Vec::new(),
+            to_merge: Vec::new(),
+            merged: Vec::new(),
+        }
     }
 }
 
 impl PieceEncoder {
     pub(super) fn new(merges: Merges, vocab: &Vocab) -> Self {
         let reached = (0..vocab.end()).map(|_| AtomicU8::new(UNKNOWN)).collect();
-        PieceEncoder { merges, reached, starts: starts_for_this_machine() }
+        PieceEncoder {
+            merges,
+            reached,
+            starts: starts_for_this_machine(),
+            #[cfg(target_arch = "x86_64")]
+            has_avx2: is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("popcnt"),
+        }
     }
 
     /// Appends the ids of `text`, which is UTF-8 and one stretch between added tokens.
@@ -73,8 +225,40 @@ impl PieceEncoder {
         scratch: &mut Scratch,
         out: &mut Vec<u32>,
     ) {
+        #[cfg(target_arch = "x86_64")]
+        if self.has_avx2 {
+            // SAFETY: `has_avx2` says that this machine has the features that the function asks for.
+            return unsafe { self.encode_avx2(chars, vocab, text, scratch, out) };
+        }
+        self.encode_any(chars, vocab, text, scratch, out);
+    }
+
+    /// The same code, compiled for processors with AVX2: nearly all there are.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+    fn encode_avx2(
+        &self,
+        chars: &CharTable,
+        vocab: &Vocab,
+        text: &[u8],
+        scratch: &mut Scratch,
+        out: &mut Vec<u32>,
+    ) {
+        self.encode_any(chars, vocab, text, scratch, out);
+    }
+
+    #[inline(always)]
+    fn encode_any(
+        &self,
+        chars: &CharTable,
+        vocab: &Vocab,
+        text: &[u8],
+        scratch: &mut Scratch,
+        out: &mut Vec<u32>,
+    ) {
         let mut at = 0;
         let mut tail = [0; WINDOW];
+        let mut queue = Queue { pieces: [Piece::default(); QUEUE], len: 0 };
         while at < text.len() {
             let len = (text.len() - at).min(WINDOW);
             let window = match text.get(at..at + WINDOW).and_then(|bytes| bytes.try_into().ok()) {
@@ -89,103 +273,117 @@ impl PieceEncoder {
             let (base, mut start) = (at, at);
             while starts != 0 {
                 let end = base + starts.trailing_zeros() as usize;
-                self.piece(vocab, text, start, end, scratch, out);
+                queue.push(text, start, end, scratch);
                 start = end;
                 starts &= starts - 1;
             }
             at = start;
             // The piece that the window leaves open; and more of them where the text is not ASCII.
             if start == base || ascii < len || len < WINDOW {
-                loop {
+                while queue.len < QUEUE && at < text.len() {
                     let end = next_piece(chars, text, at);
-                    self.piece(vocab, text, at, end, scratch, out);
+                    queue.push(text, at, end, scratch);
                     at = end;
-                    match text.get(at..at + 8) {
-                        Some(next) if next.is_ascii() => break,
-                        _ if at >= text.len() => break,
-                        _ => {}
+                    if text.get(at..at + 8).is_some_and(<[u8]>::is_ascii) {
+                        break;
                     }
                 }
             }
+            if queue.len > QUEUE - WINDOW || at == text.len() {
+                self.flush(vocab, text, &mut queue, scratch, out);
+            }
         }
     }
 
-    /// Appends the ids of the piece `text[start..end]`.
+    /// Appends the ids of the pieces in the queue and empties it.
     #[inline(always)]
-    fn piece(
+    fn flush(
         &self,
         vocab: &Vocab,
         text: &[u8],
-        start: usize,
-        end: usize,
+        queue: &mut Queue,
         scratch: &mut Scratch,
         out: &mut Vec<u32>,
     ) {
-        let len = end - start;
-        if len > CACHED_LEN {
-            return self.long_piece(vocab, &text[start..end], scratch, out);
-        }
-        let key = key(text, start, end);
-        let hash = hash_key(key);
-        let set = &mut scratch.sets[(hash >> 40) as usize & (SETS - 1)].0;
-        for way in 0..2 {
-            let entry = set[way];
-            if entry.key == key && entry.len as usize == len {
-                out.extend_from_slice(&entry.ids[..entry.num_ids as usize]);
-                if way == 1 {
-                    set.swap(0, 1);
-                }
-                return;
+        let pieces = &queue.pieces[..std::mem::take(&mut queue.len)];
+        let mut hits = std::mem::take(&mut scratch.hits);
+        hits.clear();
+        scratch.missing.clear();
+        for (i, piece) in pieces.iter().enumerate() {
+            let set = &scratch.sets[set_of(piece.hash)].0;
+            // Chosen without a branch: which of the two it is cannot be predicted.
+            let entry = &set[usize::from(set[1].holds(piece.key, piece.end - piece.start))];
+            if entry.holds(piece.key, piece.end - piece.start) {
+                entry.append_to(&mut hits);
+            } else {
+                scratch.missing.push((i as u32, hits.len() as u32));
+                // What it needs next is on its way before the first of them is looked up.
+                prefetch(&scratch.wide[wide_of(piece.hash)]);
+                vocab.prefetch(piece.hash);
             }
         }
-        self.new_piece(vocab, &text[start..end], key, hash, scratch, out);
-    }
-
-    /// Appends the ids of a piece that the cache lacks, and keeps them there.
-    #[cold]
-    #[inline(never)]
-    fn new_piece(
-        &self,
-        vocab: &Vocab,
-        piece: &[u8],
-        key: Key,
-        hash: u64,
-        scratch: &mut Scratch,
-        out: &mut Vec<u32>,
-    ) {
-        let before = out.len();
-        self.merge(vocab, piece, hash, &mut scratch.merge, out);
-        let ids = &out[before..];
-        if ids.len() <= CACHED_IDS {
-            let mut entry = Entry { key, len: piece.len() as u8, num_ids: ids.len() as u8, ..Entry::default() };
-            entry.ids[..ids.len()].copy_from_slice(ids);
-            let set = &mut scratch.sets[(hash >> 40) as usize & (SETS - 1)].0;
-            set[usize::from(set[0].len != 0)] = entry;
+        if !scratch.missing.is_empty() {
+            self.find_missing(vocab, text, pieces, scratch);
         }
-    }
-
-    #[inline(never)]
-    fn long_piece(&self, vocab: &Vocab, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
-        self.merge(vocab, piece, hash_bytes(piece), &mut scratch.merge, out);
-    }
-
-    /// Appends the ids of a piece: the whole token where merging is known to give it, or by merging.
-    fn merge(&self, vocab: &Vocab, piece: &[u8], hash: u64, scratch: &mut MergeScratch, out: &mut Vec<u32>) {
-        let whole = vocab.id_with_hash(piece, hash);
-        let reached = whole.and_then(|id| self.reached.get(id as usize));
-        if let (Some(id), Some(reached)) = (whole, reached) {
-            match reached.load(Ordering::Relaxed) {
-                REACHED => return out.push(id),
-                NOT_REACHED => {}
-                _ => {
-                    let before = out.len();
-                    self.merges.encode(piece, scratch, out);
-                    let answer = if out[before..] == [id] { REACHED } else { NOT_REACHED };
-                    reached.store(answer, Ordering::Relaxed);
-                    return;
-                }
+        let mut done = 0;
+        for (&(i, before), &(start, end)) in scratch.missing.iter().zip(&scratch.found) {
+            let (piece, ids) = (&pieces[i as usize], &scratch.ids[start as usize..end as usize]);
+            out.extend_from_slice(&hits[done..before as usize]);
+            out.extend_from_slice(ids);
+            done = before as usize;
+            if piece.end - piece.start <= CACHED_LEN && ids.len() <= CACHED_IDS {
+                scratch.sets[set_of(piece.hash)].insert(piece, ids);
             }
         }
-        self.merges.encode(piece, scratch, out);
+        out.extend_from_slice(&hits[done..]);
+        scratch.hits = hits;
     }
+
+    /// Finds the ids of the missing pieces: `scratch.found` says where in `scratch.ids` those of each are.
+    #[inline(always)]
+    fn find_missing(&self, vocab: &Vocab, text: &[u8], pieces: &[Piece], scratch: &mut Scratch) {
+        let Scratch { wide, merge, missing, found, ids, to_merge, merged, .. } = scratch;
+        ids.clear();
+        found.clear();
+        to_merge.clear();
+        for &(i, _) in &*missing {
+            let piece = &pieces[i as usize];
+            let bytes = &text[piece.start..piece.end];
+            let before = ids.len() as u32;
+            let entry = &wide[wide_of(piece.hash)];
+            if bytes.len() <= WIDE_LEN && entry.holds(wide_key(bytes), bytes.len()) {
+                ids.extend_from_slice(&entry.ids[..(entry.ids[WIDE_IDS] & NUM_IDS) as usize]);
+            } else {
+                let whole = vocab.id_with_hash(bytes, piece.hash);
+                match whole {
+                    Some(id) if self.reached[id as usize].load(Ordering::Relaxed) == REACHED => ids.push(id),
+                    _ => to_merge.push((found.len() as u32, whole, (piece.start, piece.end))),
+                }
+            }
+            found.push((before, ids.len() as u32));
+        }
+        merged.clear();
+        self.merges.encode(text, to_merge.iter().map(|piece| piece.2), merge, ids, merged);
+        for (&(at, whole, (start, end)), &span) in to_merge.iter().zip(&*merged) {
+            found[at as usize] = span;
+            let ids = &ids[span.0 as usize..span.1 as usize];
+            if let Some(id) = whole {
+                let answer = if *ids == [id] { REACHED } else { NOT_REACHED };
+                self.reached[id as usize].store(answer, Ordering::Relaxed);
+            }
+            let bytes = &text[start..end];
+            if bytes.len() <= WIDE_LEN && (2..=WIDE_IDS).contains(&ids.len()) {
+                let entry = &mut wide[wide_of(hash_bytes(bytes))];
+                entry.key = wide_key(bytes);
+                entry.ids[..ids.len()].copy_from_slice(ids);
+                entry.ids[WIDE_IDS] = (bytes.len() << 8 | ids.len()) as u32;
+            }
+        }
+    }
+}
+
+/// The key of a piece in the second cache, which has at most `WIDE_LEN` bytes.
+fn wide_key(bytes: &[u8]) -> [Key; 2] {
+    let middle = bytes.len().min(CACHED_LEN);
+    [key(bytes, 0, middle), key(bytes, middle, bytes.len())]
 }

@@ -5,7 +5,7 @@
 /// other, 1 letter, 2 mark, 3 number, 4 white space), bits 3..5 the part in NFC (0 trivial, 1 a mark that can
 /// only reorder, 2 suspect, 3 inert: newer than the reference's tables).
 #[rustfmt::skip]
-pub(super) const RANGES: [(u32, u8); 2278] = [
+pub(super) static RANGES: [(u32, u8); 2278] = [
     (0x9, 4), (0xe, 0), (0x20, 4), (0x21, 0), (0x30, 3), (0x3a, 0), (0x41, 1), (0x5b, 0), (0x61, 1),
     (0x7b, 0), (0x85, 4), (0x86, 0), (0xa0, 4), (0xa1, 0), (0xaa, 1), (0xab, 0), (0xb2, 3), (0xb4, 0),
     (0xb5, 1), (0xb6, 0), (0xb9, 3), (0xba, 1), (0xbb, 0), (0xbc, 3), (0xbf, 0), (0xc0, 1), (0xd7, 0),

@@ -4,6 +4,8 @@
 
 use std::collections::HashMap;
 
+use super::pieces::prefetch;
+
 /// Ids fit into this many bits, so that a pair of them and a rank fit into one word.
 pub(super) const ID_BITS: u32 = 20;
 
@@ -65,11 +67,8 @@ const MASKS: [Key; 17] = {
     let mut masks = [[0u64; 2]; 17];
     let mut len = 1;
     while len <= 16 {
-        masks[len] = if len <= 8 {
-            [u64::MAX >> (64 - 8 * len), 0]
-        } else {
-            [u64::MAX, u64::MAX >> (128 - 8 * len)]
-        };
+        masks[len] =
+            if len <= 8 { [u64::MAX >> (64 - 8 * len), 0] } else { [u64::MAX, u64::MAX >> (128 - 8 * len)] };
         len += 1;
     }
     masks
@@ -99,6 +98,7 @@ pub(super) fn hash_key(key: Key) -> u64 {
 }
 
 /// Hash of any piece; equal to that of its key where it has one.
+#[inline]
 pub(super) fn hash_bytes(bytes: &[u8]) -> u64 {
     let mut hash = 0;
     let mut rest = bytes;
@@ -134,7 +134,8 @@ impl Vocab {
         entries: &[(u32, u32, u32)],
         raw: HashMap<String, u32>,
     ) -> Result<Self, String> {
-        let max = entries.iter().map(|e| e.0).chain(raw.values().copied()).max().map_or(0, |id| id as usize + 1);
+        let max =
+            entries.iter().map(|e| e.0).chain(raw.values().copied()).max().map_or(0, |id| id as usize + 1);
         let slots = (2 * entries.len()).next_power_of_two().max(16);
         let mut vocab = Vocab {
             bytes,
@@ -210,6 +211,7 @@ impl Vocab {
     }
 
     /// [`Vocab::id`], for a caller that knows the hash.
+    #[inline(always)]
     pub(super) fn id_with_hash(&self, bytes: &[u8], hash: u64) -> Option<u32> {
         let mask = self.table.len().wrapping_sub(1);
         let mut slot = hash as usize & mask;
@@ -222,6 +224,14 @@ impl Vocab {
                 return Some(entry as u32);
             }
             slot = (slot + 1) & mask;
+        }
+    }
+
+    /// Asks for what [`Vocab::id_with_hash`] will look at first.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, hash: u64) {
+        if let Some(entry) = self.table.get(hash as usize & self.table.len().wrapping_sub(1)) {
+            prefetch(entry);
         }
     }
 
@@ -269,7 +279,10 @@ mod tests {
         let entries = [(0, 0, 1), (2, 1, 2), (1, 0, 3)];
         let raw = HashMap::from([("x y".to_string(), 4)]);
         let mut vocab = Vocab::new(b"abc".to_vec(), &entries, raw).unwrap();
-        assert_eq!((vocab.id(b"a"), vocab.id(b"bc"), vocab.id(b"abc"), vocab.id(b"ab")), (Some(0), Some(2), Some(1), None));
+        assert_eq!(
+            (vocab.id(b"a"), vocab.id(b"bc"), vocab.id(b"abc"), vocab.id(b"ab")),
+            (Some(0), Some(2), Some(1), None)
+        );
         assert_eq!((vocab.get(3), vocab.get(4), vocab.get(9)), (None, Some(&b"x y"[..]), None));
         assert_eq!((vocab.id_of_printable("x y"), vocab.id(b"x y")), (Some(4), None));
         vocab.add(6, "Ġz");

@@ -121,7 +121,10 @@ mod x86 {
         let bytes = unsafe { _mm512_loadu_si512(window.as_ptr().cast()) };
         let is = |byte: u8| _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(byte as i8));
         let within = |v: __m512i, from: u8, count: u8| {
-            _mm512_cmplt_epu8_mask(_mm512_sub_epi8(v, _mm512_set1_epi8(from as i8)), _mm512_set1_epi8(count as i8))
+            _mm512_cmplt_epu8_mask(
+                _mm512_sub_epi8(v, _mm512_set1_epi8(from as i8)),
+                _mm512_set1_epi8(count as i8),
+            )
         };
         let newline = is(b'\n') | is(b'\r');
         let masks = Masks {
@@ -214,7 +217,16 @@ mod tests {
 
     #[test]
     fn plain_cases() {
-        for text in ["a", " ", "\n", "a b", "if x:\n        return 'it''s'\n\n  \n  y = [1,  22]\n", "é", "aé", "'s'll've"] {
+        for text in [
+            "a",
+            " ",
+            "\n",
+            "a b",
+            "if x:\n        return 'it''s'\n\n  \n  y = [1,  22]\n",
+            "é",
+            "aé",
+            "'s'll've",
+        ] {
             check(text);
         }
     }

@@ -11,7 +11,7 @@
 
 use std::cell::RefCell;
 
-use super::linear::{Element, store_sums};
+use super::linear::{Element, store_some};
 use super::simd::{F32x16, LANES};
 
 /// Tokens from which on laying out pays.
@@ -89,14 +89,7 @@ pub unsafe fn product<V: F32x16, E: Element, const R: usize, const T: usize>(
                             if t >= num_rows {
                                 break;
                             }
-                            let to = out(t).add(first + o);
-                            if o + R <= rows {
-                                store_sums::<V, R>(acc, to);
-                            } else {
-                                let mut last = [0f32; R];
-                                store_sums::<V, R>(acc, last.as_mut_ptr());
-                                std::ptr::copy_nonoverlapping(last.as_ptr(), to, rows - o);
-                            }
+                            store_some::<V, R>(acc, out(t).add(first + o), rows - o);
                         }
                     }
                     start = end;

@@ -25,9 +25,6 @@ pub unsafe trait F32x16: Copy {
     unsafe fn load_bf16(p: *const u16) -> Self;
     /// Sixteen IEEE f16, widened.
     unsafe fn load_f16(p: *const u16) -> Self;
-    /// Asks for the cache line of an address, which need not be valid.
-    #[inline(always)]
-    unsafe fn prefetch(_p: *const u8) {}
     /// Writes sixteen f32.
     unsafe fn store(self, p: *mut f32);
     /// `self + b`
@@ -383,10 +380,6 @@ mod x86 {
     unsafe impl F32x16 for Avx512 {
         const TILE: (usize, usize) = (4, 6);
         #[inline(always)]
-        unsafe fn prefetch(p: *const u8) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-        }
-        #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             unsafe { Self(_mm512_set1_ps(x)) }
         }
@@ -467,10 +460,6 @@ mod x86 {
     // SAFETY: `run_avx2` alone instantiates kernels with it.
     unsafe impl F32x16 for Avx2 {
         const TILE: (usize, usize) = (2, 3);
-        #[inline(always)]
-        unsafe fn prefetch(p: *const u8) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-        }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             unsafe { Self(_mm256_set1_ps(x), _mm256_set1_ps(x)) }

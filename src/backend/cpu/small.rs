@@ -31,14 +31,14 @@ pub unsafe fn matmul_nt<V: F32x16>(
             let mut i = 0;
             while i + 4 <= m {
                 let cols = [0, 1, 2, 3].map(|t| a.add((i + t) * a_stride));
-                let acc = tile::<V, f32, 4, 4, false>(rows, cols, k);
+                let acc = tile::<V, f32, 4, 4>(rows, cols, k);
                 for t in 0..4 {
                     store_sums::<V, 4>(acc[t], c.add((i + t) * c_stride + j));
                 }
                 i += 4;
             }
             while i < m {
-                let acc = tile::<V, f32, 4, 1, false>(rows, [a.add(i * a_stride)], k);
+                let acc = tile::<V, f32, 4, 1>(rows, [a.add(i * a_stride)], k);
                 store_sums::<V, 4>(acc[0], c.add(i * c_stride + j));
                 i += 1;
             }
@@ -46,7 +46,7 @@ pub unsafe fn matmul_nt<V: F32x16>(
         }
         while j < n {
             for i in 0..m {
-                let acc = tile::<V, f32, 1, 1, false>([b.add(j * b_stride)], [a.add(i * a_stride)], k);
+                let acc = tile::<V, f32, 1, 1>([b.add(j * b_stride)], [a.add(i * a_stride)], k);
                 store_sums::<V, 1>(acc[0], c.add(i * c_stride + j));
             }
             j += 1;

@@ -56,14 +56,14 @@ fn decode_step(c: &mut Criterion) {
                         while step(&mut engine) < num_seqs {}
                         engine
                     },
-                    |engine| step(engine),
+                    step,
                     BatchSize::PerIteration,
                 );
             });
         }
         group.throughput(Throughput::Elements(512));
         group.bench_function(BenchmarkId::new(format!("{name}_prefill"), 512), |b| {
-            b.iter_batched_ref(|| filled(name, 1, 512), |engine| step(engine), BatchSize::PerIteration);
+            b.iter_batched_ref(|| filled(name, 1, 512), step, BatchSize::PerIteration);
         });
     }
     group.finish();

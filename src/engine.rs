@@ -221,7 +221,7 @@ impl<B: Backend> Engine<B> {
                 false => Err(Error::Internal("requests wait and none can run".into())),
             };
         }
-        let ran = self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, &poll);
+        let ran = self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll);
         match ran.and_then(|()| self.read_logits(&step, &poll)) {
             Ok(rows) => {
                 self.scheduler.commit(&step);

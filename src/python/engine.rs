@@ -267,6 +267,7 @@ struct Under {
 }
 
 /// What one step added to one request.
+#[allow(clippy::type_complexity)] // the tuple is what Python sees
 #[pyclass(name = "Delta", module = "qwen35rs._core", frozen, get_all)]
 struct PyDelta {
     /// Which request: prompts in order, the samples of one prompt side by side.

@@ -108,7 +108,7 @@ fn ops_rope<'py>(
         let allowed = format!("[{num_tokens}] or [3, {num_tokens}]");
         return Err(refuse("positions", format!("{} of them", positions.len()), allowed));
     }
-    if rotary_dim == 0 || rotary_dim % 2 != 0 || rotary_dim > head_dim {
+    if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
         return Err(refuse("rotary_dim", rotary_dim, format!("an even number, 2 to head_dim = {head_dim}")));
     }
     if mrope_section.iter().sum::<usize>() != rotary_dim / 2 {

@@ -58,7 +58,7 @@ fn tokenizer() -> Arc<Tokenizer> {
         std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
         Arc::new(Tokenizer::from_directory(dir.path()).unwrap())
     };
-    Arc::clone(TOKENIZER.get_or_init(|| make()))
+    Arc::clone(TOKENIZER.get_or_init(make))
 }
 
 /// Pushes tokens until the text ends: all text shown, pieces, and whether a stop string ended it.

@@ -174,7 +174,7 @@ unsafe fn interleave<V: F32x16, E: Element, const N: usize>(
             for v in 0..whole {
                 E::load::<V>(from.add(v * LANES)).store(to.add(v * N * LANES));
             }
-            if k % LANES != 0 {
+            if !k.is_multiple_of(LANES) {
                 let last = E::load_part::<V>(from.add(whole * LANES), k % LANES);
                 last.store(to.add(whole * N * LANES));
             }

@@ -123,11 +123,11 @@ impl Backend for Cpu {
         };
         let [gate, up, shared_down] = t.shared.map(Tensor::clone);
         Ok(Moe {
-            router: linear(&[t.router.clone()]),
+            router: linear(std::slice::from_ref(t.router)),
             gate_up,
             down,
             shared: Some((linear(&[gate, up]), linear(&[shared_down]))),
-            shared_gate: Some(linear(&[t.shared_gate.clone()])),
+            shared_gate: Some(linear(std::slice::from_ref(t.shared_gate))),
             top_k: t.top_k,
         })
     }

@@ -88,6 +88,7 @@ pub unsafe trait F32x16: Copy {
     ///
     /// Cody and Waite's reduction by ln 2 and the degree-5 polynomial of Cephes' `expf`.
     #[inline(always)]
+    #[allow(clippy::excessive_precision)] // the coefficients as Cephes prints them
     unsafe fn exp(self) -> Self {
         // SAFETY: the caller's.
         unsafe {

@@ -10,11 +10,11 @@ use super::pieces::prefetch;
 use super::vocab::ID_BITS;
 
 /// More merges than this do not fit: a symbol and a rank have `ID_BITS` bits.
-pub(super) const MAX_MERGES: usize = (1 << ID_BITS) - 256;
+pub(super) const MAX_MERGES: usize = (1 << ID_BITS) - 257;
 const RANK_BITS: u32 = 64 - 2 * ID_BITS;
 const RANK_MASK: u64 = (1 << RANK_BITS) - 1;
 /// No merge.
-const NO_RANK: u32 = RANK_MASK as u32;
+const NO_RANK: u32 = u32::MAX;
 const FREE: u64 = u64::MAX;
 /// Longest piece that is merged in arrays: one bit each in a word.
 const SHORT: usize = 64;
@@ -31,8 +31,8 @@ pub(super) struct Merges {
     ids: Vec<u32>,
     /// Rank of each pair of bytes: most look-ups, out of the way of the large table.
     byte_pairs: Box<[u32]>,
-    /// Open addressing: left << 44 | right << 24 | rank, or `FREE`.
-    table: Box<[u64]>,
+    /// By hash, `left << 44 | right << 24 | rank + 1`, or `FREE`. What a full bucket has no room for is in the next.
+    table: Box<[Bucket]>,
     shift: u32,
     /// By character below U+10000: the symbol that its bytes merge into, or `NONE`, and the highest rank on the way.
     whole: Box<[[u32; 2]]>,
@@ -85,6 +85,26 @@ fn entry(rank: u32, at: usize) -> i32 {
     if rank == NO_RANK { STAY } else { (rank << 6) as i32 | at as i32 }
 }
 
+/// Eight pairs in one cache line: compared all at once, because which of them it is cannot be predicted.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Bucket([u64; 8]);
+
+impl Bucket {
+    /// Rank of a pair plus one, or 0.
+    #[inline(always)]
+    fn find(&self, pair: u64) -> u64 {
+        self.0
+            .iter()
+            .fold(0, |found, &entry| found | if entry >> RANK_BITS == pair { entry & RANK_MASK } else { 0 })
+    }
+
+    #[inline(always)]
+    fn is_full(&self) -> bool {
+        self.0[7] != FREE
+    }
+}
+
 /// Working memory, kept between pieces.
 #[derive(Default)]
 pub(super) struct MergeScratch {
@@ -104,7 +124,7 @@ impl Merges {
         merges: &[(u32, u32, u32)],
         token: impl Fn(u32) -> &'a [u8],
     ) -> Self {
-        let slots = (2 * merges.len()).next_power_of_two().max(16);
+        let buckets = merges.len().div_ceil(4).next_power_of_two().max(2);
         let mut ids = byte_ids.to_vec();
         ids.extend(merges.iter().map(|merge| merge.2));
         // Symbol of each token: of ranks that make the same one, the first. A part that no merge makes has none.
@@ -121,8 +141,8 @@ impl Merges {
             whole: vec![[NONE; 2]; 1 << 16].into_boxed_slice(),
             before_lead: vec![NO_RANK; 1 << 16].into_boxed_slice(),
             after_last: vec![NO_RANK; 1 << 16].into_boxed_slice(),
-            table: vec![FREE; slots].into_boxed_slice(),
-            shift: 64 - slots.trailing_zeros(),
+            table: vec![Bucket([FREE; 8]); buckets].into_boxed_slice(),
+            shift: 64 - buckets.trailing_zeros(),
             made: several.then(|| merges.iter().map(|m| symbols[m.2 as usize]).collect()),
         };
         for (rank, merge) in merges.iter().enumerate() {
@@ -131,8 +151,7 @@ impl Merges {
                 continue;
             }
             let pair = pair(left, right);
-            let slot = find(&new.table, new.shift, pair);
-            new.table[slot] = pair << RANK_BITS | rank as u64;
+            new.insert(pair, rank as u32);
             if left < 256 && right < 256 {
                 new.byte_pairs[(left << 8 | right) as usize] = rank as u32;
             }
@@ -232,8 +251,33 @@ impl Merges {
 
     #[inline(always)]
     fn rank_of(&self, pair: u64) -> u32 {
-        // FREE has NO_RANK in its low bits.
-        (self.table[find(&self.table, self.shift, pair)] & RANK_MASK) as u32
+        let mut bucket = self.bucket(pair);
+        let mut found = self.table[bucket].find(pair);
+        while found == 0 && self.table[bucket].is_full() {
+            bucket = (bucket + 1) & (self.table.len() - 1);
+            found = self.table[bucket].find(pair);
+        }
+        // 0 becomes NO_RANK.
+        (found as u32).wrapping_sub(1)
+    }
+
+    /// Adds a pair, or gives one that is there another rank.
+    fn insert(&mut self, pair: u64, rank: u32) {
+        let mut bucket = self.bucket(pair);
+        loop {
+            for entry in &mut self.table[bucket].0 {
+                if *entry == FREE || *entry >> RANK_BITS == pair {
+                    *entry = pair << RANK_BITS | u64::from(rank + 1);
+                    return;
+                }
+            }
+            bucket = (bucket + 1) & (self.table.len() - 1);
+        }
+    }
+
+    #[inline(always)]
+    fn bucket(&self, pair: u64) -> usize {
+        (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize
     }
 
     #[inline(always)]
@@ -283,6 +327,10 @@ impl Merges {
             if running == 0 {
                 break;
             }
+            // First what the last merges made, for all; reading ranks right after writing them would wait.
+            for &lane in &order[..running] {
+                self.look_up(&mut lanes[lane]);
+            }
             let mut i = 0;
             while i < running {
                 if self.step(&mut lanes[order[i]]) {
@@ -328,15 +376,20 @@ impl Merges {
         });
     }
 
-    /// One merge, if there is one left; asks memory for what the next one needs.
+    /// Ranks of the pairs that the last merge made.
     #[inline(always)]
-    fn step(&self, lane: &mut Lane) -> bool {
+    fn look_up(&self, lane: &mut Lane) {
         if lane.right_pair != FREE {
             lane.ranks[lane.at % SHORT] = entry(self.rank_of(lane.right_pair), lane.at);
         }
         if lane.left_pair != FREE {
             lane.ranks[lane.left % SHORT] = entry(self.rank_of(lane.left_pair), lane.left);
         }
+    }
+
+    /// One merge, if there is one left; asks memory for what the next one needs.
+    #[inline(always)]
+    fn step(&self, lane: &mut Lane) -> bool {
         let best =
             lane.ranks[..lane.padded].chunks_exact(16).flatten().fold(STAY, |best, &rank| best.min(rank));
         if best == STAY {
@@ -354,13 +407,13 @@ impl Merges {
         let after = after & after.wrapping_sub(1);
         if after != 0 {
             lane.right_pair = pair(made, lane.symbols[after.trailing_zeros() as usize % SHORT]);
-            prefetch(&self.table[(hash(lane.right_pair) >> self.shift) as usize]);
+            prefetch(&self.table[self.bucket(lane.right_pair)]);
         }
         let before = lane.alive & ((1 << at) - 1);
         if before != 0 {
             lane.left = 63 - before.leading_zeros() as usize;
             lane.left_pair = pair(lane.symbols[lane.left % SHORT], made);
-            prefetch(&self.table[(hash(lane.left_pair) >> self.shift) as usize]);
+            prefetch(&self.table[self.bucket(lane.left_pair)]);
         }
         lane.at = at;
         true
@@ -433,21 +486,6 @@ impl Merges {
 #[inline(always)]
 fn pair(left: u32, right: u32) -> u64 {
     u64::from(left) << ID_BITS | u64::from(right)
-}
-
-/// The slot of a pair in an open-addressing table, or the free slot where it would stand.
-#[inline(always)]
-fn find(table: &[u64], shift: u32, pair: u64) -> usize {
-    let mut slot = (hash(pair) >> shift) as usize;
-    while table[slot] != FREE && table[slot] >> RANK_BITS != pair {
-        slot = (slot + 1) & (table.len() - 1);
-    }
-    slot
-}
-
-#[inline(always)]
-fn hash(pair: u64) -> u64 {
-    pair.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 #[cfg(test)]

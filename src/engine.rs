@@ -28,7 +28,13 @@ pub struct EngineLimits {
 
 impl Default for EngineLimits {
     fn default() -> Self {
-        Self { max_model_len: None, max_num_seqs: 32, max_num_batched_tokens: 512, kv_cache_bytes: 4 << 30, seed: 0 }
+        Self {
+            max_model_len: None,
+            max_num_seqs: 32,
+            max_num_batched_tokens: 512,
+            kv_cache_bytes: 4 << 30,
+            seed: 0,
+        }
     }
 }
 
@@ -270,7 +276,8 @@ impl<B: Backend> Engine<B> {
     fn commit(&mut self, (id, row): (RequestId, Row)) -> Option<StepOutput> {
         let vocab = self.model.config().vocab;
         let request = self.scheduler.running_mut(id)?;
-        let mut output = StepOutput { id, token: None, logprobs: None, finish: None, logits: Vec::new(), error: None };
+        let mut output =
+            StepOutput { id, token: None, logprobs: None, finish: None, logits: Vec::new(), error: None };
         match row {
             Row::Logits(row) => {
                 if request.logits.is_empty() {
@@ -283,7 +290,8 @@ impl<B: Backend> Engine<B> {
                 output.finish = Some(FinishReason::Length);
             }
             Row::Token(None) => {
-                output.error = Some("the model gave no finite logit: its weights or its input are not sane".into());
+                output.error =
+                    Some("the model gave no finite logit: its weights or its input are not sane".into());
             }
             Row::Token(Some((token, logprobs))) => {
                 request.tokens.push(token);

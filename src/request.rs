@@ -87,7 +87,11 @@ impl SamplingParams {
             number(field, x, (-2.0..=2.0).contains(&x), "-2 to 2")?;
         }
         if self.max_tokens == Some(0) {
-            return Err(Error::request("max_tokens", 0, "at least 1, or None for as many as the context holds"));
+            return Err(Error::request(
+                "max_tokens",
+                0,
+                "at least 1, or None for as many as the context holds",
+            ));
         }
         if let Some(max) = self.max_tokens.filter(|&max| self.min_tokens > max) {
             return Err(Error::request("min_tokens", self.min_tokens, format!("at most max_tokens = {max}")));

@@ -24,7 +24,11 @@ pub struct Job {
 }
 
 enum Command {
-    Submit { jobs: Vec<Job>, events: Sender<StepOutput>, reply: Sender<Result<Vec<RequestId>>> },
+    Submit {
+        jobs: Vec<Job>,
+        events: Sender<StepOutput>,
+        reply: Sender<Result<Vec<RequestId>>>,
+    },
     /// Requests were put into the aborted set.
     Abort,
 }
@@ -93,7 +97,11 @@ impl Service {
     pub fn submit(&self, jobs: Vec<Job>) -> Result<Generation> {
         if std::process::id() != self.process {
             let found = "a process forked after the model was loaded";
-            return Err(Error::request("LLM", found, "use in the process that made it; make one after the fork"));
+            return Err(Error::request(
+                "LLM",
+                found,
+                "use in the process that made it; make one after the fork",
+            ));
         }
         let (events, inbox) = channel();
         let (reply, answer) = channel();

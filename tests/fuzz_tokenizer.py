@@ -9,9 +9,9 @@ import pathlib
 import random
 import sys
 
-from qwen35rs import vocabulary
 import qwen35rs
 import tokenizers
+from qwen35rs import vocabulary
 from tokenizer_text import random_text
 
 
@@ -21,7 +21,7 @@ def main():
     args.add_argument("--seed", type=int, default=0)
     args = args.parse_args()
     directory = vocabulary.make(pathlib.Path(__file__).parent.parent / "models" / "qwen3_5-tokenizer")
-    ours = qwen35rs.Tokenizer.from_directory(directory)
+    ours = qwen35rs.Tokenizer(directory)
     reference = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     rng, done, tokens = random.Random(args.seed), 0, 0
     while done < args.characters:

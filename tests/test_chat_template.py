@@ -15,12 +15,11 @@ import pytest
 jinja2 = pytest.importorskip("jinja2")
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from jinja2.ext import loopcontrols  # noqa: E402
-from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
-
-import qwen35rs  # noqa: E402
+import qwen35rs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE = (Path(__file__).parent.parent / "src" / "tokenizer" / "qwen3_5.jinja").read_text(encoding="utf-8")
 
@@ -154,7 +153,9 @@ parts = st.one_of(
     st.fixed_dictionaries({"type": st.just("audio")}),
 )
 content = text | text | st.lists(parts, max_size=3) | st.none()
-functions = st.fixed_dictionaries({"name": text}, optional={"arguments": st.dictionaries(text, values, max_size=3)})
+functions = st.fixed_dictionaries(
+    {"name": text}, optional={"arguments": st.dictionaries(text, values, max_size=3)}
+)
 calls = functions | st.fixed_dictionaries({"function": functions}, optional={"id": text, "type": text})
 messages = st.one_of(
     st.fixed_dictionaries({"role": st.just("user"), "content": content}),
@@ -183,7 +184,9 @@ def compare(tokenizer, template: str, conversation, tools, generate: bool, kwarg
         )
 
     try:
-        expected = oracle(template, messages=conversation, tools=tools, add_generation_prompt=generate, **kwargs)
+        expected = oracle(
+            template, messages=conversation, tools=tools, add_generation_prompt=generate, **kwargs
+        )
     except (jinja2.exceptions.TemplateError, TypeError, ValueError):
         with pytest.raises(ValueError):
             ours()

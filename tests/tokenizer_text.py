@@ -4,7 +4,17 @@ import random
 
 from hypothesis import strategies as st
 
-ADDED = "<|im_start|> <|im_end|> <think> </think> <tool_call> <tool_response> <|endoftext|> <|fim_pad|> <tts_pad>".split()
+ADDED = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "<tool_response>",
+    "<|endoftext|>",
+    "<|fim_pad|>",
+    "<tts_pad>",
+]
 FRAGMENTS = [
     *ADDED, "<|im_", "|>", "<", "</", "<think", "think>", "'s", "'S", "'ſ", "'ll", "'rE", "'v", "'", "ſ", "İ", "ß", "K", "\r\n", "\n",
     "\r", "\n\n", " \n", "  ", "\t", "\v", "\x85", "\xa0", "\u2028", "\u3000", "\u200b", "\u0301", "\u0323\u0301", "\u0301\u0323",

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 __all__ = [
+    "LLM",
     "CompletionOutput",
     "ConfigError",
     "Delta",
-    "LLM",
     "Logprob",
     "OutOfMemoryError",
     "Qwen35Error",

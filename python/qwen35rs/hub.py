@@ -43,8 +43,10 @@ def resolve(
                 name, revision=revision, token=token, allow_patterns=patterns or FILES
             )
         )
-    except Exception as error:  # noqa: BLE001  the hub raises many classes; each becomes one with a way out
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+    except Exception as error:
+        reason = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+        )
         raise ConfigError(
             f"{name}: no such directory, and the Hugging Face hub could not give it ({reason}). "
             "Without network, give the path of a directory that holds the checkpoint "
@@ -55,5 +57,5 @@ def resolve(
 
 def _is_hub_id(name: str) -> bool:
     parts = name.split("/")
-    plain = all(p and not p.startswith((".", "-", "~")) and not set(p) & set("\\ :*?\"<>|") for p in parts)
+    plain = all(p and not p.startswith((".", "-", "~")) and not set(p) & set('\\ :*?"<>|') for p in parts)
     return len(parts) == 2 and plain

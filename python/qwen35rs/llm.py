@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer
 
-Prompt = Union[str, Mapping[str, Any], Sequence[int]]
+Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, a list of token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
 Message = Mapping[str, Any]
 
@@ -141,9 +141,7 @@ class LLM:
         requests = [self._request(p) for p in _prompts(prompts)]
         return self._run(requests, _each(sampling_params, len(requests)), progress)
 
-    def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Completes one prompt, yielding what each step adds. Closing the iterator ends the request."""
         return self._stream(self._request(prompt), sampling_params or SamplingParams())
 
@@ -169,7 +167,9 @@ class LLM:
         several = len(messages) > 0 and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         requests = [
-            self._request(self._render(m, tools, enable_thinking, add_generation_prompt, chat_template_kwargs))
+            self._request(
+                self._render(m, tools, enable_thinking, add_generation_prompt, chat_template_kwargs)
+            )
             for m in conversations
         ]
         return self._run(requests, _each(sampling_params, len(requests)), progress)
@@ -234,9 +234,7 @@ class LLM:
         if not requests:
             return []
         outputs = [
-            RequestOutput(
-                text, ids, [CompletionOutput(i, logprobs=_empty(p)) for i in range(p.n)]
-            )
+            RequestOutput(text, ids, [CompletionOutput(i, logprobs=_empty(p)) for i in range(p.n)])
             for (text, ids), p in zip(requests, params, strict=True)
         ]
         flat = [completion for output in outputs for completion in output.outputs]
@@ -318,7 +316,9 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, num: int) ->
         return [params] * num
     several = list(params)
     if len(several) != num:
-        raise RequestError(f"sampling_params: found {len(several)}; allowed: one, or one for each of {num} prompts")
+        raise RequestError(
+            f"sampling_params: found {len(several)}; allowed: one, or one for each of {num} prompts"
+        )
     return several
 
 

@@ -40,7 +40,9 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any = None) -> An
         return _core.ops_rms_norm(x, _array("weight", weight), eps)
     residual = _array("residual", residual)
     if residual.shape != x.shape:
-        raise RequestError(f"residual: found shape {list(residual.shape)}; allowed: x's shape {list(x.shape)}")
+        raise RequestError(
+            f"residual: found shape {list(residual.shape)}; allowed: x's shape {list(x.shape)}"
+        )
     total = x + residual
     return _core.ops_rms_norm(total, _array("weight", weight), eps), total
 
@@ -79,7 +81,12 @@ def rope(
     where = np.asarray(positions)
     if where.ndim == 1:
         where = np.stack([where] * 3)
-    if where.ndim != 2 or where.shape[0] != 3 or where.dtype.kind not in "iu" or (where.size and where.min() < 0):
+    if (
+        where.ndim != 2
+        or where.shape[0] != 3
+        or where.dtype.kind not in "iu"
+        or (where.size and where.min() < 0)
+    ):
         raise RequestError(
             f"positions: found shape {list(np.shape(positions))} of {where.dtype}; "
             "allowed: [num_tokens] or [3, num_tokens] of integers from 0"
@@ -204,7 +211,9 @@ def moe(x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence
     parts = None
     if shared is not None:
         if len(shared) != 4:
-            raise RequestError(f"shared: found {len(shared)} arrays; allowed: gate_proj, up_proj, down_proj, gate")
+            raise RequestError(
+                f"shared: found {len(shared)} arrays; allowed: gate_proj, up_proj, down_proj, gate"
+            )
         names = ("gate_proj", "up_proj", "down_proj", "gate")
         parts = [_array(f"shared {name}", s) for name, s in zip(names, shared)]
         if parts[3].ndim == 1:
@@ -229,5 +238,7 @@ def _array(name: str, value: Any) -> Array:
     except ValueError as error:
         raise RequestError(f"{name}: found {type(value).__name__} ({error}); allowed: an array") from None
     if array.dtype.kind not in "fiu":
-        raise RequestError(f"{name}: found dtype {array.dtype}; allowed: floating point (computed in float32)")
+        raise RequestError(
+            f"{name}: found dtype {array.dtype}; allowed: floating point (computed in float32)"
+        )
     return np.ascontiguousarray(array, dtype=np.float32)

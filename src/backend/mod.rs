@@ -195,10 +195,6 @@ pub struct Rope {
 impl Rope {
     /// The rotary embedding of a configuration.
     pub fn new(config: &RopeConfig) -> Self {
-        Self {
-            inv_freq: config.inv_freq(),
-            axis: config.frequency_axes(),
-            scale: config.attention_scale(),
-        }
+        Self { inv_freq: config.inv_freq(), axis: config.frequency_axes(), scale: config.attention_scale() }
     }
 }

@@ -100,7 +100,11 @@ impl PySamplingParams {
             logprobs: self.logprobs.map(|x| count("logprobs", x, 0)).transpose()?,
             max_tokens: max_tokens.or(defaults.max_new_tokens),
             min_tokens: count("min_tokens", self.min_tokens, 0)?,
-            stop_token_ids: self.stop_token_ids.iter().map(|&x| id("stop_token_ids", x)).collect::<Result<_>>()?,
+            stop_token_ids: self
+                .stop_token_ids
+                .iter()
+                .map(|&x| id("stop_token_ids", x))
+                .collect::<Result<_>>()?,
             ignore_eos: self.ignore_eos,
         };
         params.check(vocab)?;
@@ -157,7 +161,8 @@ impl PyEngine {
         };
         let default = EngineLimits::default();
         let kv_cache_bytes = kv_cache_bytes.unwrap_or(default.kv_cache_bytes);
-        let limits = EngineLimits { max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed };
+        let limits =
+            EngineLimits { max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed };
         let text: Option<Arc<Tokenizer>> = tokenizer.as_ref().map(|t| Arc::clone(&t.get().inner));
         let loaded = enter(py, move || {
             let config = ModelConfig::from_dir(&path)?;
@@ -169,7 +174,8 @@ impl PyEngine {
             let make = move || {
                 let checkpoint = Checkpoint::open(&path)?;
                 let tensors = ModelTensors::resolve(&checkpoint, &config)?;
-                let model = Model::load(&config, tensors, dtype, Cpu, |done, total| report(&progress, done, total))?;
+                let model =
+                    Model::load(&config, tensors, dtype, Cpu, |done, total| report(&progress, done, total))?;
                 let engine = Engine::new(model, &limits, num_tokens, theirs)?;
                 let max_model_len = engine.max_model_len();
                 Ok((engine, max_model_len))

@@ -5,6 +5,7 @@ use numpy::{IntoPyArray, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntyp
 use pyo3::prelude::*;
 
 use super::to_py;
+use crate::Error;
 use crate::backend::Rope;
 use crate::backend::cpu::attention::{self, PagedRows, Queries};
 use crate::backend::cpu::delta_rule::{self, Head, OutRows};
@@ -14,7 +15,6 @@ use crate::backend::cpu::parallel::{self, Shared};
 use crate::backend::cpu::{conv1d, norm};
 use crate::batch::PAGE_LEN;
 use crate::config::{RopeConfig, YarnConfig};
-use crate::Error;
 
 type In<'py> = PyReadonlyArrayDyn<'py, f32>;
 type Out<'py> = Bound<'py, PyArrayDyn<f32>>;
@@ -38,7 +38,8 @@ struct Arg<'a> {
 
 impl<'a> Arg<'a> {
     fn new(name: &'static str, array: &'a In<'_>) -> PyResult<Self> {
-        let data = array.as_slice().map_err(|e| to_py(Error::request(name, e, "a C-contiguous float32 array")))?;
+        let data =
+            array.as_slice().map_err(|e| to_py(Error::request(name, e, "a C-contiguous float32 array")))?;
         Ok(Self { name, data, shape: array.shape() })
     }
 
@@ -263,7 +264,11 @@ fn ops_attention<'py>(
     let [num_keys, num_kv_heads, _] = k.dims([ANY, ANY, head_dim], &words)?;
     v.dims([num_keys, num_kv_heads, head_dim], &format!("k's shape {:?}", k.shape))?;
     if num_keys < num_tokens {
-        return Err(refuse("k", format!("{num_keys} keys"), format!("at least the {num_tokens} query tokens")));
+        return Err(refuse(
+            "k",
+            format!("{num_keys} keys"),
+            format!("at least the {num_tokens} query tokens"),
+        ));
     }
     if num_kv_heads == 0 || num_q_heads % num_kv_heads != 0 {
         let allowed = format!("a multiple of num_kv_heads = {num_kv_heads}");
@@ -319,7 +324,8 @@ fn ops_moe<'py>(
     let (gate_up, down) = (Arg::new("gate_up", &gate_up)?, Arg::new("down", &down)?);
     let [num_tokens, hidden] = x.dims([ANY; 2], "[num_tokens, hidden]")?;
     let [num_experts, _] = gate.dims([ANY, hidden], &format!("[num_experts, {hidden}]"))?;
-    let [_, _, width] = down.dims([num_experts, hidden, ANY], &format!("[{num_experts}, {hidden}, width]"))?;
+    let [_, _, width] =
+        down.dims([num_experts, hidden, ANY], &format!("[{num_experts}, {hidden}, width]"))?;
     gate_up.dims([num_experts, 2 * width, hidden], &format!("[{num_experts}, {}, {hidden}]", 2 * width))?;
     if top_k == 0 || top_k > num_experts {
         return Err(refuse("top_k", top_k, format!("1 to num_experts = {num_experts}")));
@@ -345,7 +351,8 @@ fn ops_moe<'py>(
         let shared_gate = Arg::new("shared gate", shared_gate)?;
         shared_gate.dims([1, hidden], &format!("[1, {hidden}]"))?;
         let rows = [gate_proj.data, up_proj.data].concat();
-        layer.shared = Some((Linear::from_f32(&rows, hidden), Linear::from_f32(down_proj.data, shared_width)));
+        layer.shared =
+            Some((Linear::from_f32(&rows, hidden), Linear::from_f32(down_proj.data, shared_width)));
         layer.shared_gate = Some(Linear::from_f32(shared_gate.data, hidden));
     }
     let mut out = vec![0.0; x.data.len()];

@@ -25,7 +25,10 @@ pub fn causal_conv1d(
         return;
     }
     let (kernel, num_tokens) = (weight.len() / channels, out.len() / channels);
-    assert!(tail.len() == (kernel - 1) * channels && (num_tokens == 0 || x.len() >= (num_tokens - 1) * x_stride + channels));
+    assert!(
+        tail.len() == (kernel - 1) * channels
+            && (num_tokens == 0 || x.len() >= (num_tokens - 1) * x_stride + channels)
+    );
     let (out, tail) = (Shared::new(out), Shared::new(tail));
     parallel::for_each(channels.div_ceil(CHANNELS), CHANNELS * num_tokens * (kernel + 8), |task| {
         let c = task * CHANNELS..((task + 1) * CHANNELS).min(channels);

@@ -68,7 +68,8 @@ pub unsafe fn gated_delta_rule(head: Head<'_>, chunked_len: usize, state: &mut [
     let num_tokens = head.g.len();
     let Head { k_dim, v_dim, strides, .. } = head;
     assert!(head.beta.len() == num_tokens && state.len() == k_dim * v_dim && chunked_len <= num_tokens);
-    let reach = |stride: usize, width: usize| num_tokens.saturating_sub(1) * stride + width.min(num_tokens * width);
+    let reach =
+        |stride: usize, width: usize| num_tokens.saturating_sub(1) * stride + width.min(num_tokens * width);
     assert!(head.q.len() >= reach(strides[0], k_dim) && head.k.len() >= reach(strides[1], k_dim));
     assert!(head.v.len() >= reach(strides[2], v_dim));
     let mut t = 0;

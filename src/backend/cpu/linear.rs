@@ -39,8 +39,7 @@ impl Linear {
         for t in tensors {
             let rows = t.shape.iter().product::<usize>() / num_in.max(1);
             let wish = dtype.unwrap_or(t.dtype);
-            let data =
-                if wish == t.dtype { Data::Mapped(t.clone()) } else { Data::Owned(convert(t, wish)) };
+            let data = if wish == t.dtype { Data::Mapped(t.clone()) } else { Data::Owned(convert(t, wish)) };
             parts.push(Part { rows: num_out..num_out + rows, data, dtype: wish });
             num_out += rows;
         }

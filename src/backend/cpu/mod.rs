@@ -13,8 +13,8 @@ pub mod moe;
 pub mod norm;
 pub mod parallel;
 pub mod simd;
-pub mod softmax;
 mod small;
+pub mod softmax;
 
 use std::borrow::Cow;
 
@@ -167,8 +167,7 @@ impl Backend for Cpu {
         let (residual, out) = (Shared::new(&mut residual.data), Shared::new(&mut out.data));
         parallel::for_each(n, 4 * width, |t| {
             // SAFETY: one row per token.
-            let (residual, out) =
-                unsafe { (residual.slice(t * width, width), out.slice(t * width, width)) };
+            let (residual, out) = unsafe { (residual.slice(t * width, width), out.slice(t * width, width)) };
             if let Some(delta) = delta {
                 residual.iter_mut().zip(delta.row(t)).for_each(|(r, d)| *r += d);
             }
@@ -345,7 +344,9 @@ impl Backend for Cpu {
                 scale: (d as f32).sqrt().recip(),
             };
             // SAFETY: a tile has its own tokens and its own group of heads.
-            let rows = Shared::new(unsafe { out.slice(t * width + head * group * d, (len - 1) * width + group * d) });
+            let rows = Shared::new(unsafe {
+                out.slice(t * width + head * group * d, (len - 1) * width + group * d)
+            });
             let (k, v) = (|i: usize| page(&pages.k, i), |i: usize| page(&pages.v, i));
             attention::attend(
                 queries,

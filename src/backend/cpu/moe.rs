@@ -105,40 +105,50 @@ impl Moe {
         y.resize(n * per_token * hidden, 0.0);
 
         let (gate_up, act_out) = (Shared::new(gate_up), Shared::new(act));
-        over_groups(&groups, |g| g.width, 2 * hidden, |group, features| {
-            let Group { width, index, .. } = *group;
-            for part in 0..2 {
-                let first = (2 * index + part) * width;
-                let rows = first + features.start..first + features.end;
-                let at = |t: usize| group.rows[t] as usize * 2 * widest + part * widest + features.start;
-                // SAFETY: a token has `hidden` floats; an assignment's features are this task's alone.
-                unsafe {
-                    let row_of = |t: usize| x[group.tokens[t] as usize * hidden..].as_ptr();
-                    group.gate_up.rows(rows, group.tokens.len(), row_of, |t| gate_up.get().add(at(t)));
+        over_groups(
+            &groups,
+            |g| g.width,
+            2 * hidden,
+            |group, features| {
+                let Group { width, index, .. } = *group;
+                for part in 0..2 {
+                    let first = (2 * index + part) * width;
+                    let rows = first + features.start..first + features.end;
+                    let at = |t: usize| group.rows[t] as usize * 2 * widest + part * widest + features.start;
+                    // SAFETY: a token has `hidden` floats; an assignment's features are this task's alone.
+                    unsafe {
+                        let row_of = |t: usize| x[group.tokens[t] as usize * hidden..].as_ptr();
+                        group.gate_up.rows(rows, group.tokens.len(), row_of, |t| gate_up.get().add(at(t)));
+                    }
                 }
-            }
-            for &row in &group.rows {
-                let (row, len) = (row as usize, features.len());
-                // SAFETY: this task wrote these features of these assignments, and nobody else touches them.
-                unsafe {
-                    let gate = gate_up.slice(row * 2 * widest + features.start, len);
-                    let up = gate_up.slice(row * 2 * widest + widest + features.start, len);
-                    silu_mul(gate, up, act_out.slice(row * widest + features.start, len));
+                for &row in &group.rows {
+                    let (row, len) = (row as usize, features.len());
+                    // SAFETY: this task wrote these features of these assignments, and nobody else touches them.
+                    unsafe {
+                        let gate = gate_up.slice(row * 2 * widest + features.start, len);
+                        let up = gate_up.slice(row * 2 * widest + widest + features.start, len);
+                        silu_mul(gate, up, act_out.slice(row * widest + features.start, len));
+                    }
                 }
-            }
-        });
+            },
+        );
 
         let y_out = Shared::new(y);
-        over_groups(&groups, |_| hidden, widest, |group, features| {
-            let first = group.index * hidden;
-            let rows = first + features.start..first + features.end;
-            let at = |t: usize| group.rows[t] as usize * hidden + features.start;
-            // SAFETY: an assignment has `widest` activations; its features are this task's alone.
-            unsafe {
-                let row_of = |t: usize| act[group.rows[t] as usize * widest..].as_ptr();
-                group.down.rows(rows, group.tokens.len(), row_of, |t| y_out.get().add(at(t)));
-            }
-        });
+        over_groups(
+            &groups,
+            |_| hidden,
+            widest,
+            |group, features| {
+                let first = group.index * hidden;
+                let rows = first + features.start..first + features.end;
+                let at = |t: usize| group.rows[t] as usize * hidden + features.start;
+                // SAFETY: an assignment has `widest` activations; its features are this task's alone.
+                unsafe {
+                    let row_of = |t: usize| act[group.rows[t] as usize * widest..].as_ptr();
+                    group.down.rows(rows, group.tokens.len(), row_of, |t| y_out.get().add(at(t)));
+                }
+            },
+        );
 
         let out = Shared::new(&mut out[..n * hidden]);
         parallel::for_each(n, per_token * hidden, |t| {

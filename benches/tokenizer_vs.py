@@ -69,7 +69,7 @@ def libraries(directory):
     def tokenizers():
         import tokenizers
 
-        return tokenizers.Tokenizer(file)
+        return tokenizers.Tokenizer.from_file(file)
 
     yield "qwen35rs", ours, lambda t: t.encode, None
     yield "fastokens", fastokens, lambda t: lambda text: t.encode(text).ids, None

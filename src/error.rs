@@ -64,6 +64,9 @@ pub enum Error {
         /// The system's own error.
         source: std::io::Error,
     },
+    /// A request that the model could not finish: its weights or its input gave no finite logit.
+    #[error("{0}")]
+    Model(String),
     /// The caller asked to stop (Ctrl-C).
     #[error("interrupted")]
     Interrupted,

@@ -99,7 +99,7 @@ impl WeightFormat {
 /// Which matrices of a model are stored how. Embedding, norms, routers, gates, convolutions and the small
 /// projections of the DeltaNet layers are 16-bit in every scheme.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Scheme {
     /// Everything in 16 bits.
     Bf16,

@@ -136,7 +136,7 @@ impl Generation {
             let place = self.ids.iter().position(|&id| id == output.id).filter(|&i| self.open[i]);
             let Some(i) = place else { continue };
             if let Some(what) = output.error {
-                return Err(Error::Internal(what));
+                return Err(Error::Model(what));
             }
             self.open[i] = output.finish.is_none();
             return Ok(Event::Output(i, output));

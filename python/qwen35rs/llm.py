@@ -289,6 +289,8 @@ def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 
 
 def _ids(name: str, ids: Any) -> list[int]:
+    if isinstance(ids, (list, tuple)) and any(isinstance(i, bool) for i in ids):
+        raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
     try:
         array = np.asarray(ids)
     except ValueError:

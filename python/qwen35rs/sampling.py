@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 
 from . import _core
 
@@ -39,11 +40,11 @@ class SamplingParams:
     """Tokens to generate at most; the rest of the context where neither this nor the checkpoint says."""
     min_tokens: int = 0
     """No stop token is chosen before this many tokens."""
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] = dataclasses.field(default_factory=list)
     """Strings that end the text (one string is a list of one). They are not part of it."""
     include_stop_str_in_output: bool = False
     """Leave the stop string in the text."""
-    stop_token_ids: list[int] = field(default_factory=list)
+    stop_token_ids: list[int] = dataclasses.field(default_factory=list)
     """Tokens that end the request, besides the checkpoint's own; their text is not shown."""
     ignore_eos: bool = False
     """Treat the checkpoint's own stop tokens as ordinary ones."""
@@ -67,4 +68,13 @@ class SamplingParams:
             object.__setattr__(self, "stop", [])
         if self.stop_token_ids is None:
             object.__setattr__(self, "stop_token_ids", [])
-        _core.check_sampling_params(self)
+        try:
+            _core.check_sampling_params(self)
+        except TypeError as error:
+            # PyO3 names the field last; its cause says what was wrong with the value.
+            name = str(error).rsplit(".", 1)[-1]
+            field = type(self).__dataclass_fields__.get(name)
+            if field is None:
+                raise
+            found = repr(getattr(self, name))
+            raise _core.RequestError(f"{name}: found {found[:80]}; allowed: {field.type}") from None

@@ -65,7 +65,7 @@ pub(crate) fn to_py(error: Error) -> PyErr {
             Error::Config { .. } | Error::File { .. } | Error::Tensor { .. } => &classes.config,
             Error::Request { .. } | Error::Template(_) => &classes.request,
             Error::OutOfMemory { .. } => &classes.memory,
-            Error::Internal(_) => &classes.base,
+            Error::Internal(_) | Error::Model(_) => &classes.base,
             Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
             Error::Io { path, source } => {
                 // The builtin class of the kind, with the path in its text.

@@ -96,8 +96,6 @@ def plan(
         context = min(CONTEXT, ask([], [], [], 1)["config"]["max_position"])
     schemes = scheme or ([] if gpu else SCHEMES)
     found = ask(gpu or GPUS, cards or CARDS, schemes, context)
-    for item in (*found["weights"], *found["rows"]):
-        item["scheme"] = item["scheme"].replace("_", "-")  # as --scheme takes it
     if json:
         write_json({"model": model, **found})
         return

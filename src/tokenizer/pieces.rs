@@ -111,15 +111,10 @@ impl WideEntry {
 /// Pieces that are cut and not looked up yet.
 ///
 /// By the time that one is looked up, its part of the cache has come from memory.
+#[derive(Default)]
 struct Queue {
     pieces: Box<[Piece]>,
     len: usize,
-}
-
-impl Default for Queue {
-    fn default() -> Self {
-        Queue { pieces: Box::default(), len: 0 }
-    }
 }
 
 /// `text[start..end]`; `key` only where it is short enough for the first cache.

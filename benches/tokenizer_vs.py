@@ -34,6 +34,7 @@ from corpus import corpus
 from qwen35rs import vocabulary
 
 SLICE = 3_000_000  # bytes for the slow ones
+BLOCK = 1500  # documents that a library is given in a row
 
 
 def libraries(directory):
@@ -111,10 +112,10 @@ def sequential(directory, documents):
         if name != "qwen35rs":
             results[name]["version"] = importlib.metadata.version(name)
     clock = time.perf_counter
-    for start in range(0, len(documents), 64):
-        block = documents[start : start + 64]
+    for start in range(0, len(documents), BLOCK):
+        block = documents[start : start + BLOCK]
         expected = []
-        for turn, (name, (encode, _, limit)) in enumerate(encoders.items()):
+        for name, (encode, _, limit) in encoders.items():
             if start >= limit:
                 continue
             taken, result = block[: limit - start], results[name]

@@ -18,7 +18,7 @@ const CACHED_IDS: usize = 3;
 /// Sets in the cache, of two pieces and 64 bytes each.
 const SETS: usize = 1 << 15;
 /// Most pieces in the queue; a window adds up to `WINDOW` to at most `QUEUE - WINDOW`.
-const QUEUE: usize = 256;
+const QUEUE: usize = 512;
 /// Bits of an entry's last element that count its ids.
 const NUM_IDS: u32 = 0xff;
 
@@ -111,8 +111,9 @@ impl WideEntry {
 /// Pieces that are cut and not looked up yet.
 ///
 /// By the time that one is looked up, its part of the cache has come from memory.
+#[derive(Default)]
 struct Queue {
-    pieces: [Piece; QUEUE],
+    pieces: Box<[Piece]>,
     len: usize,
 }
 
@@ -166,6 +167,7 @@ pub(super) fn prefetch<T>(target: &T) {
 
 /// Working memory of one call at a time; survives in the tokenizer's pool.
 pub(super) struct Scratch {
+    queue: Queue,
     /// For ids on their way to a caller; not used here.
     pub(super) out: Vec<u32>,
     sets: Box<[Set]>,
@@ -186,6 +188,7 @@ pub(super) struct Scratch {
 impl Default for Scratch {
     fn default() -> Self {
         Scratch {
+            queue: Queue { pieces: vec![Piece::default(); QUEUE].into_boxed_slice(), len: 0 },
             out: Vec::new(),
             sets: vec![Set::default(); SETS].into_boxed_slice(),
             wide: vec![WideEntry::default(); WIDE].into_boxed_slice(),
@@ -258,7 +261,7 @@ impl PieceEncoder {
     ) {
         let mut at = 0;
         let mut tail = [0; WINDOW];
-        let mut queue = Queue { pieces: [Piece::default(); QUEUE], len: 0 };
+        let mut queue = std::mem::take(&mut scratch.queue);
         while at < text.len() {
             let len = (text.len() - at).min(WINDOW);
             let window = match text.get(at..at + WINDOW).and_then(|bytes| bytes.try_into().ok()) {
@@ -293,6 +296,7 @@ impl PieceEncoder {
                 self.flush(vocab, text, &mut queue, scratch, out);
             }
         }
+        scratch.queue = queue;
     }
 
     /// Appends the ids of the pieces in the queue and empties it.

@@ -6,8 +6,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use super::chars::decode;
-use super::pieces::prefetch;
-use super::vocab::ID_BITS;
+use super::vocab::{ID_BITS, prefetch};
 
 /// More merges than this do not fit: a symbol and a rank have `ID_BITS` bits.
 pub(super) const MAX_MERGES: usize = (1 << ID_BITS) - 257;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use super::bpe::{MergeScratch, Merges};
 use super::chars::CharTable;
 use super::split::next_piece;
-use super::vocab::{Key, Vocab, hash_bytes, hash_key, key};
+use super::vocab::{Key, Vocab, hash_bytes, hash_key, key, prefetch};
 use super::window::{Starts, WINDOW, starts_for_this_machine};
 
 /// Longest piece that the cache holds, in bytes.
@@ -150,19 +150,6 @@ fn set_of(hash: u64) -> usize {
 #[inline(always)]
 fn wide_of(hash: u64) -> usize {
     (hash >> 32) as usize & (WIDE - 1)
-}
-
-/// Asks for the first cache line of `target`.
-#[inline(always)]
-pub(super) fn prefetch<T>(target: &T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch of a valid reference; it changes nothing.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(target).cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = target;
 }
 
 /// Working memory of one call at a time; survives in the tokenizer's pool.

@@ -4,8 +4,6 @@
 
 use std::collections::HashMap;
 
-use super::pieces::prefetch;
-
 /// Ids fit into this many bits, so that a pair of them and a rank fit into one word.
 pub(super) const ID_BITS: u32 = 20;
 
@@ -245,6 +243,19 @@ impl Vocab {
     pub(super) fn raw(&self, id: u32) -> Option<&str> {
         self.raw_by_id.get(&id).map(String::as_str)
     }
+}
+
+/// Asks for the first cache line of `target`.
+#[inline(always)]
+pub(super) fn prefetch<T>(target: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of a valid reference; it changes nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(target).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = target;
 }
 
 #[cfg(test)]

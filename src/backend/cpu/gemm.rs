@@ -11,8 +11,8 @@
 
 use std::cell::RefCell;
 
-use super::linear::{Element, store_some};
 use super::simd::{F32x16, LANES};
+use super::tile::{Element, store_some};
 
 /// Tokens from which on laying out pays.
 pub const MIN_TOKENS: usize = 8;

@@ -15,6 +15,7 @@ pub mod parallel;
 pub mod simd;
 mod small;
 pub mod softmax;
+mod tile;
 
 use std::borrow::Cow;
 

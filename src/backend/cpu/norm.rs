@@ -1,8 +1,8 @@
 //! RMSNorm, its gated form, l2 norm and the elementwise pieces of the net, one row at a time, f32.
 
 use super::kernel::kernel;
-use super::linear::dot;
 use super::simd::LANES;
+use super::tile::dot;
 
 kernel! {
     /// `out = x / sqrt(mean(x²) + eps) * w`. All `[width]`; `w` already holds the `1 +` of the zero-centred form.

@@ -3,8 +3,8 @@
 //! Each output element is computed in one fixed order over k, whatever the tile: a row's result does not
 //! depend on how many rows are computed with it.
 
-use super::linear::{store_sums, tile};
 use super::simd::{F32x16, LANES};
+use super::tile::{store_sums, tile};
 
 /// `c[i, j] = a[i] · b[j]`: `a` `[m, k]`, `b` `[n, k]`, `c` `[m, n]` with the row strides given.
 ///

@@ -144,7 +144,7 @@ fn a_plan_of_the_122b() {
         assert!(row.max_seqs == 0 || row.max_context >= options.context, "{i}: {row:?}");
     }
     let json = serde_json::to_string(&plan).unwrap();
-    assert!(json.contains("\"scheme\":\"int4_experts\""));
+    assert!(json.contains("\"scheme\":\"int4-experts\""));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Products with many tokens: both sides are laid out so that a register tile reads two plain streams.
 //!
 //! ```text
-//! x panel:  tiles of T tokens, each [k / 16][T][16]       once per call, zeros past the last token and past k
+//! x panel:  tiles of T tokens, each [k / 16][T][16]       once per product, zeros past the last token and past k
 //! w panel:  tiles of R weight rows, each [k / 16][R][16]  widened to f32, as many rows as half the L2 holds
 //! ```
 //!
@@ -44,7 +44,7 @@ pub unsafe fn product<V: F32x16, E: Element, const R: usize, const T: usize>(
     num_out: usize,
     k: usize,
     num_rows: usize,
-    x: impl Fn(usize) -> *const f32,
+    x: Tokens<impl Fn(usize) -> *const f32>,
     out: impl Fn(usize) -> *mut f32,
 ) {
     // SAFETY: the caller's; buffers are sized before their pointers are taken.
@@ -54,13 +54,16 @@ pub unsafe fn product<V: F32x16, E: Element, const R: usize, const T: usize>(
         // Taken out and put back, not borrowed in a closure: a closure would lose the instruction set.
         let mut scratch = SCRATCH.take();
         let x_tiles = num_rows.div_ceil(T);
-        grow(&mut scratch.x, x_tiles * T * vectors * LANES);
         grow(&mut scratch.w, panel * vectors * LANES);
         grow(&mut scratch.sums, panel * T * LANES);
-        for tile in 0..x_tiles {
-            let to = scratch.x.as_mut_ptr().add(tile * T * vectors * LANES);
-            interleave::<V, f32, T>(|i| (tile * T + i < num_rows).then(|| x(tile * T + i)), k, to);
-        }
+        let x_panel = match x {
+            Tokens::Packed(panel) => panel,
+            Tokens::Rows(x) => {
+                grow(&mut scratch.x, x_tiles * T * vectors * LANES);
+                pack::<V, T>(0..x_tiles, num_rows, k, x, scratch.x.as_mut_ptr());
+                scratch.x.as_ptr()
+            }
+        };
         for first in (0..num_out).step_by(panel) {
             let rows = panel.min(num_out - first);
             let w_tiles = rows.div_ceil(R);
@@ -70,7 +73,7 @@ pub unsafe fn product<V: F32x16, E: Element, const R: usize, const T: usize>(
                 interleave::<V, E, R>(row, k, to);
             }
             for x_tile in 0..x_tiles {
-                let x_at = scratch.x.as_ptr().add(x_tile * T * vectors * LANES);
+                let x_at = x_panel.add(x_tile * T * vectors * LANES);
                 let sums = scratch.sums.as_mut_ptr();
                 let mut start = 0;
                 while start < vectors {
@@ -97,6 +100,40 @@ pub unsafe fn product<V: F32x16, E: Element, const R: usize, const T: usize>(
             }
         }
         SCRATCH.set(scratch);
+    }
+}
+
+/// Where the tokens of a product are.
+pub enum Tokens<X> {
+    /// Row t at `x(t)`.
+    Rows(X),
+    /// A panel that [`pack`] wrote.
+    Packed(*const f32),
+}
+
+/// f32 of the x panel of `num_rows` tokens, for tiles of `T`.
+pub fn packed_len(num_rows: usize, k: usize, tokens: usize) -> usize {
+    num_rows.next_multiple_of(tokens) * k.next_multiple_of(LANES)
+}
+
+/// Lays out tiles `tiles` of the x panel at `to`, the start of the whole panel.
+///
+/// # Safety
+/// Token t has k floats at `x(t)`, and the panel has [`packed_len`] floats.
+#[inline(always)]
+pub unsafe fn pack<V: F32x16, const T: usize>(
+    tiles: std::ops::Range<usize>,
+    num_rows: usize,
+    k: usize,
+    x: impl Fn(usize) -> *const f32,
+    to: *mut f32,
+) {
+    for tile in tiles {
+        // SAFETY: the caller's.
+        unsafe {
+            let to = to.add(tile * T * k.next_multiple_of(LANES));
+            interleave::<V, f32, T>(|i| (tile * T + i < num_rows).then(|| x(tile * T + i)), k, to);
+        }
     }
 }
 

@@ -5,7 +5,9 @@
 //! i + 16, ...) and one fixed fold, whatever tile it is computed in: a token's result does not depend on
 //! which other tokens are in the batch. Threads split the output features, never the reduction.
 
-use super::gemm;
+use std::cell::RefCell;
+
+use super::gemm::{self, Tokens};
 use super::parallel::{self, Shared};
 use super::simd::{F32x16, Kernel, LANES, dispatch};
 use super::tile::{Bf16, Element, F16, store_some, tile};
@@ -76,15 +78,27 @@ impl Linear {
         assert!(x.len() >= num_rows * self.num_in && out.len() >= num_rows * self.num_out);
         let out = Shared::new(out);
         let work = self.num_in * num_rows;
+        // Laid out once, for all tasks.
+        let mut panel = PACKED.take();
+        let packed = num_rows >= gemm::MIN_TOKENS;
+        if packed {
+            pack(x, num_rows, self.num_in, &mut panel);
+        }
+        let panel_at = Shared::new(&mut panel);
         let per_task = parallel::items_per_task(self.num_out, work);
         parallel::for_each(self.num_out.div_ceil(per_task), per_task * work, |task| {
             let rows = task * per_task..((task + 1) * per_task).min(self.num_out);
             let start = rows.start;
             // SAFETY: t < num_rows and start < num_out; tasks write disjoint features.
             let out_row = |t: usize| unsafe { out.get().add(t * self.num_out + start) };
-            // SAFETY: every token has `num_in` floats and room for the features of this task.
-            unsafe { self.rows(rows, num_rows, |t| x[t * self.num_in..].as_ptr(), out_row) };
+            // SAFETY: every token has `num_in` floats, the panel holds them all, and there is room for the features
+            // of this task.
+            unsafe {
+                let panel = packed.then_some(panel_at.get().cast_const());
+                self.rows_of(rows, num_rows, |t| x[t * self.num_in..].as_ptr(), panel, out_row);
+            }
         });
+        PACKED.set(panel);
     }
 
     /// Output features `rows` for `num_rows` tokens, on this thread.
@@ -94,6 +108,22 @@ impl Linear {
     /// else touches meanwhile.
     pub unsafe fn rows<X, Y>(&self, rows: std::ops::Range<usize>, num_rows: usize, x: X, out: Y)
     where
+        X: Fn(usize) -> *const f32,
+        Y: Fn(usize) -> *mut f32,
+    {
+        // SAFETY: the caller's.
+        unsafe { self.rows_of(rows, num_rows, x, None, out) }
+    }
+
+    /// [`Linear::rows`], from a panel that [`pack`] laid out where there is one.
+    unsafe fn rows_of<X, Y>(
+        &self,
+        rows: std::ops::Range<usize>,
+        num_rows: usize,
+        x: X,
+        panel: Option<*const f32>,
+        out: Y,
+    ) where
         X: Fn(usize) -> *const f32,
         Y: Fn(usize) -> *mut f32,
     {
@@ -111,6 +141,7 @@ impl Linear {
                 k,
                 num_rows,
                 x: &x,
+                panel,
                 // SAFETY: the part's features follow those of the parts before it.
                 out: |t| unsafe { out(t).add(before) },
             };
@@ -128,6 +159,59 @@ impl Data {
     }
 }
 
+thread_local! {
+    /// The x panel of the product at hand.
+    static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lays out tokens `x` `[num_rows, k]` for the tile of this machine, over all threads.
+fn pack(x: &[f32], num_rows: usize, k: usize, panel: &mut Vec<f32>) {
+    let width = dispatch(TileTokens);
+    let len = gemm::packed_len(num_rows, k, width);
+    if panel.len() < len {
+        panel.resize(len, 0.0);
+    }
+    let tiles = num_rows.div_ceil(width);
+    let to = Shared::new(panel);
+    parallel::for_each(tiles, width * k, |tile| dispatch(PackTile { x, num_rows, k, tile, to }));
+}
+
+/// Tokens of a register tile.
+struct TileTokens;
+
+impl Kernel for TileTokens {
+    type Out = usize;
+    #[inline(always)]
+    unsafe fn run<V: F32x16>(self) -> usize {
+        V::TILE.1
+    }
+}
+
+struct PackTile<'a> {
+    x: &'a [f32],
+    num_rows: usize,
+    k: usize,
+    tile: usize,
+    to: Shared<f32>,
+}
+
+impl Kernel for PackTile<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<V: F32x16>(self) {
+        let Self { x, num_rows, k, tile, to } = self;
+        let row = |t: usize| x[t * k..(t + 1) * k].as_ptr();
+        // SAFETY: `pack` sized the panel; each tile is one task's.
+        unsafe {
+            match V::TILE.1 {
+                6 => gemm::pack::<V, 6>(tile..tile + 1, num_rows, k, row, to.get()),
+                3 => gemm::pack::<V, 3>(tile..tile + 1, num_rows, k, row, to.get()),
+                _ => gemm::pack::<V, 2>(tile..tile + 1, num_rows, k, row, to.get()),
+            }
+        }
+    }
+}
+
 /// Some output features of a product, on one thread.
 struct Product<'a, X, Y> {
     w: *const u8,
@@ -136,6 +220,7 @@ struct Product<'a, X, Y> {
     k: usize,
     num_rows: usize,
     x: &'a X,
+    panel: Option<*const f32>,
     out: Y,
 }
 
@@ -158,13 +243,17 @@ impl<X: Fn(usize) -> *const f32, Y: Fn(usize) -> *mut f32> Product<'_, X, Y> {
     #[inline(always)]
     unsafe fn elements<V: F32x16, E: Element>(&self) {
         let Self { num_out, k, num_rows, x, out, .. } = self;
+        let tokens = match self.panel {
+            Some(panel) => Tokens::Packed(panel),
+            None => Tokens::Rows(x),
+        };
         let w = self.w.cast::<E>();
         // SAFETY: the caller's.
         unsafe {
             match (*num_rows >= gemm::MIN_TOKENS, V::TILE) {
-                (true, (4, _)) => gemm::product::<V, E, 4, 6>(w, *num_out, *k, *num_rows, x, out),
-                (true, (2, 3)) => gemm::product::<V, E, 2, 3>(w, *num_out, *k, *num_rows, x, out),
-                (true, _) => gemm::product::<V, E, 2, 2>(w, *num_out, *k, *num_rows, x, out),
+                (true, (4, _)) => gemm::product::<V, E, 4, 6>(w, *num_out, *k, *num_rows, tokens, out),
+                (true, (2, 3)) => gemm::product::<V, E, 2, 3>(w, *num_out, *k, *num_rows, tokens, out),
+                (true, _) => gemm::product::<V, E, 2, 2>(w, *num_out, *k, *num_rows, tokens, out),
                 (false, _) => {
                     let mut t = 0;
                     while t + 4 <= *num_rows {

@@ -93,12 +93,14 @@ impl<B: Backend> Engine<B> {
             bytes => (limits.kv_cache_bytes / bytes / PAGE_LEN * PAGE_LEN).max(PAGE_LEN),
         };
         let max_model_len = match limits.max_model_len {
-            Some(0) => return Err(Error::request("max_model_len", 0, format!("1 to {context}"))),
+            Some(len) if len < 2 => {
+                return Err(Error::request("max_model_len", len, format!("2 to {context}")));
+            }
             Some(len) if len > context => {
                 return Err(Error::request(
                     "max_model_len",
                     len,
-                    format!("1 to {context}, the context the checkpoint declares"),
+                    format!("2 to {context}, the context the checkpoint declares"),
                 ));
             }
             Some(len) if pages_for(len) * PAGE_LEN > affordable => {

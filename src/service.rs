@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::backend::Backend;
+use crate::backend::cpu::parallel::claim;
 use crate::engine::{Engine, StepOutput};
 use crate::request::{RequestId, SamplingParams};
 use crate::{Error, Result};
@@ -38,7 +39,6 @@ enum Command {
 pub struct Service {
     commands: Sender<Command>,
     aborted: Arc<Mutex<HashSet<RequestId>>>,
-    process: u32,
 }
 
 /// The requests of one `submit`, and what has become of them.
@@ -71,6 +71,7 @@ impl Service {
         F: FnOnce() -> Result<(Engine<B>, T)> + Send + 'static,
         T: Send + 'static,
     {
+        claim()?;
         let (commands, inbox) = channel();
         let aborted = Arc::new(Mutex::new(HashSet::new()));
         let (ready, made) = channel();
@@ -87,7 +88,7 @@ impl Service {
         });
         spawned.map_err(|e| Error::Internal(format!("no thread for the engine: {e}")))?;
         let extra = made.recv().map_err(|_| gone())??;
-        Ok((Self { commands, aborted, process: std::process::id() }, extra))
+        Ok((Self { commands, aborted }, extra))
     }
 
     /// Queues requests, all or none.
@@ -95,14 +96,7 @@ impl Service {
     /// # Errors
     /// [`Error::Request`] naming what cannot be served.
     pub fn submit(&self, jobs: Vec<Job>) -> Result<Generation> {
-        if std::process::id() != self.process {
-            let found = "a process forked after the model was loaded";
-            return Err(Error::request(
-                "LLM",
-                found,
-                "use in the process that made it; make one after the fork",
-            ));
-        }
+        claim()?;
         let (events, inbox) = channel();
         let (reply, answer) = channel();
         self.commands.send(Command::Submit { jobs, events, reply }).map_err(|_| gone())?;

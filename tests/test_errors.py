@@ -71,7 +71,7 @@ def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm):
         ("max_tokens", 0, "max_tokens: found 0; allowed: at least 1"),
         ("max_tokens", -5, "max_tokens: found -5; allowed: at least 1"),
         ("min_tokens", -1, "min_tokens: found -1; allowed: at least 0"),
-        ("n", 0, "n: found 0; allowed: at least 1"),
+        ("n", 0, "n: found 0; allowed: 1 to 4096"),
         ("logprobs", -1, "logprobs: found -1; allowed: at least 0"),
         ("logprobs", 5000, "logprobs: found 5000; allowed: 0 to 1024"),
         ("stop", "", "stop: found an empty string"),
@@ -93,7 +93,7 @@ def test_parameters_against_the_model(llm):
         llm.generate("a", SamplingParams(stop_token_ids=[tiny.VOCAB]))
     with pytest.raises(RequestError, match="logit_bias: found 100000"):
         llm.generate("a", SamplingParams(logit_bias={100000: 1.0}))
-    with pytest.raises(TypeError):
+    with pytest.raises(RequestError, match="temperature: found 'hot'"):
         SamplingParams(temperature="hot")
     with pytest.raises(TypeError):
         SamplingParams(beams=3)
@@ -117,9 +117,9 @@ def test_logits_that_cannot_be(llm):
     [
         ({"dtype": "int3"}, RequestError, "dtype: found int3; allowed: auto, float32, bfloat16, float16"),
         ({"device": "cuda"}, RequestError, "device: found 'cuda'; allowed: 'cpu', 'auto'"),
-        ({"max_model_len": 0}, RequestError, "max_model_len: found 0; allowed: 1 to 2048"),
+        ({"max_model_len": 0}, RequestError, "max_model_len: found 0; allowed: 2 to 2048"),
         ({"max_model_len": -1}, RequestError, "max_model_len: found -1"),
-        ({"max_model_len": 4096}, RequestError, "max_model_len: found 4096; allowed: 1 to 2048, the context"),
+        ({"max_model_len": 4096}, RequestError, "max_model_len: found 4096; allowed: 2 to 2048, the context"),
         ({"max_num_seqs": 0}, RequestError, "max_num_seqs: found 0; allowed: at least 1"),
         (
             {"max_num_batched_tokens": 8},
@@ -229,8 +229,24 @@ def test_after_a_fork(llm):
         try:
             llm.generate("a", GREEDY)
         except RequestError as error:
-            status = 0 if "forked after the model was loaded" in str(error) else 2
+            status = 0 if "a fork of process" in str(error) else 2
         finally:
             os._exit(status)
     assert os.waitpid(pid, 0)[1] == 0
     llm.generate("a", GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda llm: llm.generate(b"abc"), "prompts"),
+        (lambda llm: llm.generate([b"abc"]), "prompt"),
+        (lambda llm: llm.generate([1, 2], {"max_tokens": 2}), "sampling_params"),
+        (lambda llm: llm.generate(None), "prompts"),
+        (lambda llm: llm.generate([1], SamplingParams(n=2**40)), "n"),
+        (lambda llm: llm.chat(None), "messages"),
+    ],
+)
+def test_arguments_of_another_kind(llm, call, word):
+    with pytest.raises(RequestError, match=f"^{word}: found .*; allowed: "):
+        call(llm)

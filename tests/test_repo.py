@@ -16,6 +16,7 @@ UNSAFE = (
     "src/weights/safetensors.rs",
     "src/tokenizer/window.rs",
     "src/tokenizer/pieces.rs",
+    "src/tokenizer/vocab.rs",
     "src/python/ops.rs",
     "src/python/tokenizer.rs",
 )

@@ -189,7 +189,7 @@ def test_arguments_that_cannot_be_served(ours):
                 call(token_id)
     with pytest.raises(TypeError):
         ours.encode(b"bytes")
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(qwen35rs.RequestError, match="lone surrogates"):
         ours.encode("\ud800")
     assert ours.encode("") == [] and ours.decode([]) == "" and ours.encode_batch([]) == []
 

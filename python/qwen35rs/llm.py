@@ -164,6 +164,10 @@ class LLM:
             enable_thinking: whether the answer starts with reasoning.
             chat_template_kwargs: further variables of the template.
         """
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+            raise RequestError(
+                f"messages: found {_short(messages)}; allowed: a list of messages, or of such lists"
+            )
         several = len(messages) > 0 and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         requests = [
@@ -203,13 +207,14 @@ class LLM:
         add_generation_prompt: bool,
         kwargs: Mapping[str, Any] | None,
     ) -> str:
+        variables = {"enable_thinking": enable_thinking, **(kwargs or {})}
+        for name in ("messages", "tools", "add_generation_prompt", "tokenize"):
+            if name in variables:
+                allowed = "other variables of the template"
+                raise RequestError(f"chat_template_kwargs: found {name!r}; allowed: {allowed}")
+        _refuse_media(messages)
         text = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=enable_thinking,
-            tokenize=False,
-            **(kwargs or {}),
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **variables
         )
         assert isinstance(text, str)
         return text
@@ -279,9 +284,25 @@ class LLM:
         return f"LLM({self.model!r}, max_model_len={self.max_model_len})"
 
 
+def _refuse_media(messages: Any) -> None:
+    """Images and videos would become placeholder tokens without content: there is no vision tower here."""
+    media = {"image", "image_url", "video", "video_url"}
+    for i, message in enumerate(messages if isinstance(messages, Sequence) else ()):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if isinstance(part, Mapping) and (part.get("type") in media or not media.isdisjoint(part)):
+                raise RequestError(
+                    f"messages[{i}]: found {_short(part)}; allowed: text (no vision in this version)"
+                )
+
+
 def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
+        raise RequestError(
+            f"prompts: found {_short(prompts)}; allowed: a prompt or several, text or token ids"
+        )
     several = list(prompts)
     if several and all(isinstance(p, (int, np.integer)) for p in several):
         return [several]  # type: ignore[list-item]
@@ -289,6 +310,8 @@ def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 
 
 def _ids(name: str, ids: Any) -> list[int]:
+    if isinstance(ids, (bytes, bytearray)):
+        raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
     if isinstance(ids, (list, tuple)) and any(isinstance(i, bool) for i in ids):
         raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
     try:
@@ -316,7 +339,10 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, num: int) ->
         return [SamplingParams()] * num
     if isinstance(params, SamplingParams):
         return [params] * num
-    several = list(params)
+    several = list(params) if isinstance(params, Sequence) else [params]
+    for one in several:
+        if not isinstance(one, SamplingParams):
+            raise RequestError(f"sampling_params: found {_short(one)}; allowed: SamplingParams")
     if len(several) != num:
         raise RequestError(
             f"sampling_params: found {len(several)}; allowed: one, or one for each of {num} prompts"

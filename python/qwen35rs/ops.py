@@ -36,6 +36,8 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any = None) -> An
     Source: Transformers ``Qwen3_5RMSNorm``.
     """
     x = _array("x", x)
+    if not eps >= 0:
+        raise RequestError(f"eps: found {eps}; allowed: 0 or more")
     if residual is None:
         return _core.ops_rms_norm(x, _array("weight", weight), eps)
     residual = _array("residual", residual)

@@ -76,5 +76,6 @@ class SamplingParams:
             field = type(self).__dataclass_fields__.get(name)
             if field is None:
                 raise
-            found = repr(getattr(self, name))
-            raise _core.RequestError(f"{name}: found {found[:80]}; allowed: {field.type}") from None
+            value = getattr(self, name)
+            allowed = "integers of 64 bits" if isinstance(value, int) else field.type
+            raise _core.RequestError(f"{name}: found {value!r:.80}; allowed: {allowed}") from None

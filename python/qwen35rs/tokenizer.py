@@ -50,7 +50,10 @@ class Tokenizer:
         Added tokens that appear in the text become their ids; with ``split_special_tokens`` the special ones
         among them are text like any other.
         """
-        return self._core.encode(text, split_special_tokens=split_special_tokens)
+        try:
+            return self._core.encode(text, split_special_tokens=split_special_tokens)
+        except UnicodeEncodeError as error:
+            raise _surrogate("text", error) from None
 
     def encode_array(self, text: str, *, split_special_tokens: bool = False) -> npt.NDArray[np.uint32]:
         """`encode`, as a uint32 array ``[num_tokens]``: faster for long texts."""
@@ -58,7 +61,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, split_special_tokens: bool = False) -> list[list[int]]:
         """`encode` of every text, over all cores."""
-        return self._core.encode_batch(texts, split_special_tokens=split_special_tokens)
+        try:
+            return self._core.encode_batch(texts, split_special_tokens=split_special_tokens)
+        except UnicodeEncodeError as error:
+            raise _surrogate("texts", error) from None
 
     def encode_batch_array(
         self, texts: Sequence[str], *, split_special_tokens: bool = False
@@ -158,12 +164,15 @@ class Tokenizer:
 
         Raises RequestError for a conversation that the template refuses, naming the message.
         """
-        text = self._chat().render(
-            _json("messages", messages),
-            None if tools is None else _json("tools", tools),
-            add_generation_prompt,
-            _json("chat template variables", {"enable_thinking": enable_thinking, **variables}),
-        )
+        try:
+            text = self._chat().render(
+                _json("messages", messages),
+                None if tools is None else _json("tools", tools),
+                bool(add_generation_prompt),
+                _json("chat template variables", {"enable_thinking": enable_thinking, **variables}),
+            )
+        except UnicodeEncodeError as error:
+            raise _surrogate("messages", error) from None
         return self.encode(text) if tokenize else text
 
     def _chat(self) -> _core.ChatTemplate:
@@ -173,6 +182,11 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({os.fspath(self._directory)!r}, {len(self)} tokens)"
+
+
+def _surrogate(name: str, error: UnicodeEncodeError) -> RequestError:
+    found = f"{error.object[error.start]!r} at character {error.start}"
+    return RequestError(f"{name}: found {found}; allowed: text without lone surrogates")
 
 
 def _json(name: str, value: Any) -> str:

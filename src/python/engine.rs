@@ -22,6 +22,9 @@ use crate::tokenizer::Tokenizer;
 use crate::weights::{Checkpoint, DType, ModelTensors};
 use crate::{Error, Result};
 
+/// Most samples of one prompt.
+const MAX_SAMPLES: i64 = 4096;
+
 /// How long a wait is before Python may handle its signals.
 const SIGNAL_POLL: Duration = Duration::from_millis(20);
 
@@ -66,7 +69,9 @@ impl PySamplingParams {
             let ok = usize::try_from(x).ok().filter(|_| x >= min);
             ok.ok_or_else(|| Error::request(field, x, format!("at least {min}")))
         };
-        count("n", self.n, 1)?;
+        if !(1..=MAX_SAMPLES).contains(&self.n) {
+            return Err(Error::request("n", self.n, format!("1 to {MAX_SAMPLES}")));
+        }
         if self.stop.iter().any(String::is_empty) {
             return Err(Error::request("stop", "an empty string", "strings of at least one character"));
         }

@@ -38,6 +38,7 @@ struct Arg<'a> {
 
 impl<'a> Arg<'a> {
     fn new(name: &'static str, array: &'a In<'_>) -> PyResult<Self> {
+        parallel::claim().map_err(to_py)?;
         let data =
             array.as_slice().map_err(|e| to_py(Error::request(name, e, "a C-contiguous float32 array")))?;
         Ok(Self { name, data, shape: array.shape() })

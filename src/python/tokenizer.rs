@@ -10,7 +10,8 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt, PyList, PyString};
 
-use super::enter;
+use super::{enter, to_py};
+use crate::backend::cpu::parallel::claim;
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// Registers the classes of this file.
@@ -188,6 +189,7 @@ impl PyTokenizer {
         texts: Vec<Bound<'py, PyString>>,
         split_special_tokens: bool,
     ) -> PyResult<Vec<Bound<'py, PyArray1<u32>>>> {
+        claim().map_err(to_py)?;
         let texts = texts.iter().map(|text| text.to_str()).collect::<PyResult<Vec<_>>>()?;
         let ids = enter(py, || Ok(self.inner.encode_batch(&texts, split_special_tokens)))?;
         Ok(ids.into_iter().map(|ids| PyArray1::from_vec(py, ids)).collect())
@@ -286,6 +288,7 @@ impl PyTokenizer {
         split_special_tokens: bool,
         mut each: impl FnMut(usize, Vec<u32>) -> PyResult<()>,
     ) -> PyResult<()> {
+        claim().map_err(to_py)?;
         let texts = texts.iter().map(|text| text.to_str()).collect::<PyResult<Vec<_>>>()?;
         let (next, threads) = (std::sync::atomic::AtomicUsize::new(0), rayon::current_num_threads());
         let (sender, receiver) = mpsc::sync_channel::<Vec<(usize, Vec<u32>)>>(2 * threads);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -60,6 +61,9 @@ for command in (generate, chat, tokenize, inspect, plan, demo):
 
 def main() -> None:
     """Entry point of the script `qwen35rs`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: `qwen35rs ... >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         app(prog_name="qwen35rs")
     except KeyboardInterrupt:

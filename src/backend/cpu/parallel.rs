@@ -1,6 +1,30 @@
 //! Threads of the CPU backend: parallel loops over tasks that write disjoint places.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// The process whose threads these are.
+static OWNER: AtomicU32 = AtomicU32::new(0);
+
+/// To be called before anything here: the threads belong to the first process that called.
+///
+/// # Errors
+/// [`Error::Request`] in a process forked from one that has called it: threads do not survive a fork, and waiting
+/// for them would never end.
+pub fn claim() -> Result<()> {
+    let process = std::process::id();
+    match OWNER.compare_exchange(0, process, Ordering::Relaxed, Ordering::Relaxed) {
+        Err(owner) if owner != process => Err(Error::request(
+            "process",
+            format!("a fork of process {owner}, in which qwen35rs has started its threads"),
+            "a process that is spawned (multiprocessing.get_context('spawn')), or forked before the first use",
+        )),
+        _ => Ok(()),
+    }
+}
 
 /// Multiply-adds (or comparable work) below which a loop is not worth waking another thread.
 const SERIAL_WORK: usize = 1 << 15;

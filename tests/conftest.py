@@ -1,7 +1,14 @@
 """Fixtures of the Python tests."""
 
+import signal
+
 import pytest
 import tiny
+
+# A shell that starts this in the background has SIGINT ignored, and so would every process that a test starts: Ctrl-C
+# could not be tested.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -250,3 +250,9 @@ def test_after_a_fork(llm):
 def test_arguments_of_another_kind(llm, call, word):
     with pytest.raises(RequestError, match=f"^{word}: found .*; allowed: "):
         call(llm)
+
+
+def test_an_image_is_not_dropped(llm):
+    content = [{"type": "image_url", "image_url": {"url": "file:///cat.png"}}, {"type": "text", "text": "a"}]
+    with pytest.raises(RequestError, match=r"^messages\[0\]: found .*image_url.*; allowed: text"):
+        llm.chat([{"role": "user", "content": content}])

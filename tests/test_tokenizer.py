@@ -157,6 +157,19 @@ def test_round_trip_of_real_files(ours, reference):
         assert ids == reference.encode(text, add_special_tokens=False).ids
 
 
+def test_new_words_near_and_far_equal_the_reference(directory, reference):
+    """More words than the caches begin with room for, each again next to itself and after many others."""
+    rng = random.Random(7)
+    letters = "abcdefghijklmnopqrstuvwxyzABCäжя中0_"
+    words = ["".join(rng.choices(letters, k=rng.randint(2, 40))) for _ in range(12_000)]
+    tokenizer = qwen35rs.Tokenizer(directory / "tokenizer.json")
+    for end in (" ", "\0 "):  # a NUL at the end of a word is not the padding of a short key
+        text = "".join(f" {word}{end}{word}{end} {word}" for word in words) + " ".join(words)
+        ids = reference.encode(text).ids
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.encode(text) == ids
+
+
 @pytest.mark.parametrize(
     "unit", ["a", " ", "\n", "=", "é", "日", "अ", "\u0301", "ab ", "\t ", "<", "<|", "'", "e\u0301"]
 )

@@ -12,7 +12,7 @@ use pyo3::types::{PyBytes, PyInt, PyList, PyString};
 
 use super::{enter, to_py};
 use crate::backend::cpu::parallel::claim;
-use crate::tokenizer::{TextStream, Tokenizer};
+use crate::tokenizer::{TextStream, Tokenizer, prefetch};
 
 /// Registers the classes of this file.
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -57,6 +57,10 @@ impl PyTokenizer {
             let items =
                 items_at(list.as_ptr()).filter(|_| *self.direct_items.get_or_init(py, || probe_items(py)));
             for (i, &id) in ids.iter().enumerate() {
+                // The ints of a vocabulary are more than a processor keeps close.
+                if let Some(&later) = ids.get(i + AHEAD) {
+                    prefetch(&*ints[later as usize].as_ptr());
+                }
                 let int = ints[id as usize].as_ptr();
                 *int.cast::<ffi::Py_ssize_t>() += 1;
                 match items {
@@ -70,6 +74,9 @@ impl PyTokenizer {
         }
     }
 }
+
+/// How many items before its turn an int is asked for.
+const AHEAD: usize = 24;
 
 /// Where a list keeps its items in every CPython so far: the word after object header and length. Null for an empty
 /// list.
@@ -291,9 +298,11 @@ impl PyTokenizer {
         claim().map_err(to_py)?;
         let texts = texts.iter().map(|text| text.to_str()).collect::<PyResult<Vec<_>>>()?;
         let (next, threads) = (std::sync::atomic::AtomicUsize::new(0), rayon::current_num_threads());
-        let (sender, receiver) = mpsc::sync_channel::<Vec<(usize, Vec<u32>)>>(2 * threads);
-        // About this many bytes of text per message.
+        // About this many bytes of text per message, and messages that may wait for this thread while Python collects
+        // garbage: some twenty megabytes of ids.
         const CHUNK: usize = 1 << 18;
+        const SLACK: usize = 64;
+        let (sender, receiver) = mpsc::sync_channel::<Vec<(usize, Vec<u32>)>>(2 * threads + SLACK);
         rayon::in_place_scope(|scope| {
             for _ in 0..threads.min(texts.len()) {
                 let (sender, texts, next, tokenizer) = (sender.clone(), &texts, &next, &self.inner);

@@ -50,7 +50,8 @@ struct Lane {
     ranks: [i32; SHORT],
     /// A bit for each place where a symbol stands.
     alive: u64,
-    /// The pairs that the last merge made, at `at` and at `left`, still to be looked up; or `FREE`.
+    /// The pairs that the last merge made, at `at` and at `left`, still to be looked up; `FREE`, which has no rank, where
+    /// it made none.
     right_pair: u64,
     left_pair: u64,
     at: usize,
@@ -173,9 +174,15 @@ impl Merges {
         let continues = |byte: &u8| byte & 0xc0 == 0x80;
         // Parts of two and three bytes are rare enough to forget what stands beside them.
         let mut touched: HashMap<&[u8], u32> = HashMap::new();
+        // A character that joins its neighbours at a lower rank than its own merges would be there too early.
+        let mut lowest_use = vec![NO_RANK; symbols.len()];
         for (rank, merge) in merges.iter().enumerate() {
             if symbols[merge.0 as usize] == NONE || symbols[merge.1 as usize] == NONE {
                 continue;
+            }
+            for part in [merge.0, merge.1] {
+                let lowest = &mut lowest_use[part as usize];
+                *lowest = (rank as u32).min(*lowest);
             }
             let (left, right, rank) = (token(merge.0), token(merge.1), rank as u32);
             let (last, first) = (left[left.len() - 1], right[0]);
@@ -212,35 +219,31 @@ impl Merges {
             let lowest = inner.filter_map(|part| touched.get(part)).min();
             if let [symbol] = *parts
                 && lowest.is_none_or(|&rank| highest < rank)
+                && highest < lowest_use[self.ids[symbol as usize] as usize]
             {
                 self.whole[c as usize] = [symbol, highest];
             }
         }
     }
 
-    /// Calls `each(at, len, symbol)` for the symbols that merging `piece` starts from.
+    /// The symbol at `at` that merging `piece` starts from, and its length in bytes.
     #[inline(always)]
-    fn first_symbols(&self, piece: &[u8], mut each: impl FnMut(usize, usize, u32)) {
-        let mut at = 0;
-        while let Some(&byte) = piece.get(at) {
-            if byte >= 0xc0 {
-                let (code, len) = decode(piece, at);
-                let beside = |left: u8, right: u8| (left as usize) << 8 | right as usize;
-                if let Some(&[symbol, highest]) = self.whole.get(code)
-                    && symbol != NONE
-                    && (at == 0 || highest < self.before_lead[beside(piece[at - 1], byte)])
-                    && piece
-                        .get(at + len)
-                        .is_none_or(|&next| highest < self.after_last[beside(piece[at + len - 1], next)])
-                {
-                    each(at, len, symbol);
-                    at += len;
-                    continue;
-                }
+    fn first_symbol(&self, piece: &[u8], at: usize) -> (usize, u32) {
+        let byte = piece[at];
+        if byte >= 0xc0 {
+            let (code, len) = decode(piece, at);
+            let beside = |left: u8, right: u8| (left as usize) << 8 | right as usize;
+            if let Some(&[symbol, highest]) = self.whole.get(code)
+                && symbol != NONE
+                && (at == 0 || highest < self.before_lead[beside(piece[at - 1], byte)])
+                && piece
+                    .get(at + len)
+                    .is_none_or(|&next| highest < self.after_last[beside(piece[at + len - 1], next)])
+            {
+                return (len, symbol);
             }
-            each(at, 1, byte.into());
-            at += 1;
         }
+        (1, byte.into())
     }
 
     #[inline(always)]
@@ -326,10 +329,6 @@ impl Merges {
             if running == 0 {
                 break;
             }
-            // First what the last merges made, for all; reading ranks right after writing them would wait.
-            for &lane in &order[..running] {
-                self.look_up(&mut lanes[lane]);
-            }
             let mut i = 0;
             while i < running {
                 if self.step(&mut lanes[order[i]]) {
@@ -356,10 +355,13 @@ impl Merges {
         lane.padded = piece.len().next_multiple_of(16).min(SHORT);
         lane.ranks[..lane.padded].fill(STAY);
         lane.alive = 0;
-        lane.right_pair = FREE;
-        lane.left_pair = FREE;
-        let mut previous = SHORT;
-        self.first_symbols(piece, |at, _, symbol| {
+        (lane.right_pair, lane.left_pair) = (FREE, FREE);
+        // Nothing follows the last symbol: its place has no rank.
+        let last = piece.len().saturating_sub(1);
+        (lane.at, lane.left) = (last, last);
+        let (mut at, mut previous) = (0, SHORT);
+        while at < piece.len() {
+            let (len, symbol) = self.first_symbol(piece, at);
             lane.symbols[at % SHORT] = symbol;
             lane.alive |= 1 << at;
             if previous < SHORT {
@@ -371,29 +373,23 @@ impl Merges {
                 };
                 lane.ranks[previous] = entry(rank, previous);
             }
-            previous = at;
-        });
-    }
-
-    /// Ranks of the pairs that the last merge made.
-    #[inline(always)]
-    fn look_up(&self, lane: &mut Lane) {
-        if lane.right_pair != FREE {
-            lane.ranks[lane.at % SHORT] = entry(self.rank_of(lane.right_pair), lane.at);
-        }
-        if lane.left_pair != FREE {
-            lane.ranks[lane.left % SHORT] = entry(self.rank_of(lane.left_pair), lane.left);
+            (previous, at) = (at, at + len);
         }
     }
 
     /// One merge, if there is one left; asks memory for what the next one needs.
     #[inline(always)]
     fn step(&self, lane: &mut Lane) -> bool {
-        let best =
-            lane.ranks[..lane.padded].chunks_exact(16).flatten().fold(STAY, |best, &rank| best.min(rank));
+        // The two ranks that the last merge changed stay out of the array until the others are read: reading what was
+        // just written would wait for the writing.
+        let right_rank = entry(self.rank_of(lane.right_pair), lane.at);
+        let left_rank = entry(self.rank_of(lane.left_pair), lane.left);
+        let best = lowest(&lane.ranks[..lane.padded]).min(right_rank).min(left_rank);
         if best == STAY {
             return false;
         }
+        lane.ranks[lane.at % SHORT] = right_rank;
+        lane.ranks[lane.left % SHORT] = left_rank;
         let at = best as usize % SHORT;
         let after = lane.alive & (u64::MAX << 1 << at);
         let right = after.trailing_zeros() as usize % SHORT;
@@ -402,19 +398,19 @@ impl Merges {
         lane.symbols[at] = made;
         lane.ranks[right] = STAY;
         lane.ranks[at] = STAY;
-        (lane.right_pair, lane.left_pair) = (FREE, FREE);
-        let after = after & after.wrapping_sub(1);
-        if after != 0 {
-            lane.right_pair = pair(made, lane.symbols[after.trailing_zeros() as usize % SHORT]);
-            prefetch(&self.table[self.bucket(lane.right_pair)]);
-        }
-        let before = lane.alive & ((1 << at) - 1);
-        if before != 0 {
-            lane.left = 63 - before.leading_zeros() as usize;
-            lane.left_pair = pair(lane.symbols[lane.left % SHORT], made);
-            prefetch(&self.table[self.bucket(lane.left_pair)]);
-        }
         lane.at = at;
+        // Without branches: whether a neighbour is there cannot be predicted. Where there is none, the place that was
+        // looked at for it does not matter, and the rank that is found goes to the symbol that is gone.
+        let after = after & after.wrapping_sub(1);
+        let next = lane.symbols[after.trailing_zeros() as usize % SHORT];
+        lane.right_pair = if after == 0 { FREE } else { pair(made, next) };
+        prefetch(&self.table[self.bucket(lane.right_pair)]);
+        let before = lane.alive & ((1 << at) - 1);
+        lane.left = if before == 0 { right } else { 63 - before.leading_zeros() as usize };
+        lane.ranks[lane.left % SHORT] = STAY;
+        let previous = lane.symbols[lane.left % SHORT];
+        lane.left_pair = if before == 0 { FREE } else { pair(previous, made) };
+        prefetch(&self.table[self.bucket(lane.left_pair)]);
         true
     }
 
@@ -430,12 +426,15 @@ impl Merges {
         }
         // By place, as in the short path.
         let mut last = DEAD;
-        self.first_symbols(piece, |at, width, symbol| {
-            symbols[at] = symbol;
-            next[at] = (at + width) as u32;
-            previous[at] = last;
-            last = at as u32;
-        });
+        let mut start = 0;
+        while start < piece.len() {
+            let (width, symbol) = self.first_symbol(piece, start);
+            symbols[start] = symbol;
+            next[start] = (start + width) as u32;
+            previous[start] = last;
+            last = start as u32;
+            start += width;
+        }
         // An entry names its right neighbour, so that one whose pair is gone can be told from a live one.
         let ranked = (0..len).filter_map(|at| {
             let (left, right) = (symbols[at as usize], *next.get(at as usize)?);
@@ -480,6 +479,26 @@ impl Merges {
             at = next[at as usize];
         }
     }
+}
+
+/// The smallest of some ranks, whose number is a multiple of 16: sixteen columns first, then across them, so that it is
+/// a handful of vector instructions.
+#[inline(always)]
+fn lowest(ranks: &[i32]) -> i32 {
+    let mut columns = [STAY; 16];
+    for chunk in ranks.as_chunks::<16>().0 {
+        for (column, &rank) in columns.iter_mut().zip(chunk) {
+            *column = rank.min(*column);
+        }
+    }
+    let mut width = 8;
+    while width > 0 {
+        for i in 0..width {
+            columns[i] = columns[i].min(columns[i + width]);
+        }
+        width /= 2;
+    }
+    columns[0]
 }
 
 #[inline(always)]

@@ -13,6 +13,7 @@ mod chars;
 pub mod chat;
 mod file;
 mod load;
+mod memo;
 mod nfc;
 mod pieces;
 mod split;
@@ -34,6 +35,8 @@ use added::Matcher;
 use chars::CharTable;
 use pieces::{PieceEncoder, Scratch};
 use vocab::Vocab;
+#[cfg(feature = "python")]
+pub(crate) use vocab::prefetch;
 
 /// A tokenizer of the family. `Send + Sync`; encoding and decoding take `&self`.
 pub struct Tokenizer {

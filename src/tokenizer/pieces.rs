@@ -1,12 +1,14 @@
 //! Pieces of text to token ids: the loop that all encoding time is spent in.
 //!
-//! A piece of at most 16 bytes is looked up in a small cache of this thread's call; what is not there is looked up as
-//! a whole token, or merged. A token found whole counts only after merging its bytes has once given it.
+//! A piece of at most 16 bytes is looked up in a cache of this thread's call; what is not there is looked up among the
+//! pieces that took merging, then as a whole token, or merged. A token found whole counts only after merging its bytes
+//! has once given it.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::bpe::{MergeScratch, Merges};
 use super::chars::CharTable;
+use super::memo::{Memo, Pending};
 use super::split::next_piece;
 use super::vocab::{Key, Vocab, hash_bytes, hash_key, key, prefetch};
 use super::window::{Starts, WINDOW, starts_for_this_machine};
@@ -15,18 +17,17 @@ use super::window::{Starts, WINDOW, starts_for_this_machine};
 const CACHED_LEN: usize = 16;
 /// Most ids that the cache holds for a piece.
 const CACHED_IDS: usize = 3;
-/// Sets in the cache, of two pieces and 64 bytes each.
-const SETS: usize = 1 << 15;
-/// Most pieces in the queue; a window adds up to `WINDOW` to at most `QUEUE - WINDOW`.
-const QUEUE: usize = 512;
+/// Sets in the cache, of two pieces and 64 bytes each: enough for a few texts, and for any number of them.
+const FEW_SETS: usize = 1 << 12;
+const MANY_SETS: usize = 1 << 17;
+/// Most pieces in the queue; a window adds up to `WINDOW` to at most `QUEUE - WINDOW`. Their part of the cache stays in
+/// the first level of the processor's.
+const QUEUE: usize = 192;
+/// Pieces that the cache does not have are found together, as soon as there are this many of them or of ids before them.
+const MANY_MISSING: usize = 256;
+const MANY_HITS: usize = 1 << 13;
 /// Bits of an entry's last element that count its ids.
 const NUM_IDS: u32 = 0xff;
-
-/// Longest piece that the second cache holds, in bytes, and most ids.
-const WIDE_LEN: usize = 32;
-const WIDE_IDS: usize = 7;
-/// Entries in the second cache, of 64 bytes each.
-const WIDE: usize = 1 << 16;
 
 /// Whether merging a token's bytes gives that token.
 const UNKNOWN: u8 = 0;
@@ -94,27 +95,51 @@ impl Set {
     }
 }
 
-/// A piece that took merging, and its ids; the last element is as in [`Entry`].
-#[derive(Clone, Copy, Default)]
-#[repr(C, align(64))]
-struct WideEntry {
-    key: [Key; 2],
-    ids: [u32; WIDE_IDS + 1],
+/// The first cache.
+struct Sets {
+    sets: Box<[Set]>,
+    inserted: usize,
 }
 
-impl WideEntry {
-    fn holds(&self, key: [Key; 2], len: usize) -> bool {
-        self.key == key && (self.ids[WIDE_IDS] >> 8) as usize == len
+impl Default for Sets {
+    fn default() -> Self {
+        Sets { sets: vec![Set::default(); FEW_SETS].into_boxed_slice(), inserted: 0 }
+    }
+}
+
+impl Sets {
+    #[inline(always)]
+    fn place(&self, hash: u64) -> usize {
+        (hash >> 40) as usize & (self.sets.len() - 1)
+    }
+
+    #[inline(always)]
+    fn get(&self, hash: u64) -> &Set {
+        &self.sets[self.place(hash)]
+    }
+
+    fn insert(&mut self, piece: &Piece, ids: &[u32]) {
+        self.inserted += 1;
+        if self.sets.len() < MANY_SETS && self.inserted > FEW_SETS {
+            self.sets = vec![Set::default(); MANY_SETS].into_boxed_slice();
+        }
+        let place = self.place(piece.hash);
+        self.sets[place].insert(piece, ids);
     }
 }
 
 /// Pieces that are cut and not looked up yet.
 ///
 /// By the time that one is looked up, its part of the cache has come from memory.
-#[derive(Default)]
 struct Queue {
     pieces: Box<[Piece]>,
     len: usize,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Queue { pieces: vec![Piece::default(); QUEUE].into_boxed_slice(), len: 0 }
+    }
 }
 
 /// `text[start..end]`; `key` only where it is short enough for the first cache.
@@ -134,7 +159,7 @@ impl Queue {
         if end - start <= CACHED_LEN {
             piece.key = key(text, start, end);
             piece.hash = hash_key(piece.key);
-            prefetch(&scratch.sets[set_of(piece.hash)]);
+            prefetch(scratch.sets.get(piece.hash));
         } else {
             piece.hash = hash_bytes(&text[start..end]);
         }
@@ -142,52 +167,35 @@ impl Queue {
     }
 }
 
-#[inline(always)]
-fn set_of(hash: u64) -> usize {
-    (hash >> 40) as usize & (SETS - 1)
-}
-
-#[inline(always)]
-fn wide_of(hash: u64) -> usize {
-    (hash >> 32) as usize & (WIDE - 1)
-}
-
 /// Working memory of one call at a time; survives in the tokenizer's pool.
+#[derive(Default)]
 pub(super) struct Scratch {
     queue: Queue,
     /// For ids on their way to a caller; not used here.
     pub(super) out: Vec<u32>,
-    sets: Box<[Set]>,
-    /// Asked where `sets` has no answer: by far larger than what the processor keeps close.
-    wide: Box<[WideEntry]>,
+    sets: Sets,
+    /// Asked where `sets` has no answer.
+    memo: Memo,
+    pending: Pending,
     merge: MergeScratch,
-    /// Of the queue at hand: the ids of the pieces that the first cache has; the other pieces, with the number of
-    /// those ids before them; where in `ids` each one's ids are; and the ids.
+    /// Of the pieces that are not in the output yet: the ids of those that the first cache has; the others, with the
+    /// number of those ids before them; where in `ids` each one's ids are; and the ids.
     hits: Vec<u32>,
-    missing: Vec<(u32, u32)>,
+    missing: Vec<(Piece, u32)>,
     found: Vec<(u32, u32)>,
     ids: Vec<u32>,
-    /// Those to be merged: place in `found`, the token that they spell if there is one, and where they are.
-    to_merge: Vec<(u32, Option<u32>, (usize, usize))>,
+    /// Pieces to be merged, each once; and which of `found` waits for which of them.
+    to_merge: Vec<ToMerge>,
     merged: Vec<(u32, u32)>,
+    waiting: Vec<(u32, u32)>,
 }
 
-impl Default for Scratch {
-    fn default() -> Self {
-        Scratch {
-            queue: Queue { pieces: vec![Piece::default(); QUEUE].into_boxed_slice(), len: 0 },
-            out: Vec::new(),
-            sets: vec![Set::default(); SETS].into_boxed_slice(),
-            wide: vec![WideEntry::default(); WIDE].into_boxed_slice(),
-            merge: MergeScratch::default(),
-            hits: Vec::new(),
-            missing: Vec::new(),
-            found: Vec::new(),
-            ids: Vec::new(),
-            to_merge: Vec::new(),
-            merged: Vec::new(),
-        }
-    }
+struct ToMerge {
+    /// The token that it spells, if there is one.
+    whole: Option<u32>,
+    hash: u64,
+    start: usize,
+    end: usize,
 }
 
 impl PieceEncoder {
@@ -248,7 +256,7 @@ impl PieceEncoder {
     ) {
         let mut at = 0;
         let mut tail = [0; WINDOW];
-        let mut queue = std::mem::take(&mut scratch.queue);
+        let mut queue = std::mem::replace(&mut scratch.queue, Queue { pieces: Box::default(), len: 0 });
         while at < text.len() {
             let len = (text.len() - at).min(WINDOW);
             let window = match text.get(at..at + WINDOW).and_then(|bytes| bytes.try_into().ok()) {
@@ -280,101 +288,103 @@ impl PieceEncoder {
                 }
             }
             if queue.len > QUEUE - WINDOW || at == text.len() {
-                self.flush(vocab, text, &mut queue, scratch, out);
+                look_up(vocab, &mut queue, scratch);
+                let many = scratch.missing.len() >= MANY_MISSING || scratch.hits.len() >= MANY_HITS;
+                if many || at == text.len() {
+                    self.flush(vocab, text, scratch, out);
+                }
             }
         }
         scratch.queue = queue;
     }
 
-    /// Appends the ids of the pieces in the queue and empties it.
+    /// Appends the ids of all pieces that were looked up.
     #[inline(always)]
-    fn flush(
-        &self,
-        vocab: &Vocab,
-        text: &[u8],
-        queue: &mut Queue,
-        scratch: &mut Scratch,
-        out: &mut Vec<u32>,
-    ) {
-        let pieces = &queue.pieces[..std::mem::take(&mut queue.len)];
-        let mut hits = std::mem::take(&mut scratch.hits);
-        hits.clear();
-        scratch.missing.clear();
-        for (i, piece) in pieces.iter().enumerate() {
-            let set = &scratch.sets[set_of(piece.hash)].0;
-            // Chosen without a branch: which of the two it is cannot be predicted.
-            let entry = &set[usize::from(set[1].holds(piece.key, piece.end - piece.start))];
-            if entry.holds(piece.key, piece.end - piece.start) {
-                entry.append_to(&mut hits);
-            } else {
-                scratch.missing.push((i as u32, hits.len() as u32));
-                // What it needs next is on its way before the first of them is looked up.
-                prefetch(&scratch.wide[wide_of(piece.hash)]);
-                vocab.prefetch(piece.hash);
-            }
-        }
+    fn flush(&self, vocab: &Vocab, text: &[u8], scratch: &mut Scratch, out: &mut Vec<u32>) {
         if !scratch.missing.is_empty() {
-            self.find_missing(vocab, text, pieces, scratch);
+            self.find_missing(vocab, text, scratch);
         }
         let mut done = 0;
-        for (&(i, before), &(start, end)) in scratch.missing.iter().zip(&scratch.found) {
-            let (piece, ids) = (&pieces[i as usize], &scratch.ids[start as usize..end as usize]);
-            out.extend_from_slice(&hits[done..before as usize]);
+        for (&(piece, before), &(start, end)) in scratch.missing.iter().zip(&scratch.found) {
+            let ids = &scratch.ids[start as usize..end as usize];
+            out.extend_from_slice(&scratch.hits[done..before as usize]);
             out.extend_from_slice(ids);
             done = before as usize;
             if piece.end - piece.start <= CACHED_LEN && ids.len() <= CACHED_IDS {
-                scratch.sets[set_of(piece.hash)].insert(piece, ids);
+                scratch.sets.insert(&piece, ids);
             }
         }
-        out.extend_from_slice(&hits[done..]);
-        scratch.hits = hits;
+        out.extend_from_slice(&scratch.hits[done..]);
+        scratch.hits.clear();
+        scratch.missing.clear();
     }
-
     /// Finds the ids of the missing pieces: `scratch.found` says where in `scratch.ids` those of each are.
     #[inline(always)]
-    fn find_missing(&self, vocab: &Vocab, text: &[u8], pieces: &[Piece], scratch: &mut Scratch) {
-        let Scratch { wide, merge, missing, found, ids, to_merge, merged, .. } = scratch;
+    fn find_missing(&self, vocab: &Vocab, text: &[u8], scratch: &mut Scratch) {
+        let Scratch { memo, pending, merge, missing, found, ids, to_merge, merged, waiting, .. } = scratch;
         ids.clear();
         found.clear();
         to_merge.clear();
-        for &(i, _) in &*missing {
-            let piece = &pieces[i as usize];
-            let bytes = &text[piece.start..piece.end];
+        waiting.clear();
+        for &(Piece { hash, start, end, .. }, _) in &*missing {
+            let bytes = &text[start..end];
             let before = ids.len() as u32;
-            let entry = &wide[wide_of(piece.hash)];
-            if bytes.len() <= WIDE_LEN && entry.holds(wide_key(bytes), bytes.len()) {
-                ids.extend_from_slice(&entry.ids[..(entry.ids[WIDE_IDS] & NUM_IDS) as usize]);
+            if let Some(known) = memo.find(bytes, hash) {
+                ids.extend_from_slice(known);
             } else {
-                let whole = vocab.id_with_hash(bytes, piece.hash);
+                let whole = vocab.id_with_hash(bytes, hash);
                 match whole {
                     Some(id) if self.reached[id as usize].load(Ordering::Relaxed) == REACHED => ids.push(id),
-                    _ => to_merge.push((found.len() as u32, whole, (piece.start, piece.end))),
+                    _ => {
+                        // A new word often comes several times in a row.
+                        let same = |other: &ToMerge| text[other.start..other.end] == *bytes;
+                        let number = pending.find_or_add(hash, to_merge, same);
+                        if number == to_merge.len() {
+                            to_merge.push(ToMerge { whole, hash, start, end });
+                        }
+                        waiting.push((found.len() as u32, number as u32));
+                    }
                 }
             }
             found.push((before, ids.len() as u32));
         }
         merged.clear();
-        self.merges.encode(text, to_merge.iter().map(|piece| piece.2), merge, ids, merged);
-        for (&(at, whole, (start, end)), &span) in to_merge.iter().zip(&*merged) {
-            found[at as usize] = span;
-            let ids = &ids[span.0 as usize..span.1 as usize];
-            if let Some(id) = whole {
-                let answer = if *ids == [id] { REACHED } else { NOT_REACHED };
-                self.reached[id as usize].store(answer, Ordering::Relaxed);
-            }
-            let bytes = &text[start..end];
-            if bytes.len() <= WIDE_LEN && (2..=WIDE_IDS).contains(&ids.len()) {
-                let entry = &mut wide[wide_of(hash_bytes(bytes))];
-                entry.key = wide_key(bytes);
-                entry.ids[..ids.len()].copy_from_slice(ids);
-                entry.ids[WIDE_IDS] = (bytes.len() << 8 | ids.len()) as u32;
+        self.merges.encode(text, to_merge.iter().map(|piece| (piece.start, piece.end)), merge, ids, merged);
+        for &(at, number) in &*waiting {
+            found[at as usize] = merged[number as usize];
+        }
+        for (piece, &(first, end)) in to_merge.iter().zip(&*merged) {
+            let ids = &ids[first as usize..end as usize];
+            match piece.whole {
+                Some(id) => {
+                    let answer = if *ids == [id] { REACHED } else { NOT_REACHED };
+                    self.reached[id as usize].store(answer, Ordering::Relaxed);
+                    if answer == NOT_REACHED {
+                        memo.insert(&text[piece.start..piece.end], piece.hash, ids);
+                    }
+                }
+                None => memo.insert(&text[piece.start..piece.end], piece.hash, ids),
             }
         }
     }
 }
 
-/// The key of a piece in the second cache, which has at most `WIDE_LEN` bytes.
-fn wide_key(bytes: &[u8]) -> [Key; 2] {
-    let middle = bytes.len().min(CACHED_LEN);
-    [key(bytes, 0, middle), key(bytes, middle, bytes.len())]
+/// Empties the queue into `scratch.hits` and `scratch.missing`.
+#[inline(always)]
+fn look_up(vocab: &Vocab, queue: &mut Queue, scratch: &mut Scratch) {
+    let mut hits = std::mem::take(&mut scratch.hits);
+    for piece in &queue.pieces[..std::mem::take(&mut queue.len)] {
+        let set = &scratch.sets.get(piece.hash).0;
+        // Chosen without a branch: which of the two it is cannot be predicted.
+        let entry = &set[usize::from(set[1].holds(piece.key, piece.end - piece.start))];
+        if entry.holds(piece.key, piece.end - piece.start) {
+            entry.append_to(&mut hits);
+        } else {
+            scratch.missing.push((*piece, hits.len() as u32));
+            // What it needs next is on its way before the first of them is looked up.
+            scratch.memo.prefetch(piece.hash);
+            vocab.prefetch(piece.hash);
+        }
+    }
+    scratch.hits = hits;
 }

@@ -247,7 +247,7 @@ impl Vocab {
 
 /// Asks for the first cache line of `target`.
 #[inline(always)]
-pub(super) fn prefetch<T>(target: &T) {
+pub(crate) fn prefetch<T>(target: &T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch of a valid reference; it changes nothing.
     unsafe {

@@ -123,3 +123,13 @@ fn a_pair_listed_twice_takes_its_later_rank() {
     );
     assert_eq!(out, [97, 257]);
 }
+
+/// è joins the byte before it at a lower rank than the one that makes it: of two in a row the left one is made first.
+#[test]
+fn a_character_used_before_it_is_made_does_not_start_whole() {
+    let merges = [(0xc3, 0xa8, 256), (0xa8, 256, 257), (0xc3, 0xa8, 256)];
+    let (mut out, text) = (Vec::new(), "èè".as_bytes());
+    let mut scratch = MergeScratch::default();
+    encoder(&merges).encode(text, [(0, 4)].into_iter(), &mut scratch, &mut out, &mut Vec::new());
+    assert_eq!((&out, out.as_slice()), (&plain(&merges, text), &[256, 256][..]));
+}

@@ -70,6 +70,10 @@ impl PyTokenizer {
                     }
                 }
             }
+            // Ints refer to nothing, so the collector need not walk millions of them again and again, now and as long
+            // as the list lives (as it need not for a dict or a tuple of ints). Only somebody who puts an object into
+            // the list that refers to the list has to take it out again.
+            ffi::PyObject_GC_UnTrack(list.as_ptr().cast());
             Ok(list.cast_into_unchecked())
         }
     }

@@ -77,7 +77,9 @@ fn request(id: u64, arrival: &Arrival) -> Request {
 fn check_step(s: &Scheduler, step: &Step, trace: &Trace) {
     let batch = &step.batch;
     assert_eq!(batch.seqs.len(), step.requests.len());
-    assert!(step.requests.is_sorted() && step.requests.len() <= trace.max_seqs);
+    // Not by age: one that starts over after a failure comes after younger ones that were not in the failed step.
+    let distinct: std::collections::BTreeSet<_> = step.requests.iter().collect();
+    assert!(distinct.len() == step.requests.len() && distinct.len() <= trace.max_seqs);
     assert_eq!(batch.logit_rows.len(), step.logit_owners.len());
     assert_eq!(batch.positions.len(), batch.token_ids.len());
     let prefill: usize = batch.seqs.iter().map(|x| x.query_len).filter(|&n| n > 1).sum();

@@ -246,29 +246,27 @@ impl<B: Backend> Engine<B> {
 
     /// Samples, or copies, the rows of logits that are wanted. Changes no request.
     fn read_logits(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
-        let vocab = self.model.config().vocab;
+        let Self { model, workspace, scheduler, samplers, num_tokens, eos, .. } = self;
+        let vocab = model.config().vocab;
         let mut rows = Vec::with_capacity(step.batch.logit_rows.len());
-        let owned: Vec<_> = step.batch.logit_rows.iter().zip(&step.logit_owners).collect();
+        let owned: Vec<_> = step.logit_owners.iter().enumerate().collect();
         for chunk in owned.chunks(MAX_LOGIT_ROWS) {
             poll()?;
-            let at: Vec<usize> = chunk.iter().map(|x| *x.0).collect();
-            let logits = self.model.logits(&at, &mut self.workspace);
-            self.samplers.resize_with(chunk.len().max(self.samplers.len()), Default::default);
-            let work = self.samplers.par_iter_mut().zip(chunk).zip(logits.par_chunks_exact(vocab));
-            rows.par_extend(work.filter_map(|((scratch, (_, id)), logits)| {
-                let request = self.scheduler.running(**id)?;
-                let Some(params) = &request.params else {
-                    return Some((**id, Row::Logits(logits.to_vec())));
+            let (at, requests): (Vec<usize>, Vec<&Request>) =
+                chunk.iter().filter_map(|(at, id)| Some((*at, scheduler.running(**id)?))).unzip();
+            let contexts: Vec<Option<Context<'_>>> =
+                requests.iter().map(|request| context(request, *num_tokens, eos)).collect();
+            let candidates = contexts.iter().map(|c| c.as_ref().and_then(Context::num_candidates));
+            let top = candidates.collect::<Option<Vec<_>>>().and_then(|k| k.into_iter().max());
+            let logits = model.logits(&at, top.map(|k| (k, *num_tokens)), workspace);
+            samplers.resize_with(contexts.len().max(samplers.len()), Default::default);
+            let work = samplers.par_iter_mut().zip(contexts).zip(logits.par_chunks_exact(vocab));
+            rows.par_extend(work.zip(requests).map(|(((scratch, context), logits), request)| {
+                let row = match context {
+                    Some(context) => Row::Token(sampler::sample(logits, &context, scratch)),
+                    None => Row::Logits(logits.to_vec()),
                 };
-                let context = Context {
-                    params,
-                    prompt: &request.tokens[..request.num_prompt],
-                    output: request.output(),
-                    seed: request.seed,
-                    num_tokens: self.num_tokens,
-                    eos: &self.eos,
-                };
-                Some((**id, Row::Token(sampler::sample(logits, &context, scratch))))
+                (request.id, row)
             }));
         }
         Ok(rows)
@@ -313,6 +311,18 @@ impl<B: Backend> Engine<B> {
         }
         Some(output)
     }
+}
+
+/// What the sampler must know of a request; `None` for one that wants logits.
+fn context<'a>(request: &'a Request, num_tokens: usize, eos: &'a [u32]) -> Option<Context<'a>> {
+    Some(Context {
+        params: request.params.as_ref()?,
+        prompt: &request.tokens[..request.num_prompt],
+        output: request.output(),
+        seed: request.seed,
+        num_tokens,
+        eos,
+    })
 }
 
 /// What a row of logits became.

@@ -17,6 +17,7 @@ pub struct Model<B: Backend> {
     embed: B::Linear,
     /// Absent where the embedding is the head.
     head: Option<B::Linear>,
+    screen: B::Screen,
     norm: B::Vector,
     layers: Vec<Layer<B>>,
 }
@@ -90,7 +91,8 @@ impl<B: Backend> Model<B> {
     ) -> Result<Self> {
         let total = tensors.layers.len() + 1;
         progress(0, total)?;
-        let embed = backend.linear_weight(&[tensors.embed_tokens], dtype)?;
+        let embed = backend.table_weight(&tensors.embed_tokens, dtype)?;
+        let screen = backend.screen(tensors.lm_head.as_ref().unwrap_or(&tensors.embed_tokens), dtype)?;
         let head = tensors.lm_head.map(|t| backend.linear_weight(&[t], dtype)).transpose()?;
         progress(1, total)?;
         let mut layers = Vec::with_capacity(tensors.layers.len());
@@ -106,7 +108,7 @@ impl<B: Backend> Model<B> {
         }
         let norm = backend.vector(&tensors.norm, 1.0)?;
         let rope = Rope::new(&config.rope);
-        Ok(Self { config: config.clone(), rope, embed, head, norm, layers, backend })
+        Ok(Self { config: config.clone(), rope, embed, head, screen, norm, layers, backend })
     }
 
     /// The geometry.
@@ -162,8 +164,9 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// Runs the net over a batch: afterwards the workspace holds the normed hidden state of every token, for
-    /// [`Model::logits`]. `poll` is called before each layer and may end the step; the batch's slots are then
+    /// Runs the net over a batch: afterwards the workspace holds the normed hidden states of the batch's
+    /// `logit_rows`, for [`Model::logits`]. The last layer does for other tokens only what later tokens need: its
+    /// pages or slots. `poll` is called before each layer and may end the step; the batch's slots are then
     /// undefined.
     pub fn forward(
         &self,
@@ -172,11 +175,12 @@ impl<B: Backend> Model<B> {
         w: &mut Workspace<B>,
         poll: impl Fn() -> Result<()>,
     ) -> Result<()> {
-        let (n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
+        let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
         b.embed(batch, &self.embed, &mut w.residual);
         let mut first = true;
-        for layer in &self.layers {
+        for (i, layer) in self.layers.iter().enumerate() {
             poll()?;
+            let last = i + 1 == self.layers.len();
             let delta = (!first).then_some(&w.block);
             first = false;
             b.rmsnorm_residual(n, delta, &mut w.residual, &layer.input_norm, eps, &mut w.normed);
@@ -196,6 +200,10 @@ impl<B: Backend> Model<B> {
                         pages,
                     );
                     b.gated_attention(batch, dims, &w.q, inputs, pages, &mut w.scratch, &mut w.attended);
+                    if last {
+                        n = batch.logit_rows.len();
+                        b.keep_rows(&batch.logit_rows, &mut w.attended);
+                    }
                     b.linear(n, &w.attended, out, &mut w.block);
                 }
                 Mixer::Delta { index, inputs, conv, a_log, dt_bias, norm, out } => {
@@ -206,8 +214,15 @@ impl<B: Backend> Model<B> {
                     let decay = DecayWeights { a_log, dt_bias };
                     b.gated_delta_rule(batch, dims, decay, &w.mixed, projected, slots, &mut w.core);
                     b.gated_rmsnorm(n, dims, norm, eps, projected, &mut w.core);
+                    if last {
+                        n = batch.logit_rows.len();
+                        b.keep_rows(&batch.logit_rows, &mut w.core);
+                    }
                     b.linear(n, &w.core, out, &mut w.block);
                 }
+            }
+            if last {
+                b.keep_rows(&batch.logit_rows, &mut w.residual);
             }
             b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &layer.ffn_norm, eps, &mut w.normed);
             match &layer.ffn {
@@ -225,12 +240,24 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// Logits of up to [`MAX_LOGIT_ROWS`] tokens of the batch that [`Model::forward`] ran last: `[rows, vocab]`,
-    /// f32, on the host.
-    pub fn logits<'a>(&self, rows: &[usize], w: &'a mut Workspace<B>) -> std::borrow::Cow<'a, [f32]> {
-        let b = &self.backend;
+    /// Logits of up to [`MAX_LOGIT_ROWS`] of the `logit_rows` of the batch that [`Model::forward`] ran last, by their
+    /// place in that list: `[rows, vocab]`, f32, on the host. With `top` of `(k, num_tokens)`, logits that are not among a row's k largest below
+    /// `num_tokens` may be -inf.
+    pub fn logits<'a>(
+        &self,
+        rows: &[usize],
+        top: Option<(usize, usize)>,
+        w: &'a mut Workspace<B>,
+    ) -> std::borrow::Cow<'a, [f32]> {
+        let (b, head) = (&self.backend, self.head.as_ref().unwrap_or(&self.embed));
         b.gather(rows, &w.normed, &mut w.head_rows);
-        b.linear(rows.len(), &w.head_rows, self.head.as_ref().unwrap_or(&self.embed), &mut w.logits);
+        match top {
+            Some((k, num_tokens)) => {
+                let head = (head, &self.screen);
+                b.top_logits(rows.len(), &w.head_rows, head, k, num_tokens, &mut w.logits);
+            }
+            None => b.linear(rows.len(), &w.head_rows, head, &mut w.logits),
+        }
         b.read(&w.logits, rows.len())
     }
 }

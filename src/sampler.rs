@@ -24,6 +24,24 @@ pub struct Context<'a> {
     pub eos: &'a [u32],
 }
 
+impl Context<'_> {
+    /// How many of the largest logits decide the token; `None` where all do.
+    pub fn num_candidates(&self) -> Option<usize> {
+        let p = self.params;
+        let as_they_are = p.logit_bias.is_empty()
+            && p.repetition_penalty == 1.0
+            && p.frequency_penalty == 0.0
+            && p.presence_penalty == 0.0
+            && self.output.len() >= p.min_tokens;
+        match p.top_k {
+            _ if !as_they_are || p.logprobs.is_some() => None,
+            _ if p.temperature == 0.0 => Some(1),
+            0 => None,
+            k => Some(k),
+        }
+    }
+}
+
 /// Scratch of [`sample`], reused from call to call.
 #[derive(Default)]
 pub struct Scratch {

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen35rs import SamplingParams
+from qwen35rs import LLM, SamplingParams
 
 PROMPT = [10, 200, 31, 45]
 DRAWS = 64
@@ -80,3 +80,33 @@ def test_a_temperature_of_next_to_nothing_is_greedy(llm):
         for temperature in (1e-6, 1e-30):
             params = SamplingParams(temperature=temperature, max_tokens=8, **extra)
             assert llm.generate([PROMPT], params)[0].token_ids == greedy
+
+
+def test_what_is_found_by_the_few_largest_logits_is_what_all_give(tmp_path):
+    # A head of 9000 rows has its 8-bit copy; asking for log-probabilities takes all logits from the head itself.
+    llm = LLM(tiny.write_checkpoint(tmp_path / "wide", vocab=9000, tokenizer=False))
+    prompts = [list(range(i, i + 5 + i)) for i in range(0, 60, 5)]
+    for sampling in (
+        {"temperature": 0},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.95},
+        {"temperature": 2.0, "top_k": 30, "min_p": 0.1, "n": 2},
+        {"temperature": 1.0, "top_k": 2000},  # too many for the copy
+    ):
+        params = {"max_tokens": 12, "seed": 7, "ignore_eos": True, **sampling}
+        few, whole = (
+            [
+                out.token_ids
+                for result in llm.generate(prompts, SamplingParams(**params, **more))
+                for out in result.outputs
+            ]
+            for more in ({}, {"logprobs": 0})
+        )
+        assert few == whole and len({tuple(ids) for ids in few}) > 1
+        # One at a time: fewer tokens in a step than the copy is used for; all at once: more.
+        alone = [
+            out.token_ids
+            for prompt in prompts[:2]
+            for out in llm.generate([prompt], SamplingParams(**params))[0].outputs
+        ]
+        assert alone == few[: len(alone)]

@@ -18,6 +18,8 @@ pub trait Backend: Send + Sync {
     type Buf: Send;
     /// A linear layer's weight `[out, in]`, in the layout that its kernel wants.
     type Linear: Send + Sync;
+    /// What finds the largest logits of a head quickly.
+    type Screen: Send + Sync;
     /// A small parameter, f32 inside.
     type Vector: Send + Sync;
     /// The routed experts of a layer and its shared expert.
@@ -37,6 +39,10 @@ pub trait Backend: Send + Sync {
     fn scratch(&self, max_tokens: usize) -> Result<Self::Scratch>;
     /// A linear layer from the rows of one or more tensors, one after the other; with `dtype`, stored so.
     fn linear_weight(&self, tensors: &[Tensor], dtype: Option<DType>) -> Result<Self::Linear>;
+    /// A linear layer of which [`Backend::embed`] reads rows; the head too, where they are tied.
+    fn table_weight(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Self::Linear>;
+    /// What [`Backend::top_logits`] needs beside a head.
+    fn screen(&self, head: &Tensor, dtype: Option<DType>) -> Result<Self::Screen>;
     /// A small parameter with `offset` added to each element (1 for the zero-centred norms).
     fn vector(&self, tensor: &Tensor, offset: f32) -> Result<Self::Vector>;
     /// The taps of a causal convolution, from `[C, 1, kernel]`.
@@ -66,6 +72,18 @@ pub trait Backend: Send + Sync {
 
     /// `out = x Wᵀ`: `x` `[n, in]`, `out` `[n, out]`.
     fn linear(&self, n: usize, x: &Self::Buf, w: &Self::Linear, out: &mut Self::Buf);
+
+    /// As [`Backend::linear`] with the head, but only the logits that may be among the `k` largest of a row's first
+    /// `num_tokens` need be there: any other may be -inf. `x` `[n, hidden]`, `out` `[n, vocab]`.
+    fn top_logits(
+        &self,
+        n: usize,
+        x: &Self::Buf,
+        head: (&Self::Linear, &Self::Screen),
+        k: usize,
+        num_tokens: usize,
+        out: &mut Self::Buf,
+    );
 
     /// The causal depthwise convolution and SiLU over the first `C` columns of `projected` (`q|k|v|z|b|a`),
     /// continuing from each sequence's slot and leaving the last `kernel - 1` inputs there. `out` `[n, C]`.
@@ -151,6 +169,9 @@ pub trait Backend: Send + Sync {
 
     /// `out[i] = x[rows[i]]`: gathers the tokens whose logits are wanted.
     fn gather(&self, rows: &[usize], x: &Self::Buf, out: &mut Self::Buf);
+
+    /// `buf[i] = buf[rows[i]]`, with `rows` ascending.
+    fn keep_rows(&self, rows: &[usize], buf: &mut Self::Buf);
 
     /// The leading `rows * width` elements, on the host as f32.
     fn read<'a>(&self, buf: &'a Self::Buf, rows: usize) -> std::borrow::Cow<'a, [f32]>;

@@ -33,6 +33,12 @@ impl Tensor {
         &self.file[self.range.clone()]
     }
 
+    /// Says that the bytes will hardly be read again: the system may drop them from memory (and reads them from the
+    /// file if they are).
+    pub fn release(&self) {
+        safetensors::release(&self.file, self.range.clone());
+    }
+
     /// Number of elements.
     pub fn num_elements(&self) -> usize {
         // Cannot overflow: the header check bounds the product (or a dimension is zero).

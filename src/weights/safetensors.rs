@@ -63,6 +63,14 @@ pub fn open(path: &Path) -> Result<Vec<Tensor>> {
     Ok(tensors.into_iter().map(tensor).collect())
 }
 
+/// Lets the system drop a part of the map from memory: it comes back from the file when it is read again.
+pub(super) fn release(map: &Mmap, range: std::ops::Range<usize>) {
+    #[cfg(unix)]
+    // SAFETY: the map is read-only, so what is dropped comes back as it was. A refusal changes nothing.
+    let _ =
+        unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+}
+
 /// The tensors of a safetensors file, in order of their bytes. `path` is for errors only.
 ///
 /// # Errors

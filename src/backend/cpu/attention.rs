@@ -137,7 +137,7 @@ kernel! {
         let start = (0..num_tokens).position(|t| first_pos + t >= first_key).unwrap_or(num_tokens) * group;
         let n = rows - start;
         let (q, p) = (scratch.q.as_ptr().add(start * head_dim), scratch.p.as_mut_ptr());
-        matmul_nt::<V>(n, len, head_dim, q, head_dim, keys.0, keys.1, p, PAGE_LEN);
+        matmul_nt::<V>(n, len, head_dim, |_| 0, q, head_dim, keys.0, keys.1, p, PAGE_LEN);
         for i in 0..n {
             let (row, seen) = (start + i, visible(start + i));
             let scores = std::slice::from_raw_parts_mut(p.add(i * PAGE_LEN), PAGE_LEN);

@@ -179,8 +179,8 @@ kernel! {
         sums.resize(C, 0.0);
         lows.resize(C, 0.0);
 
-        matmul_nt::<V>(len, len, dk, k.as_ptr(), dk, k.as_ptr(), dk, kk.as_mut_ptr(), C);
-        matmul_nt::<V>(len, len, dk, q.as_ptr(), dk, k.as_ptr(), dk, qk.as_mut_ptr(), C);
+        matmul_nt::<V>(len, len, dk, |j| j, k.as_ptr(), dk, k.as_ptr(), dk, kk.as_mut_ptr(), C);
+        matmul_nt::<V>(len, len, dk, |j| j, q.as_ptr(), dk, k.as_ptr(), dk, qk.as_mut_ptr(), C);
         for i in 0..len {
             decay_row::<V>((sums[i], lows[i]), (sums, lows), -beta[i], &mut kk[i * C..], i);
             decay_row::<V>((sums[i], lows[i]), (sums, lows), 1.0, &mut qk[i * C..], i + 1);

@@ -1,138 +1,292 @@
-//! Products with many tokens: both sides are laid out so that a register tile reads two plain streams.
+//! Products with many tokens: both sides are laid out so that a register tile has features in its lanes and the
+//! sums need no folding across lanes.
 //!
 //! ```text
-//! x panel:  tiles of T tokens, each [k / 16][T][16]       once per product, zeros past the last token and past k
-//! w panel:  tiles of R weight rows, each [k / 16][R][16]  widened to f32, as many rows as half the L2 holds
+//! x panel:  tiles of T tokens,    each [16][k / 16][T]    once per product, zeros past the last token and past k
+//! w panel:  strips of 16 rows,    each [16][k / 16][16]   widened to f32, as many as half the L2 holds
 //! ```
 //!
-//! Rows a power of two apart would all fall into the same few sets of the first-level cache; interleaved they do
-//! not. A tile of tokens stays in that cache over a block of k while the weight panel streams past from the
-//! second; partial sums wait in memory between blocks. The order of additions is that of `linear::tile`.
+//! The first index of a tile is k mod 16: the sixteen partial sums of `tile` are formed one after the other, and
+//! added in the order of its fold, so that an output has the bits that it has alone.
 
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 
-use super::simd::{F32x16, LANES};
-use super::tile::{Element, store_some};
+use super::parallel::{self, Shared};
+use super::simd::{F32x16, Kernel, LANES, dispatch};
+use super::tile::Element;
 
 /// Tokens from which on laying out pays.
 pub const MIN_TOKENS: usize = 8;
 
-/// Vectors of k in a block.
-const BLOCK: usize = 32;
+/// f32 of a w panel: 512 KiB.
+const PANEL: usize = 1 << 17;
 
-/// f32 of a weight panel: 128 KiB.
-const PANEL: usize = 1 << 15;
-
-#[derive(Default)]
-struct Scratch {
-    x: Vec<f32>,
-    w: Vec<f32>,
-    sums: Vec<f32>,
-}
+/// In which order partial sums are formed, each with the one eight lanes on, to which the fold adds it first: then
+/// neighbours are added, then pairs of them, and so on.
+const FIRST: [usize; 8] = [0, 4, 2, 6, 1, 5, 3, 7];
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// `out(t)[o] = x(t) · w[o]` for `num_out` rows of `k` elements at `w` and `num_rows` tokens.
-///
-/// # Safety
-/// As `Linear::rows`.
-#[inline(always)]
-pub unsafe fn product<V: F32x16, E: Element, const R: usize, const T: usize>(
-    w: *const E,
-    num_out: usize,
-    k: usize,
-    num_rows: usize,
-    x: Tokens<impl Fn(usize) -> *const f32>,
-    out: impl Fn(usize) -> *mut f32,
-) {
-    // SAFETY: the caller's; buffers are sized before their pointers are taken.
-    unsafe {
-        let vectors = k.div_ceil(LANES);
-        let panel = (PANEL / k.max(1)).next_multiple_of(R).clamp(R, 16 * R);
-        // Taken out and put back, not borrowed in a closure: a closure would lose the instruction set.
-        let mut scratch = SCRATCH.take();
-        let x_tiles = num_rows.div_ceil(T);
-        grow(&mut scratch.w, panel * vectors * LANES);
-        grow(&mut scratch.sums, panel * T * LANES);
-        let x_panel = match x {
-            Tokens::Packed(panel) => panel,
-            Tokens::Rows(x) => {
-                grow(&mut scratch.x, x_tiles * T * vectors * LANES);
-                pack::<V, T>(0..x_tiles, num_rows, k, x, scratch.x.as_mut_ptr());
-                scratch.x.as_ptr()
-            }
-        };
-        for first in (0..num_out).step_by(panel) {
-            let rows = panel.min(num_out - first);
-            let w_tiles = rows.div_ceil(R);
-            for tile in 0..w_tiles {
-                let to = scratch.w.as_mut_ptr().add(tile * R * vectors * LANES);
-                let row = |i: usize| (tile * R + i < rows).then(|| w.add((first + tile * R + i) * k));
-                interleave::<V, E, R>(row, k, to);
-            }
-            for x_tile in 0..x_tiles {
-                let x_at = x_panel.add(x_tile * T * vectors * LANES);
-                let sums = scratch.sums.as_mut_ptr();
-                let mut start = 0;
-                while start < vectors {
-                    let end = (start + BLOCK).min(vectors);
-                    for w_tile in 0..w_tiles {
-                        let w_at = scratch.w.as_ptr().add(w_tile * R * vectors * LANES);
-                        let sums = sums.add(w_tile * T * R * LANES);
-                        let acc = block::<V, R, T>(w_at, x_at, start, end, sums);
-                        if end < vectors {
-                            spill::<V, R, T>(acc, sums);
-                            continue;
-                        }
-                        let o = w_tile * R;
-                        for (i, acc) in acc.into_iter().enumerate() {
-                            let t = x_tile * T + i;
-                            if t >= num_rows {
-                                break;
-                            }
-                            store_some::<V, R>(acc, out(t).add(first + o), rows - o);
-                        }
-                    }
-                    start = end;
+/// Weights that can be laid out.
+pub trait Strips {
+    /// Writes sixteen rows from `row` on, a multiple of sixteen, widened, with row i in lane i: element k is at
+    /// `to[((k % 16) * vectors + k / 16) * 16]`, where a row has that many `vectors` of sixteen, with zeros past k.
+    /// Lanes of rows that do not exist hold anything.
+    ///
+    /// # Safety
+    /// `V`'s instruction set is present, `row` exists, and there is room.
+    unsafe fn strip<V: F32x16>(&self, row: usize, to: *mut f32);
+}
+
+/// Rows of plain elements, one after the other.
+pub struct Rows<E> {
+    /// Row 0.
+    pub w: *const E,
+    /// Rows there are.
+    pub num_rows: usize,
+    /// Elements of a row.
+    pub k: usize,
+}
+
+impl<E: Element> Strips for Rows<E> {
+    #[inline(always)]
+    unsafe fn strip<V: F32x16>(&self, row: usize, to: *mut f32) {
+        let vectors = self.k.div_ceil(LANES);
+        for j in 0..vectors {
+            // SAFETY: the rows have k elements; the caller's.
+            unsafe {
+                let mut v = [V::splat(0.0); LANES];
+                for (i, v) in v.iter_mut().enumerate().take(self.num_rows - row) {
+                    let from = self.w.add((row + i) * self.k + j * LANES);
+                    *v = E::load_some::<V>(from, self.k - j * LANES);
+                }
+                for (l, v) in V::transpose(v).into_iter().enumerate() {
+                    v.store(to.add((l * vectors + j) * LANES));
                 }
             }
         }
-        SCRATCH.set(scratch);
     }
 }
 
-/// Where the tokens of a product are.
-pub enum Tokens<X> {
-    /// Row t at `x(t)`.
-    Rows(X),
-    /// A panel that [`pack`] wrote.
-    Packed(*const f32),
-}
-
-/// f32 of the x panel of `num_rows` tokens, for tiles of `T`.
-pub fn packed_len(num_rows: usize, k: usize, tokens: usize) -> usize {
-    num_rows.next_multiple_of(tokens) * k.next_multiple_of(LANES)
-}
-
-/// Lays out tiles `tiles` of the x panel at `to`, the start of the whole panel.
+/// `out(t)[o] = x(t) · w[first + o]` for `num_out` rows of `w`, of k elements, and `num_rows` tokens.
 ///
 /// # Safety
-/// Token t has k floats at `x(t)`, and the panel has [`packed_len`] floats.
+/// `V`'s instruction set is present and `V::TILE` is `(T, S)`. The rows exist; token t is written at `out(t)`
+/// (`num_out` floats), which nobody else touches; `x` is their [`Panel`].
 #[inline(always)]
-pub unsafe fn pack<V: F32x16, const T: usize>(
-    tiles: std::ops::Range<usize>,
+pub unsafe fn product<V: F32x16, const T: usize, const S: usize>(
+    w: &impl Strips,
+    first: usize,
+    num_out: usize,
+    k: usize,
+    num_rows: usize,
+    x: *const f32,
+    out: impl Fn(usize) -> *mut f32,
+) {
+    let vectors = k.div_ceil(LANES);
+    let strip_len = LANES * vectors * LANES;
+    // Strips start at multiples of sixteen; what they hold beyond the rows asked for is not written.
+    let (start, end) = (first / LANES, (first + num_out).div_ceil(LANES));
+    let room = (PANEL / strip_len.max(1)).clamp(1, (end - start).max(1));
+    // Taken out and put back, not borrowed in a closure: a closure would lose the instruction set.
+    let mut scratch = SCRATCH.take();
+    grow(&mut scratch, room * strip_len);
+    for block in (start..end).step_by(room) {
+        let strips = room.min(end - block);
+        for strip in 0..strips {
+            // SAFETY: the scratch holds `room` strips.
+            unsafe { w.strip::<V>((block + strip) * LANES, scratch.as_mut_ptr().add(strip * strip_len)) };
+        }
+        let mut t = 0;
+        while t < num_rows {
+            let whole = t + T <= num_rows;
+            for strip in 0..strips {
+                // SAFETY: both panels hold these tiles; the outputs are the caller's.
+                unsafe {
+                    let w = scratch.as_ptr().add(strip * strip_len);
+                    let x = x.add(t * vectors * LANES);
+                    let to = |i: usize| out(t + i);
+                    let row = ((block + strip) * LANES) as isize - first as isize;
+                    if whole {
+                        store(sums::<V, T>(w, x, vectors), row, num_out, num_rows - t, to);
+                    } else {
+                        store(sums::<V, S>(w, x, vectors), row, num_out, num_rows - t, to);
+                    }
+                }
+            }
+            t += if whole { T } else { S };
+        }
+    }
+    SCRATCH.set(scratch);
+}
+
+/// The products of a strip and T tokens: a row in each lane.
+#[inline(always)]
+unsafe fn sums<V: F32x16, const T: usize>(w: *const f32, x: *const f32, vectors: usize) -> [V; T] {
+    // SAFETY: strip and tile have sixteen times `vectors` steps of a vector and of T floats.
+    unsafe {
+        // Sums that wait for their partner.
+        let mut waiting = [const { MaybeUninit::<[V; T]>::uninit() }; 3];
+        for (i, l) in FIRST.into_iter().enumerate() {
+            // Two partial sums at once, which the fold adds first.
+            let (mut w0, mut x0) = (w.add(l * vectors * LANES), x.add(l * vectors * T));
+            let (mut w1, mut x1) = (w0.add(8 * vectors * LANES), x0.add(8 * vectors * T));
+            let (mut acc, mut other) = ([V::splat(0.0); T], [V::splat(0.0); T]);
+            for _ in 0..vectors {
+                let (a, b) = (V::load(w0), V::load(w1));
+                for t in 0..T {
+                    acc[t] = a.fma(V::splat(*x0.add(t)), acc[t]);
+                    other[t] = b.fma(V::splat(*x1.add(t)), other[t]);
+                }
+                (w0, x0, w1, x1) = (w0.add(LANES), x0.add(T), w1.add(LANES), x1.add(T));
+            }
+            for t in 0..T {
+                acc[t] = acc[t].add(other[t]);
+            }
+            // As a binary counter carries: each one bit of i is a sum that waits.
+            for waiting in &waiting[..i.trailing_ones() as usize] {
+                let waiting = waiting.assume_init_ref();
+                for t in 0..T {
+                    acc[t] = waiting[t].add(acc[t]);
+                }
+            }
+            if i == FIRST.len() - 1 {
+                return acc;
+            }
+            waiting[i.trailing_ones() as usize].write(acc);
+        }
+        unreachable!()
+    }
+}
+
+/// Writes the sums of the first `num_tokens` tokens, of which lane 0 is feature `row` of those asked for.
+#[inline(always)]
+unsafe fn store<V: F32x16, const T: usize>(
+    acc: [V; T],
+    row: isize,
+    num_out: usize,
+    num_tokens: usize,
+    out: impl Fn(usize) -> *mut f32,
+) {
+    for (t, acc) in acc.into_iter().enumerate().take(num_tokens) {
+        // SAFETY: the caller's.
+        unsafe { store_at(acc, out(t), row, num_out) };
+    }
+}
+
+/// Writes lane i to `out[row + i]` where that is in `0..n`.
+///
+/// # Safety
+/// `V`'s instruction set is present and `out` has room for n floats.
+#[inline(always)]
+pub unsafe fn store_at<V: F32x16>(v: V, out: *mut f32, row: isize, n: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        if row >= 0 && row as usize + LANES <= n {
+            return v.store(out.add(row as usize));
+        }
+        let mut lanes = [0f32; LANES];
+        v.store(lanes.as_mut_ptr());
+        let (skip, end) = ((-row).max(0), (n as isize - row).min(LANES as isize));
+        for i in skip..end {
+            *out.offset(row + i) = lanes[i as usize];
+        }
+    }
+}
+
+/// Tokens, laid out for products with several matrices. The memory goes back to its thread afterwards.
+pub struct Panel(Vec<f32>);
+
+thread_local! {
+    static TOKENS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Panel {
+    /// Lays out tokens `x(t)`, of k floats, over all threads if `shared`; nothing where there are too few to gain.
+    ///
+    /// # Safety
+    /// Every token has its floats.
+    pub unsafe fn new<X>(num_rows: usize, k: usize, x: X, shared: bool) -> Option<Self>
+    where
+        X: Fn(usize) -> *const f32 + Sync + Send,
+    {
+        if num_rows < MIN_TOKENS {
+            return None;
+        }
+        let mut panel = TOKENS.take();
+        let (full, rest) = dispatch(TileTokens);
+        // The tiles that take the rest may have tokens too many.
+        grow(&mut panel, (num_rows + rest) * k.next_multiple_of(LANES));
+        let to = Shared::new(&mut panel);
+        let (whole, x) = (num_rows / full, &x);
+        let tile = |i: usize| {
+            let (t, width) =
+                if i < whole { (i * full, full) } else { (whole * full + (i - whole) * rest, rest) };
+            dispatch(PackTile { t, width, num_rows, k, x, to });
+        };
+        let tiles = whole + (num_rows % full).div_ceil(rest);
+        if shared {
+            parallel::for_each(tiles, full * k, tile);
+        } else {
+            (0..tiles).for_each(tile);
+        }
+        Some(Self(panel))
+    }
+
+    /// The panel, as [`product`] wants it.
+    pub fn as_ptr(&self) -> *const f32 {
+        self.0.as_ptr()
+    }
+}
+
+impl Drop for Panel {
+    fn drop(&mut self) {
+        TOKENS.set(std::mem::take(&mut self.0));
+    }
+}
+
+/// Tokens of a whole tile and of those that take the rest.
+struct TileTokens;
+
+impl Kernel for TileTokens {
+    type Out = (usize, usize);
+    #[inline(always)]
+    unsafe fn run<V: F32x16>(self) -> (usize, usize) {
+        V::TILE
+    }
+}
+
+/// Lays out a tile of `width` tokens from token `t` on, in the panel at `to`.
+struct PackTile<'a, X> {
+    t: usize,
+    width: usize,
     num_rows: usize,
     k: usize,
-    x: impl Fn(usize) -> *const f32,
-    to: *mut f32,
-) {
-    for tile in tiles {
-        // SAFETY: the caller's.
+    x: &'a X,
+    to: Shared<f32>,
+}
+
+impl<X: Fn(usize) -> *const f32> Kernel for PackTile<'_, X> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<V: F32x16>(self) {
+        let Self { t, width, num_rows, k, x, to } = self;
+        let vectors = k.div_ceil(LANES);
+        // SAFETY: `Panel::new` sized the panel; the tokens are its caller's.
         unsafe {
-            let to = to.add(tile * T * k.next_multiple_of(LANES));
-            interleave::<V, f32, T>(|i| (tile * T + i < num_rows).then(|| x(tile * T + i)), k, to);
+            let to = to.get().add(t * vectors * LANES);
+            for j in 0..vectors {
+                let mut v = [V::splat(0.0); LANES];
+                for (i, v) in v.iter_mut().enumerate().take(width.min(num_rows - t)) {
+                    *v = f32::load_some::<V>(x(t + i).add(j * LANES), k - j * LANES);
+                }
+                for (l, v) in V::transpose(v).into_iter().enumerate() {
+                    v.store_part(to.add((l * vectors + j) * width), width);
+                }
+            }
         }
     }
 }
@@ -140,81 +294,5 @@ pub unsafe fn pack<V: F32x16, const T: usize>(
 fn grow(buffer: &mut Vec<f32>, len: usize) {
     if buffer.len() < len {
         buffer.resize(len, 0.0);
-    }
-}
-
-/// Vectors `[start, end)` of a tile's products, on top of `sums` unless `start` is 0.
-#[inline(always)]
-unsafe fn block<V: F32x16, const R: usize, const T: usize>(
-    w: *const f32,
-    x: *const f32,
-    start: usize,
-    end: usize,
-    sums: *const f32,
-) -> [[V; R]; T] {
-    // SAFETY: the panels hold `end` vectors of R and T rows; `sums` holds R * T vectors.
-    unsafe {
-        let mut acc = [[V::splat(0.0); R]; T];
-        if start > 0 {
-            for t in 0..T {
-                for r in 0..R {
-                    acc[t][r] = V::load(sums.add((t * R + r) * LANES));
-                }
-            }
-        }
-        let (mut w, mut x) = (w.add(start * R * LANES), x.add(start * T * LANES));
-        for _ in start..end {
-            let mut wv = [V::splat(0.0); R];
-            for r in 0..R {
-                wv[r] = V::load(w.add(r * LANES));
-            }
-            for t in 0..T {
-                let xv = V::load(x.add(t * LANES));
-                for r in 0..R {
-                    acc[t][r] = wv[r].fma(xv, acc[t][r]);
-                }
-            }
-            (w, x) = (w.add(R * LANES), x.add(T * LANES));
-        }
-        acc
-    }
-}
-
-#[inline(always)]
-unsafe fn spill<V: F32x16, const R: usize, const T: usize>(acc: [[V; R]; T], sums: *mut f32) {
-    for t in 0..T {
-        for r in 0..R {
-            // SAFETY: `sums` holds R * T vectors.
-            unsafe { acc[t][r].store(sums.add((t * R + r) * LANES)) };
-        }
-    }
-}
-
-/// Writes rows `0..N` (zeros where there is none) as `[k / 16][N][16]`, zeros past k.
-#[inline(always)]
-unsafe fn interleave<V: F32x16, E: Element, const N: usize>(
-    row: impl Fn(usize) -> Option<*const E>,
-    k: usize,
-    to: *mut f32,
-) {
-    // SAFETY: rows have k elements; `to` has room for k rounded up, N times.
-    unsafe {
-        for i in 0..N {
-            let to = to.add(i * LANES);
-            let Some(from) = row(i) else {
-                for v in 0..k.div_ceil(LANES) {
-                    V::splat(0.0).store(to.add(v * N * LANES));
-                }
-                continue;
-            };
-            let whole = k / LANES;
-            for v in 0..whole {
-                E::load::<V>(from.add(v * LANES)).store(to.add(v * N * LANES));
-            }
-            if !k.is_multiple_of(LANES) {
-                let last = E::load_part::<V>(from.add(whole * LANES), k % LANES);
-                last.store(to.add(whole * N * LANES));
-            }
-        }
     }
 }

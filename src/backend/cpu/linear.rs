@@ -5,9 +5,8 @@
 //! i + 16, ...) and one fixed fold, whatever tile it is computed in: a token's result does not depend on
 //! which other tokens are in the batch. Threads split the output features, never the reduction.
 
-use std::cell::RefCell;
-
-use super::gemm::{self, Tokens};
+use super::gemm::{self, Panel, Rows, Strips};
+use super::packed::Packed;
 use super::parallel::{self, Shared};
 use super::simd::{F32x16, Kernel, LANES, dispatch};
 use super::tile::{Bf16, Element, F16, store_some, tile};
@@ -25,25 +24,44 @@ pub struct Linear {
 struct Part {
     rows: std::ops::Range<usize>,
     data: Data,
-    dtype: DType,
 }
 
 enum Data {
+    /// Rows of plain elements, in the file or converted.
     Mapped(Tensor),
-    Owned(Vec<u8>),
+    Owned(Vec<u8>, DType),
+    Packed(Packed),
 }
 
 impl Linear {
     /// The rows of `tensors` (each `[rows, in]`, or `[in]` for one row), one after the other. With `dtype`,
-    /// tensors of another dtype are converted (rounded to nearest even); otherwise nothing is copied.
+    /// tensors of another dtype are converted (rounded to nearest even). bf16 is packed; f16 and f32 are used where
+    /// they are, in the mapped file.
     pub fn new(tensors: &[Tensor], dtype: Option<DType>) -> Self {
+        Self::from_parts(tensors, |t| match Data::new(t, dtype) {
+            Data::Mapped(t) if t.dtype == DType::BF16 => {
+                let packed = Packed::new(t.bytes(), t.shape.last().copied().unwrap_or(1));
+                t.release();
+                Data::Packed(packed)
+            }
+            Data::Owned(bytes, DType::BF16) => {
+                Data::Packed(Packed::new(&bytes, t.shape.last().copied().unwrap_or(1)))
+            }
+            other => other,
+        })
+    }
+
+    /// A matrix of which single rows are read, by [`Linear::read_row`]: never packed.
+    pub fn table(tensor: &Tensor, dtype: Option<DType>) -> Self {
+        Self::from_parts(std::slice::from_ref(tensor), |t| Data::new(t, dtype))
+    }
+
+    fn from_parts(tensors: &[Tensor], data: impl Fn(&Tensor) -> Data) -> Self {
         let num_in = tensors[0].shape.last().copied().unwrap_or(1);
         let (mut parts, mut num_out) = (Vec::new(), 0);
         for t in tensors {
             let rows = t.shape.iter().product::<usize>() / num_in.max(1);
-            let wish = dtype.unwrap_or(t.dtype);
-            let data = if wish == t.dtype { Data::Mapped(t.clone()) } else { Data::Owned(convert(t, wish)) };
-            parts.push(Part { rows: num_out..num_out + rows, data, dtype: wish });
+            parts.push(Part { rows: num_out..num_out + rows, data: data(t) });
             num_out += rows;
         }
         Self { parts, num_in, num_out }
@@ -53,75 +71,54 @@ impl Linear {
     pub fn from_f32(data: &[f32], num_in: usize) -> Self {
         let num_out = data.len() / num_in.max(1);
         let bytes = data.iter().flat_map(|x| x.to_ne_bytes()).collect();
-        let part = Part { rows: 0..num_out, data: Data::Owned(bytes), dtype: DType::F32 };
+        let part = Part { rows: 0..num_out, data: Data::Owned(bytes, DType::F32) };
         Self { parts: vec![part], num_in, num_out }
     }
 
-    fn row(&self, row: usize) -> (*const u8, DType) {
-        let part = &self.parts[self.parts.partition_point(|p| p.rows.end <= row)];
-        let bytes = part.data.bytes();
-        let offset = (row - part.rows.start) * self.num_in * part.dtype.size();
-        debug_assert!(offset + self.num_in * part.dtype.size() <= bytes.len());
-        (bytes[offset..].as_ptr(), part.dtype)
-    }
-
-    /// Writes row `row`, widened, into `out` (`[in]`).
+    /// Writes row `row`, widened, into `out` (`[in]`). Quick for a table only.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
-        let (w, dtype) = self.row(row);
         assert!(out.len() == self.num_in && row < self.num_out);
-        // SAFETY: the row has `num_in` elements.
-        unsafe { widen_row(w, dtype, out.as_mut_ptr(), self.num_in) }
+        let part = &self.parts[self.parts.partition_point(|p| p.rows.end <= row)];
+        let row = row - part.rows.start;
+        match part.data.elements() {
+            Ok((bytes, dtype)) => {
+                let len = self.num_in * dtype.size();
+                widen_row(&bytes[row * len..(row + 1) * len], dtype, out);
+            }
+            Err(packed) => packed.read_row(row, out),
+        }
     }
 
     /// `out[t, o] = x[t] · w[o]` for `num_rows` rows: `x` `[num_rows, in]`, `out` `[num_rows, out]`.
     pub fn forward(&self, x: &[f32], out: &mut [f32], num_rows: usize) {
         assert!(x.len() >= num_rows * self.num_in && out.len() >= num_rows * self.num_out);
         let out = Shared::new(out);
+        let x = |t: usize| x[t * self.num_in..].as_ptr();
+        // SAFETY: every token has `num_in` floats.
+        let panel = unsafe { Panel::new(num_rows, self.num_in, x, true) };
         let work = self.num_in * num_rows;
-        // Laid out once, for all tasks.
-        let mut panel = PACKED.take();
-        let packed = num_rows >= gemm::MIN_TOKENS;
-        if packed {
-            pack(x, num_rows, self.num_in, &mut panel);
-        }
-        let panel_at = Shared::new(&mut panel);
         let per_task = parallel::items_per_task(self.num_out, work);
         parallel::for_each(self.num_out.div_ceil(per_task), per_task * work, |task| {
             let rows = task * per_task..((task + 1) * per_task).min(self.num_out);
             let start = rows.start;
             // SAFETY: t < num_rows and start < num_out; tasks write disjoint features.
             let out_row = |t: usize| unsafe { out.get().add(t * self.num_out + start) };
-            // SAFETY: every token has `num_in` floats, the panel holds them all, and there is room for the features
-            // of this task.
-            unsafe {
-                let panel = packed.then_some(panel_at.get().cast_const());
-                self.rows_of(rows, num_rows, |t| x[t * self.num_in..].as_ptr(), panel, out_row);
-            }
+            // SAFETY: every token has `num_in` floats and there is room for the features of this task.
+            unsafe { self.rows(rows, num_rows, x, panel.as_ref(), out_row) };
         });
-        PACKED.set(panel);
     }
 
     /// Output features `rows` for `num_rows` tokens, on this thread.
     ///
     /// # Safety
-    /// Token `t` is read at `x(t)` (`num_in` floats) and written at `out(t)` (`rows.len()` floats), which nobody
-    /// else touches meanwhile.
-    pub unsafe fn rows<X, Y>(&self, rows: std::ops::Range<usize>, num_rows: usize, x: X, out: Y)
-    where
-        X: Fn(usize) -> *const f32,
-        Y: Fn(usize) -> *mut f32,
-    {
-        // SAFETY: the caller's.
-        unsafe { self.rows_of(rows, num_rows, x, None, out) }
-    }
-
-    /// [`Linear::rows`], from a panel that [`pack`] laid out where there is one.
-    unsafe fn rows_of<X, Y>(
+    /// Token `t` is read at `x(t)` (`num_in` floats), or in `panel` where there are enough of them for one, and written
+    /// at `out(t)` (`rows.len()` floats), which nobody else touches meanwhile.
+    pub unsafe fn rows<X, Y>(
         &self,
         rows: std::ops::Range<usize>,
         num_rows: usize,
         x: X,
-        panel: Option<*const f32>,
+        panel: Option<&Panel>,
         out: Y,
     ) where
         X: Fn(usize) -> *const f32,
@@ -130,18 +127,15 @@ impl Linear {
         let first = self.parts.partition_point(|p| p.rows.end <= rows.start);
         for part in self.parts[first..].iter().take_while(|p| p.rows.start < rows.end) {
             let (start, end) = (rows.start.max(part.rows.start), rows.end.min(part.rows.end));
-            let (k, size) = (self.num_in, part.dtype.size());
-            let bytes = &part.data.bytes()[(start - part.rows.start) * k * size..];
-            assert!(bytes.len() >= (end - start) * k * size);
             let before = start - rows.start;
             let product = Product {
-                w: bytes.as_ptr(),
-                dtype: part.dtype,
+                w: &part.data,
+                first: start - part.rows.start,
                 num_out: end - start,
-                k,
+                k: self.num_in,
                 num_rows,
                 x: &x,
-                panel,
+                panel: panel.map(Panel::as_ptr),
                 // SAFETY: the part's features follow those of the parts before it.
                 out: |t| unsafe { out(t).add(before) },
             };
@@ -151,71 +145,26 @@ impl Linear {
 }
 
 impl Data {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Data::Mapped(t) => t.bytes(),
-            Data::Owned(v) => v,
+    fn new(t: &Tensor, dtype: Option<DType>) -> Self {
+        match dtype {
+            Some(wish) if wish != t.dtype => Data::Owned(convert(t, wish), wish),
+            _ => Data::Mapped(t.clone()),
         }
     }
-}
 
-thread_local! {
-    /// The x panel of the product at hand.
-    static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Lays out tokens `x` `[num_rows, k]` for the tile of this machine, over all threads.
-fn pack(x: &[f32], num_rows: usize, k: usize, panel: &mut Vec<f32>) {
-    let width = dispatch(TileTokens);
-    let len = gemm::packed_len(num_rows, k, width);
-    if panel.len() < len {
-        panel.resize(len, 0.0);
-    }
-    let tiles = num_rows.div_ceil(width);
-    let to = Shared::new(panel);
-    parallel::for_each(tiles, width * k, |tile| dispatch(PackTile { x, num_rows, k, tile, to }));
-}
-
-/// Tokens of a register tile.
-struct TileTokens;
-
-impl Kernel for TileTokens {
-    type Out = usize;
-    #[inline(always)]
-    unsafe fn run<V: F32x16>(self) -> usize {
-        V::TILE.1
-    }
-}
-
-struct PackTile<'a> {
-    x: &'a [f32],
-    num_rows: usize,
-    k: usize,
-    tile: usize,
-    to: Shared<f32>,
-}
-
-impl Kernel for PackTile<'_> {
-    type Out = ();
-    #[inline(always)]
-    unsafe fn run<V: F32x16>(self) {
-        let Self { x, num_rows, k, tile, to } = self;
-        let row = |t: usize| x[t * k..(t + 1) * k].as_ptr();
-        // SAFETY: `pack` sized the panel; each tile is one task's.
-        unsafe {
-            match V::TILE.1 {
-                6 => gemm::pack::<V, 6>(tile..tile + 1, num_rows, k, row, to.get()),
-                3 => gemm::pack::<V, 3>(tile..tile + 1, num_rows, k, row, to.get()),
-                _ => gemm::pack::<V, 2>(tile..tile + 1, num_rows, k, row, to.get()),
-            }
+    fn elements(&self) -> Result<(&[u8], DType), &Packed> {
+        match self {
+            Data::Mapped(t) => Ok((t.bytes(), t.dtype)),
+            Data::Owned(bytes, dtype) => Ok((bytes, *dtype)),
+            Data::Packed(packed) => Err(packed),
         }
     }
 }
 
 /// Some output features of a product, on one thread.
 struct Product<'a, X, Y> {
-    w: *const u8,
-    dtype: DType,
+    w: &'a Data,
+    first: usize,
     num_out: usize,
     k: usize,
     num_rows: usize,
@@ -224,16 +173,40 @@ struct Product<'a, X, Y> {
     out: Y,
 }
 
+/// Weights that few tokens are multiplied with, as they pass.
+trait Stream {
+    /// # Safety
+    /// As `Packed::few`.
+    unsafe fn few<V: F32x16, const T: usize>(
+        &self,
+        first: usize,
+        num_out: usize,
+        x: [*const f32; T],
+        out: [*mut f32; T],
+    );
+}
+
 impl<X: Fn(usize) -> *const f32, Y: Fn(usize) -> *mut f32> Kernel for Product<'_, X, Y> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<V: F32x16>(self) {
-        // SAFETY: `Linear::rows` checked the extent of `w`; tokens and outputs are its caller's.
+        let (bytes, dtype) = match self.w.elements() {
+            Ok(elements) => elements,
+            Err(packed) => {
+                assert!(self.first + self.num_out <= packed.num_out());
+                // SAFETY: the caller's.
+                return unsafe { self.product::<V>(packed) };
+            }
+        };
+        let num_rows = bytes.len() / (self.k * dtype.size()).max(1);
+        assert!(self.first + self.num_out <= num_rows);
+        let (w, k) = (bytes.as_ptr(), self.k);
+        // SAFETY: the bytes are `num_rows` rows of k elements; tokens and outputs are the caller's.
         unsafe {
-            match self.dtype {
-                DType::F32 => self.elements::<V, f32>(),
-                DType::BF16 => self.elements::<V, Bf16>(),
-                _ => self.elements::<V, F16>(),
+            match dtype {
+                DType::F32 => self.product::<V>(&Rows { w: w.cast::<f32>(), num_rows, k }),
+                DType::BF16 => self.product::<V>(&Rows { w: w.cast::<Bf16>(), num_rows, k }),
+                _ => self.product::<V>(&Rows { w: w.cast::<F16>(), num_rows, k }),
             }
         }
     }
@@ -241,54 +214,78 @@ impl<X: Fn(usize) -> *const f32, Y: Fn(usize) -> *mut f32> Kernel for Product<'_
 
 impl<X: Fn(usize) -> *const f32, Y: Fn(usize) -> *mut f32> Product<'_, X, Y> {
     #[inline(always)]
-    unsafe fn elements<V: F32x16, E: Element>(&self) {
-        let Self { num_out, k, num_rows, x, out, .. } = self;
-        let tokens = match self.panel {
-            Some(panel) => Tokens::Packed(panel),
-            None => Tokens::Rows(x),
-        };
-        let w = self.w.cast::<E>();
+    unsafe fn product<V: F32x16>(&self, w: &(impl Strips + Stream)) {
+        let Self { first, num_out, k, num_rows, ref out, .. } = *self;
         // SAFETY: the caller's.
         unsafe {
-            match (*num_rows >= gemm::MIN_TOKENS, V::TILE) {
-                (true, (4, _)) => gemm::product::<V, E, 4, 6>(w, *num_out, *k, *num_rows, tokens, out),
-                (true, (2, 3)) => gemm::product::<V, E, 2, 3>(w, *num_out, *k, *num_rows, tokens, out),
-                (true, _) => gemm::product::<V, E, 2, 2>(w, *num_out, *k, *num_rows, tokens, out),
-                (false, _) => {
+            match (self.panel, V::TILE) {
+                (Some(x), (12, _)) => gemm::product::<V, 12, 4>(w, first, num_out, k, num_rows, x, out),
+                (Some(x), (3, _)) => gemm::product::<V, 3, 1>(w, first, num_out, k, num_rows, x, out),
+                (Some(x), _) => gemm::product::<V, 2, 2>(w, first, num_out, k, num_rows, x, out),
+                (None, _) => {
                     let mut t = 0;
-                    while t + 4 <= *num_rows {
-                        self.few::<V, E, 4>(w, t);
+                    while t + 4 <= num_rows {
+                        self.few::<V, 4>(w, t);
                         t += 4;
                     }
-                    while t + 2 <= *num_rows {
-                        self.few::<V, E, 2>(w, t);
+                    while t + 2 <= num_rows {
+                        self.few::<V, 2>(w, t);
                         t += 2;
                     }
-                    if t < *num_rows {
-                        self.few::<V, E, 1>(w, t);
+                    if t < num_rows {
+                        self.few::<V, 1>(w, t);
                     }
                 }
             }
         }
     }
 
-    /// `T` tokens from `t`. The weights pass as one plain stream, row after row: four rows side by side, with or
-    /// without prefetch, reached half of the memory's speed (AMD EPYC, 2026-11).
     #[inline(always)]
-    unsafe fn few<V: F32x16, E: Element, const T: usize>(&self, w: *const E, t: usize) {
-        const R: usize = 4;
+    unsafe fn few<V: F32x16, const T: usize>(&self, w: &impl Stream, t: usize) {
         let (mut x, mut out) = ([std::ptr::null(); T], [std::ptr::null_mut(); T]);
         for i in 0..T {
             x[i] = (self.x)(t + i);
             out[i] = (self.out)(t + i);
         }
         // SAFETY: the caller's.
+        unsafe { w.few::<V, T>(self.first, self.num_out, x, out) }
+    }
+}
+
+impl Stream for Packed {
+    #[inline(always)]
+    unsafe fn few<V: F32x16, const T: usize>(
+        &self,
+        first: usize,
+        num_out: usize,
+        x: [*const f32; T],
+        out: [*mut f32; T],
+    ) {
+        // SAFETY: the caller's.
+        unsafe { self.few::<V, T>(first, num_out, x, out) }
+    }
+}
+
+impl<E: Element> Stream for Rows<E> {
+    /// The weights pass as one plain stream, row after row: four rows side by side, with or without prefetch, reached
+    /// half of the memory's speed (AMD EPYC, 2026-11).
+    #[inline(always)]
+    unsafe fn few<V: F32x16, const T: usize>(
+        &self,
+        first: usize,
+        num_out: usize,
+        x: [*const f32; T],
+        out: [*mut f32; T],
+    ) {
+        const R: usize = 4;
+        // SAFETY: the caller's.
         unsafe {
-            for o in (0..self.num_out).step_by(R) {
-                let rows = R.min(self.num_out - o);
+            for o in (0..num_out).step_by(R) {
+                let rows = R.min(num_out - o);
                 let mut acc = [[V::splat(0.0); R]; T];
                 for r in 0..rows {
-                    let row = tile::<V, E, 1, T>([w.add((o + r) * self.k)], x, self.k);
+                    let w = self.w.add((first + o + r) * self.k);
+                    let row = tile::<V, E, 1, T>([w], x, self.k);
                     for i in 0..T {
                         acc[i][r] = row[i][0];
                     }
@@ -338,17 +335,15 @@ impl Kernel for WidenRow {
     }
 }
 
-unsafe fn widen_row(w: *const u8, dtype: DType, out: *mut f32, n: usize) {
-    dispatch(WidenRow { w, dtype, out, n });
+fn widen_row(bytes: &[u8], dtype: DType, out: &mut [f32]) {
+    assert!(bytes.len() == out.len() * dtype.size());
+    dispatch(WidenRow { w: bytes.as_ptr(), dtype, out: out.as_mut_ptr(), n: out.len() });
 }
 
 /// A tensor's elements as f32.
 pub fn to_f32(t: &Tensor) -> Vec<f32> {
-    let n = t.shape.iter().product();
-    let mut out = vec![0f32; n];
-    assert!(t.bytes().len() == n * t.dtype.size());
-    // SAFETY: the tensor has n elements, checked above.
-    unsafe { widen_row(t.bytes().as_ptr(), t.dtype, out.as_mut_ptr(), n) };
+    let mut out = vec![0f32; t.shape.iter().product()];
+    widen_row(t.bytes(), t.dtype, &mut out);
     out
 }
 

@@ -11,7 +11,9 @@ mod kernel;
 pub mod linear;
 pub mod moe;
 pub mod norm;
+mod packed;
 pub mod parallel;
+mod screen;
 pub mod simd;
 mod small;
 pub mod softmax;
@@ -24,6 +26,7 @@ use self::delta_rule::{Head, OutRows};
 use self::linear::Linear;
 use self::moe::Moe;
 use self::parallel::Shared;
+use self::screen::Screen;
 use super::{Backend, DecayWeights, MoeTensors, Rope};
 use crate::batch::{Batch, BatchSeq, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig};
@@ -82,6 +85,7 @@ impl Backend for Cpu {
     type Buf = Buf;
     type Linear = Linear;
     type Vector = Vec<f32>;
+    type Screen = Option<Screen>;
     type Moe = Moe;
     type Pages = Pages;
     type Slots = Slots;
@@ -97,6 +101,14 @@ impl Backend for Cpu {
 
     fn linear_weight(&self, tensors: &[Tensor], dtype: Option<DType>) -> Result<Linear> {
         Ok(Linear::new(tensors, dtype))
+    }
+
+    fn table_weight(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Linear> {
+        Ok(Linear::table(tensor, dtype))
+    }
+
+    fn screen(&self, head: &Tensor, dtype: Option<DType>) -> Result<Option<Screen>> {
+        Ok(Screen::new(&Linear::table(head, dtype)))
     }
 
     fn vector(&self, tensor: &Tensor, offset: f32) -> Result<Vec<f32>> {
@@ -179,6 +191,23 @@ impl Backend for Cpu {
     fn linear(&self, n: usize, x: &Buf, w: &Linear, out: &mut Buf) {
         debug_assert!(x.width == w.num_in && out.width == w.num_out);
         w.forward(&x.data, &mut out.data, n);
+    }
+
+    fn top_logits(
+        &self,
+        n: usize,
+        x: &Buf,
+        head: (&Linear, &Option<Screen>),
+        k: usize,
+        num_tokens: usize,
+        out: &mut Buf,
+    ) {
+        let (w, screen) = head;
+        let screened =
+            screen.as_ref().is_some_and(|s| s.top_logits(w, &x.data, n, k, num_tokens, &mut out.data));
+        if !screened {
+            self.linear(n, x, w, out);
+        }
     }
 
     fn causal_conv1d(
@@ -384,6 +413,13 @@ impl Backend for Cpu {
     fn gather(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
         for (&row, out) in rows.iter().zip(out.data.chunks_exact_mut(out.width)) {
             out.copy_from_slice(x.row(row));
+        }
+    }
+
+    fn keep_rows(&self, rows: &[usize], buf: &mut Buf) {
+        debug_assert!(rows.is_sorted());
+        for (i, &row) in rows.iter().enumerate() {
+            buf.data.copy_within(row * buf.width..(row + 1) * buf.width, i * buf.width);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 
+use super::gemm::Panel;
 use super::linear::Linear;
 use super::norm::{axpy, silu_mul};
 use super::parallel::{self, Shared};
@@ -111,14 +112,17 @@ impl Moe {
             2 * hidden,
             |group, features| {
                 let Group { width, index, .. } = *group;
+                let row_of = |t: usize| x[group.tokens[t] as usize * hidden..].as_ptr();
+                // SAFETY: a token has `hidden` floats.
+                let panel = unsafe { Panel::new(group.tokens.len(), hidden, row_of, false) };
                 for part in 0..2 {
                     let first = (2 * index + part) * width;
                     let rows = first + features.start..first + features.end;
                     let at = |t: usize| group.rows[t] as usize * 2 * widest + part * widest + features.start;
                     // SAFETY: a token has `hidden` floats; an assignment's features are this task's alone.
                     unsafe {
-                        let row_of = |t: usize| x[group.tokens[t] as usize * hidden..].as_ptr();
-                        group.gate_up.rows(rows, group.tokens.len(), row_of, |t| gate_up.get().add(at(t)));
+                        let to = |t: usize| gate_up.get().add(at(t));
+                        group.gate_up.rows(rows, group.tokens.len(), row_of, panel.as_ref(), to);
                     }
                 }
                 for &row in &group.rows {
@@ -145,7 +149,9 @@ impl Moe {
                 // SAFETY: an assignment has `widest` activations; its features are this task's alone.
                 unsafe {
                     let row_of = |t: usize| act[group.rows[t] as usize * widest..].as_ptr();
-                    group.down.rows(rows, group.tokens.len(), row_of, |t| y_out.get().add(at(t)));
+                    let panel = Panel::new(group.tokens.len(), group.width, row_of, false);
+                    let to = |t: usize| y_out.get().add(at(t));
+                    group.down.rows(rows, group.tokens.len(), row_of, panel.as_ref(), to);
                 }
             },
         );
@@ -213,9 +219,9 @@ fn over_groups<'a>(
     let mut tasks = Vec::new();
     for (i, group) in groups.iter().enumerate() {
         let n = num_features(group);
-        // Blocks in proportion to the group's share of the work, a multiple of eight features each.
+        // Blocks in proportion to the group's share of the work, a multiple of 32 features each.
         let per_task = parallel::items_per_task(total, num_in).div_ceil(group.tokens.len().max(1));
-        let per_task = per_task.next_multiple_of(8).min(n.max(1));
+        let per_task = per_task.next_multiple_of(32).min(n.max(1));
         tasks.extend((0..n).step_by(per_task).map(|f| (i, f..(f + per_task).min(n))));
     }
     let work = total * num_in / tasks.len().max(1);

@@ -72,12 +72,12 @@ pub fn for_each(n: usize, work_per_task: usize, task: impl Fn(usize) + Sync + Se
 }
 
 /// How many of `n` items a task takes, so that a task is worth its dispatch and every thread gets several.
-/// A multiple of eight.
+/// A multiple of 32: whole strips of the weights.
 pub fn items_per_task(n: usize, work_per_item: usize) -> usize {
     let threads = rayon::current_num_threads();
     if n * work_per_item <= SERIAL_WORK || threads == 1 {
         return n.max(1);
     }
     let tasks = (n * work_per_item / SERIAL_WORK).clamp(1, threads * 8);
-    n.div_ceil(tasks).next_multiple_of(8)
+    n.div_ceil(tasks).next_multiple_of(32)
 }

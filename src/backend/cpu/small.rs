@@ -6,7 +6,8 @@
 use super::simd::{F32x16, LANES};
 use super::tile::{store_sums, tile};
 
-/// `c[i, j] = a[i] · b[j]`: `a` `[m, k]`, `b` `[n, k]`, `c` `[m, n]` with the row strides given.
+/// `c[i, j] = a[i] · b[j]` for the rows i from `first(j)` on, and some before: `a` `[m, k]`, `b` `[n, k]`, `c` `[m, n]`
+/// with the row strides given.
 ///
 /// # Safety
 /// `V`'s instruction set is present and the matrices have the rows and strides named.
@@ -16,6 +17,7 @@ pub unsafe fn matmul_nt<V: F32x16>(
     m: usize,
     n: usize,
     k: usize,
+    first: impl Fn(usize) -> usize,
     a: *const f32,
     a_stride: usize,
     b: *const f32,
@@ -28,7 +30,7 @@ pub unsafe fn matmul_nt<V: F32x16>(
         let mut j = 0;
         while j + 4 <= n {
             let rows = [0, 1, 2, 3].map(|r| b.add((j + r) * b_stride));
-            let mut i = 0;
+            let mut i = first(j);
             while i + 4 <= m {
                 let cols = [0, 1, 2, 3].map(|t| a.add((i + t) * a_stride));
                 let acc = tile::<V, f32, 4, 4>(rows, cols, k);
@@ -45,7 +47,7 @@ pub unsafe fn matmul_nt<V: F32x16>(
             j += 4;
         }
         while j < n {
-            for i in 0..m {
+            for i in first(j)..m {
                 let acc = tile::<V, f32, 1, 1>([b.add(j * b_stride)], [a.add(i * a_stride)], k);
                 store_sums::<V, 1>(acc[0], c.add(i * c_stride + j));
             }

@@ -30,6 +30,12 @@ pub trait Element: Copy {
             V::load(lanes.as_ptr())
         }
     }
+    /// Sixteen of them, or as many as there are. # Safety: valid for min(n, 16) elements, n > 0.
+    #[inline(always)]
+    unsafe fn load_some<V: F32x16>(p: *const Self, n: usize) -> V {
+        // SAFETY: the caller's.
+        unsafe { if n >= LANES { Self::load::<V>(p) } else { Self::load_part::<V>(p, n) } }
+    }
 }
 
 /// bfloat16 bits.
@@ -88,9 +94,20 @@ pub unsafe fn tile<V: F32x16, E: Element, const R: usize, const T: usize>(
     x: [*const f32; T],
     k: usize,
 ) -> [[V; R]; T] {
+    // SAFETY: the caller's.
+    unsafe { tile_onto([[V::splat(0.0); R]; T], w, x, k) }
+}
+
+/// [`tile`] on top of the partial sums of the k before.
+#[inline(always)]
+pub unsafe fn tile_onto<V: F32x16, E: Element, const R: usize, const T: usize>(
+    mut acc: [[V; R]; T],
+    w: [*const E; R],
+    x: [*const f32; T],
+    k: usize,
+) -> [[V; R]; T] {
     // SAFETY: every row has k elements.
     unsafe {
-        let mut acc = [[V::splat(0.0); R]; T];
         let mut i = 0;
         while i + LANES <= k {
             let mut wv = [V::splat(0.0); R];

@@ -1,6 +1,9 @@
 //! Matrix products against plain sums in f64.
 
 use super::{Data, Linear, Part, to_f32};
+use crate::backend::cpu::gemm::Panel;
+use crate::backend::cpu::packed::Packed;
+use crate::backend::cpu::parallel::Shared;
 use crate::weights::DType;
 
 /// Numbers in -2..2, the same for the same salt.
@@ -16,7 +19,7 @@ pub(crate) fn owned(data: &[f32], num_in: usize, dtype: DType) -> Linear {
             DType::F16 => data.iter().flat_map(|&x| half::f16::from_f32(x).to_ne_bytes()).collect(),
             _ => data.iter().flat_map(|x| x.to_ne_bytes()).collect(),
         };
-        Part { rows: start..start + data.len() / num_in, data: Data::Owned(bytes), dtype }
+        Part { rows: start..start + data.len() / num_in, data: Data::Owned(bytes, dtype) }
     };
     // Two parts, as q, k and v of a layer are.
     let num_out = data.len() / num_in;
@@ -26,6 +29,105 @@ pub(crate) fn owned(data: &[f32], num_in: usize, dtype: DType) -> Linear {
 }
 
 const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+/// [`owned`] in every form that a matrix of that dtype can have.
+fn forms(data: &[f32], num_in: usize, dtype: DType) -> Vec<Linear> {
+    let plain = owned(data, num_in, dtype);
+    if dtype != DType::BF16 {
+        return vec![plain];
+    }
+    let mut packed = owned(data, num_in, dtype);
+    for part in &mut packed.parts {
+        part.data = match &part.data {
+            Data::Owned(bytes, DType::BF16) => Data::Packed(Packed::new(bytes, num_in)),
+            _ => unreachable!(),
+        };
+    }
+    vec![plain, packed]
+}
+
+/// Numbers whose exponents spread here and there, zeros, infinities and NaN among them.
+fn uneven(n: usize, salt: u64) -> Vec<f32> {
+    let odd = |i: usize, x: f32| match (crate::sampler::uniform(salt ^ 7, i as u64) * 4000.0) as u32 {
+        0 => 0.0,
+        1 => x * 1e-30,
+        2 => x * 1e20,
+        3 => -0.0,
+        _ => x,
+    };
+    numbers(n, salt).into_iter().enumerate().map(|(i, x)| odd(i, x)).collect()
+}
+
+#[test]
+fn packed_rows_are_the_same_bits() {
+    for num_in in [1, 31, 127, 128, 129, 160, 255, 256, 384, 1000] {
+        for num_out in [1, 2, 3, 4, 5, 7, 255, 256, 257, 300] {
+            let mut data = uneven(num_in * num_out, 5);
+            for (i, x) in
+                [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MIN_POSITIVE / 4.0].into_iter().enumerate()
+            {
+                let n = data.len();
+                data[(i * 7919) % n] = x;
+            }
+            let [plain, packed] = <[Linear; 2]>::try_from(forms(&data, num_in, DType::BF16)).ok().unwrap();
+            let (mut a, mut b) = (vec![0.0; num_in], vec![0.0; num_in]);
+            for row in 0..num_out {
+                plain.read_row(row, &mut a);
+                packed.read_row(row, &mut b);
+                assert!(
+                    a.iter().zip(&b).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{num_in} {num_out} {row}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_products_are_the_same_bits() {
+    for (num_in, num_out) in [(128, 9), (384, 70), (1000, 300), (100, 5), (1024, 64)] {
+        let [plain, packed] =
+            <[Linear; 2]>::try_from(forms(&uneven(num_in * num_out, 6), num_in, DType::BF16)).ok().unwrap();
+        for num_rows in [1, 2, 3, 4, 7, 8, 12, 25, 64] {
+            let x = numbers(num_rows * num_in, 2);
+            let product = |w: &Linear| {
+                let mut out = vec![f32::NAN; num_rows * num_out];
+                w.forward(&x, &mut out, num_rows);
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            assert!(product(&plain) == product(&packed), "{num_in} {num_out} {num_rows}");
+            // Some of the features, from any row on, as experts are computed.
+            for (first, n) in [(1, 3), (num_out / 2, num_out / 2), (num_out - 1, 1), (2, num_out - 2)] {
+                let part = |w: &Linear| {
+                    let mut out = vec![f32::NAN; num_rows * n];
+                    let at = Shared::new(&mut out);
+                    let row = |t: usize| x[t * num_in..].as_ptr();
+                    // SAFETY: there are these features, tokens, and room.
+                    unsafe {
+                        let panel = Panel::new(num_rows, num_in, row, false);
+                        w.rows(first..first + n, num_rows, row, panel.as_ref(), |t| at.get().add(t * n));
+                    }
+                    out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                };
+                assert!(part(&plain) == part(&packed), "{num_in} {num_out} {num_rows} {first}");
+            }
+        }
+    }
+}
+
+#[test]
+fn packing_saves_a_quarter_of_an_ordinary_matrix() {
+    let (num_in, num_out) = (1024, 256);
+    let normal = |i: usize| {
+        let u = |k: u64| crate::sampler::uniform(k, i as u64).max(1e-12);
+        ((-2.0 * u(1).ln()).sqrt() * (std::f64::consts::TAU * u(2)).cos() * 0.02) as f32
+    };
+    let data: Vec<f32> = (0..num_in * num_out).map(normal).collect();
+    let bytes: Vec<u8> = data.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect();
+    let packed = Packed::new(&bytes, num_in);
+    let share = packed.num_bytes() as f64 / bytes.len() as f64;
+    assert!((0.75..0.77).contains(&share), "{share}");
+}
 
 #[test]
 fn products_equal_sums() {

@@ -87,10 +87,11 @@ impl<B: Backend> Engine<B> {
             * config.attention.kv_width()
             * 2
             * std::mem::size_of::<f32>();
+        at_least("kv_cache_bytes", limits.kv_cache_bytes, PAGE_LEN * token_bytes)?;
         let context = config.max_context();
         let affordable = match token_bytes {
             0 => context,
-            bytes => (limits.kv_cache_bytes / bytes / PAGE_LEN * PAGE_LEN).max(PAGE_LEN),
+            bytes => limits.kv_cache_bytes / bytes / PAGE_LEN * PAGE_LEN,
         };
         let max_model_len = match limits.max_model_len {
             Some(len) if len < 2 => {

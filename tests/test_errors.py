@@ -126,7 +126,8 @@ def test_logits_that_cannot_be(llm):
             RequestError,
             "max_num_batched_tokens: found 8; allowed: at least 64",
         ),
-        ({"max_model_len": 2048, "kv_cache_bytes": 1}, OutOfMemoryError, "lower max_model_len to 64"),
+        ({"kv_cache_bytes": 1}, RequestError, "kv_cache_bytes: found 1; allowed: at least "),
+        ({"max_model_len": 2048, "kv_cache_bytes": 100_000}, OutOfMemoryError, "lower max_model_len to "),
         ({"max_num_seqs": 2**40}, OutOfMemoryError, "max_num_seqs"),
     ],
 )

@@ -25,14 +25,13 @@ def resolve(
 
     Raises FileNotFoundError for a path that does not exist, ConfigError for a name that the hub cannot give.
     """
-    path = Path(model)
-    if path.is_dir():
+    path, name = Path(model), os.fspath(model)
+    if path.is_dir() and name:
         return path
-    name = os.fspath(model)
     if not isinstance(model, str) or path.exists() or not _is_hub_id(name):
-        what = "is a file" if path.exists() else "does not exist"
+        what = "is a file" if path.is_file() else "does not exist"
         raise FileNotFoundError(
-            f"{name}: {what}; give the directory of a checkpoint (with config.json and *.safetensors), "
+            f"{name or 'an empty name'}: {what}; give the directory of a checkpoint (with config.json and *.safetensors), "
             "or a name on the Hugging Face hub like Qwen/Qwen3.5-35B-A3B"
         )
     import huggingface_hub

@@ -11,6 +11,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt, PyList, PyString};
 
 use super::{enter, to_py};
+use crate::Error;
 use crate::backend::cpu::parallel::claim;
 use crate::tokenizer::{TextStream, Tokenizer, prefetch};
 
@@ -356,7 +357,9 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Id {
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
         let id: i64 = object.extract()?;
-        Ok(Id(u32::try_from(id).unwrap_or(u32::MAX)))
+        u32::try_from(id)
+            .map(Id)
+            .map_err(|_| to_py(Error::request("token id", id, "an id of the vocabulary")))
     }
 }
 

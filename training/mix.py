@@ -17,7 +17,7 @@ from qwen35rs import Tokenizer, tasks
 from qwen35rs.tasks import Item, arithmetic, recall, smalltalk, structured, textops, toolcalls
 
 # Shares of the tokens.
-SHARES = {"arithmetic": 0.32, "recall": 0.30, "text": 0.15, "tools": 0.11, "json": 0.07, "talk": 0.05}
+SHARES = {"arithmetic": 0.36, "recall": 0.23, "text": 0.18, "tools": 0.13, "json": 0.07, "talk": 0.03}
 # Longest recall text, from this share of the run on.
 _LENGTHS = ((0.0, 256), (0.08, 512), (0.18, 1024), (0.32, 2048), (0.45, 4000))
 _TWO = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2))

@@ -191,7 +191,7 @@ def main() -> None:
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)  # starts the workers
-    questions = mix.held_out(tokenizer, args.tokens, args.questions, seed=args.seed)
+    questions = mix.held_out(tokenizer, max(args.tokens, 8192), args.questions, seed=args.seed)
     every = max(1, args.steps // args.evaluations)
     clock, waited, last = time.time(), 0.0, step
     sums = torch.zeros(4, device=device)
@@ -239,7 +239,7 @@ def main() -> None:
     for p in net.parameters():  # as the file has them
         p.data = p.data.bfloat16().float()
     if step == args.steps:
-        questions = mix.held_out(tokenizer, args.tokens, args.final_questions, seed=args.seed + 1)
+        questions = mix.held_out(tokenizer, max(args.tokens, 8192), args.final_questions, seed=args.seed + 1)
     log.add("evaluations", {"step": step, **evaluate(net, questions, device)})
     written = checkpoint.write(out, net.lm, net.mtp, text, tokenizer)
     size = (out / "model.safetensors").stat().st_size

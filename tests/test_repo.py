@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAPPED = ("src", "python", "cuda", "benches", "tests", "examples")
+MAPPED = ("src", "python", "cuda", "benches", "tests", "examples", "training")
 MAX_LINES = 600
 LONG = {"src/tokenizer/unicode.rs"}  # generated tables
 # Where `unsafe` may be, with ARCHITECTURE.md's reasons.
@@ -68,7 +68,7 @@ def test_every_file_is_on_the_map():
 
 def test_other_paths_in_the_documents_exist():
     for document in [f for f in FILES if f.endswith(".md") and "/" not in f]:
-        for path in re.findall(r"`((?:src|python|tests|benches|cuda)/[\w./-]+)`", text(document)):
+        for path in re.findall(r"`((?:src|python|tests|benches|cuda|training)/[\w./-]+)`", text(document)):
             assert (ROOT / path).exists(), f"{document}: {path}"
 
 

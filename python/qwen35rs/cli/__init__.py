@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .chat import chat
 from .demo import demo
 from .generate import generate
@@ -47,6 +48,7 @@ def qwen35rs(
     qwen35rs generate ./demo "Hello"  complete a prompt
     qwen35rs chat ./demo              talk
     qwen35rs plan 122b-a10b           will it fit, how fast could it be
+    qwen35rs bench tasks ./model      questions whose answers are checked
 
     \b
     A model is the directory of a checkpoint, or a name on the Hugging
@@ -57,6 +59,7 @@ def qwen35rs(
 
 for command in (generate, chat, tokenize, inspect, plan, demo):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,90 @@
+"""`bench tasks`: right and wrong answers are told apart, through the public API."""
+
+import json
+import subprocess
+import sys
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from qwen35rs import LLM, RequestError, bench, tasks
+from qwen35rs.demo import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("demo") / "bytes", vocab="bytes").path
+
+
+class Answers:
+    """The demo model's tokenizer and logits, with answers that are known."""
+
+    def __init__(self, llm, answers):
+        self.tokenizer, self.logits, self.answers, self.prompts = llm.tokenizer, llm.logits, answers, []
+
+    def generate(self, prompts, params):
+        assert params.temperature == 0
+        self.prompts += prompts
+        outputs = islice(self.answers, len(prompts))
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=t, finish_reason=why)]) for t, why in outputs]
+
+
+@pytest.fixture(scope="module")
+def llm(demo):
+    return LLM(demo)
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.SUITE if "recall" not in name])
+def test_expected_answers_are_right_and_others_are_not(llm, name):
+    items = list(islice(tasks.items(name, seed=3), 6))
+    texts = [item.completion.removesuffix("<|im_end|>") for item in items]
+    right = Answers(llm, ((text, "stop") for text in texts))
+    (result,) = bench.measure(right, [name], num_items=6, seed=3)
+    assert (result.task, result.num_items, result.num_correct) == (name, 6, 6) and result.accuracy == 1
+    assert all(
+        item.messages[-1]["content"] in prompt for item, prompt in zip(items, right.prompts, strict=True)
+    )
+    cut = Answers(llm, ((text, "length") for text in texts))
+    assert bench.measure(cut, [name], num_items=6, seed=3)[0].num_correct == 0
+    wrong = Answers(llm, (("no", "stop") for _ in texts))
+    assert bench.measure(wrong, [name], num_items=6, seed=3)[0].num_correct == 0
+
+
+def test_the_interval_is_wilsons():
+    # Values of Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)):  # fmt: skip
+        result = bench.TaskResult("", n, right, 1.0)
+        np.testing.assert_allclose(result.interval, (low, high), atol=5e-5)
+
+
+def test_perplexity_is_that_of_the_logits(llm):
+    (result,) = bench.measure(llm, ["talk"], num_items=1, seed=1)
+    item = next(tasks.items("talk", seed=1))
+    prompt = llm.tokenizer.apply_chat_template(
+        item.messages, add_generation_prompt=True, tokenize=False, enable_thinking=item.thinking
+    )
+    ids, total = llm.tokenizer.encode(prompt), []
+    for token in llm.tokenizer.encode(item.completion):  # one at a time, from the last logits
+        row = llm.logits(ids)[-1, : len(llm.tokenizer)].astype(np.float64)
+        total.append(np.logaddexp.reduce(row) - row[token])
+        ids.append(token)
+    assert result.perplexity == pytest.approx(np.exp(np.mean(total)), rel=1e-4)
+
+
+def test_what_is_refused(llm):
+    with pytest.raises(RequestError, match="task: found 'chess'; allowed: arithmetic, "):
+        bench.measure(llm, ["chess"])
+    with pytest.raises(RequestError, match="num_items: found 0"):
+        bench.measure(llm, num_items=0)
+
+
+def test_the_command(demo):
+    command = [sys.executable, "-m", "qwen35rs", "bench", "tasks", str(demo), "--n", "2", "--task", "talk"]
+    found = json.loads(subprocess.check_output([*command, "--json"]))
+    (row,) = found["tasks"].values()
+    assert found["num_items"] == 2 and row["num_correct"] == 0 and row["perplexity"] > 50
+    assert row["interval"][0] == 0 and 0.6 < row["interval"][1] < 0.7
+    assert subprocess.check_output(command, text=True).startswith(
+        "talk                         0.0%   0.0% to 65.8%"
+    )

@@ -242,7 +242,8 @@ fn limits_that_cannot_be() {
     assert_eq!(with(|l| l.max_model_len = Some(0)), "max_model_len: found 0; allowed: 2 to 2048");
     let long = with(|l| l.max_model_len = Some(2049));
     assert_eq!(long, "max_model_len: found 2049; allowed: 2 to 2048, the context the checkpoint declares");
-    let memory = with(|l| l.kv_cache_bytes = 1);
+    assert_eq!(with(|l| l.kv_cache_bytes = 1), "kv_cache_bytes: found 1; allowed: at least 24576");
+    let memory = with(|l| l.kv_cache_bytes = 24_576);
     assert!(
         memory.starts_with("out of memory: ") && memory.contains("lower max_model_len to 64"),
         "{memory}"

@@ -31,7 +31,7 @@ pub(crate) fn owned(data: &[f32], num_in: usize, dtype: DType) -> Linear {
 const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 /// [`owned`] in every form that a matrix of that dtype can have.
-fn forms(data: &[f32], num_in: usize, dtype: DType) -> Vec<Linear> {
+pub(crate) fn forms(data: &[f32], num_in: usize, dtype: DType) -> Vec<Linear> {
     let plain = owned(data, num_in, dtype);
     if dtype != DType::BF16 {
         return vec![plain];

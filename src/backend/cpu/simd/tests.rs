@@ -7,7 +7,7 @@ use super::{F32x16, Isa, Kernel, LANES, available, dispatch_on, isa};
 use crate::backend::cpu::attention::{PagedRows, Queries, attend};
 use crate::backend::cpu::conv1d::causal_conv1d;
 use crate::backend::cpu::delta_rule::{Head, OutRows, gated_delta_rule};
-use crate::backend::cpu::linear::tests::{numbers, owned};
+use crate::backend::cpu::linear::tests::{forms, numbers, owned};
 use crate::backend::cpu::moe::{Moe, Scratch};
 use crate::backend::cpu::parallel::Shared;
 use crate::backend::cpu::{norm, softmax};
@@ -101,19 +101,21 @@ fn digest() -> String {
         for num_in in &LENS[1..] {
             for num_out in [1, 3, 4, 7, 33] {
                 for num_rows in [0, 1, 2, 3, 7, 8, 13] {
-                    let w = owned(&numbers(num_in * num_out, 1), *num_in, dtype);
-                    let mut out = vec![0.0; num_rows * num_out];
-                    w.forward(&numbers(num_rows * num_in, 2), &mut out, num_rows);
-                    line(&format!("linear {dtype:?}"), &[*num_in, num_out, num_rows], &out);
+                    for w in forms(&numbers(num_in * num_out, 1), *num_in, dtype) {
+                        let mut out = vec![0.0; num_rows * num_out];
+                        w.forward(&numbers(num_rows * num_in, 2), &mut out, num_rows);
+                        line(&format!("linear {dtype:?}"), &[*num_in, num_out, num_rows], &out);
+                    }
                 }
             }
         }
     }
     for (num_in, num_out, num_rows) in [(700, 130, 33), (2500, 70, 17), (33, 1000, 64)] {
-        let w = owned(&numbers(num_in * num_out, 1), num_in, DType::BF16);
-        let mut out = vec![0.0; num_rows * num_out];
-        w.forward(&numbers(num_rows * num_in, 2), &mut out, num_rows);
-        line("linear", &[num_in, num_out, num_rows], &out);
+        for w in forms(&numbers(num_in * num_out, 1), num_in, DType::BF16) {
+            let mut out = vec![0.0; num_rows * num_out];
+            w.forward(&numbers(num_rows * num_in, 2), &mut out, num_rows);
+            line("linear", &[num_in, num_out, num_rows], &out);
+        }
     }
     for n in LENS {
         let (mut a, b, c) = (numbers(n, 3), numbers(n, 4), numbers(n, 5));

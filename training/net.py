@@ -67,10 +67,10 @@ def conv(
 
 
 @torch.compiler.disable
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
     """q, k, v [1, n, heads, dim]; g, beta [1, n, heads]."""
-    if ROW is None:
-        return _library_delta(q, k, v, **options)
+    if ROW is None:  # whoever calls it then, and however
+        return _library_delta(q, k, v, *more, **options)
     g, beta = options["g"], options["beta"]
     if q.is_cuda and fla_delta_rule is not None:
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))

@@ -291,8 +291,7 @@ impl<B: Backend> Engine<B> {
                 output.finish = Some(FinishReason::Length);
             }
             Row::Token(None) => {
-                output.error =
-                    Some("the model gave no finite logit: its weights or its input are not sane".into());
+                output.error = Some(NO_TOKEN.into());
             }
             Row::Token(Some((token, logprobs))) => {
                 request.tokens.push(token);
@@ -325,6 +324,9 @@ fn context<'a>(request: &'a Request, num_tokens: usize, eos: &'a [u32]) -> Optio
         eos,
     })
 }
+
+const NO_TOKEN: &str = "the model gave no finite logit to choose from: its weights are not sane, or min_tokens, stop \
+    tokens and logit_bias leave no token";
 
 /// What a row of logits became.
 enum Row {

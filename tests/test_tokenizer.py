@@ -202,8 +202,12 @@ def test_arguments_that_cannot_be_served(ours):
                 call(token_id)
     with pytest.raises(TypeError):
         ours.encode(b"bytes")
-    with pytest.raises(qwen35rs.RequestError, match="lone surrogates"):
-        ours.encode("\ud800")
+    for call in (ours.encode, ours.encode_array, ours.token_to_id):
+        with pytest.raises(qwen35rs.RequestError, match="lone surrogates"):
+            call("\ud800")
+    for call in (ours.encode_batch, ours.encode_batch_array):
+        with pytest.raises(qwen35rs.RequestError, match="lone surrogates"):
+            call(["x", "\ud800"])
     assert ours.encode("") == [] and ours.decode([]) == "" and ours.encode_batch([]) == []
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MAX_TOKENS = 512
 """Most tokens of an answer; the longest expected one has fewer."""
 
+MAX_ITEMS = 100_000
+"""Most questions of a task: they are all asked at once."""
+
 
 @dataclass
 class TaskResult:
@@ -61,14 +64,14 @@ def measure(
         seed: which questions; the same seed, the same questions.
         done: called with each task's result as soon as it is there.
 
-    Raises RequestError for an unknown task, no questions, or a model whose context is too short for one.
+    Raises RequestError for an unknown task, no questions or too many, or a model whose context is too short for one.
     """
     wanted = list(tasks.SUITE if names is None else names)
     for name in wanted:
         if name not in tasks.SUITE:
-            raise RequestError(f"task: found {name!r}; allowed: {', '.join(tasks.SUITE)}")
-    if num_items < 1:
-        raise RequestError(f"num_items: found {num_items}; allowed: at least 1")
+            raise RequestError(f"task: found {name!r}; allowed: {', '.join(map(repr, tasks.SUITE))}")
+    if not 1 <= num_items <= MAX_ITEMS:
+        raise RequestError(f"num_items: found {num_items}; allowed: 1 to {MAX_ITEMS}")
     results = []
     for name in wanted:
         results.append(_measure(llm, name, num_items, seed))

@@ -143,7 +143,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Completes one prompt, yielding what each step adds. Closing the iterator ends the request."""
-        return self._stream(self._request(prompt), sampling_params or SamplingParams())
+        return self._stream(self._request(prompt), *_each(sampling_params, 1))
 
     def chat(
         self,
@@ -190,7 +190,7 @@ class LLM:
     ) -> Iterator[Delta]:
         """Answers one conversation, yielding what each step adds."""
         text = self._render(messages, tools, enable_thinking, add_generation_prompt, chat_template_kwargs)
-        return self._stream(self._request(text), sampling_params or SamplingParams())
+        return self._stream(self._request(text), *_each(sampling_params, 1))
 
     def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Logits after every token of a sequence: float32 ``[num_tokens, vocab]``, padding rows included.

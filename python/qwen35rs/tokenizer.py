@@ -57,7 +57,10 @@ class Tokenizer:
 
     def encode_array(self, text: str, *, split_special_tokens: bool = False) -> npt.NDArray[np.uint32]:
         """`encode`, as a uint32 array ``[num_tokens]``: faster for long texts."""
-        return self._core.encode_array(text, split_special_tokens=split_special_tokens)
+        try:
+            return self._core.encode_array(text, split_special_tokens=split_special_tokens)
+        except UnicodeEncodeError as error:
+            raise _surrogate("text", error) from None
 
     def encode_batch(self, texts: Sequence[str], *, split_special_tokens: bool = False) -> list[list[int]]:
         """`encode` of every text, over all cores."""
@@ -70,7 +73,10 @@ class Tokenizer:
         self, texts: Sequence[str], *, split_special_tokens: bool = False
     ) -> list[npt.NDArray[np.uint32]]:
         """`encode_array` of every text, over all cores."""
-        return self._core.encode_batch_array(texts, split_special_tokens=split_special_tokens)
+        try:
+            return self._core.encode_batch_array(texts, split_special_tokens=split_special_tokens)
+        except UnicodeEncodeError as error:
+            raise _surrogate("texts", error) from None
 
     def decode(
         self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], skip_special_tokens: bool = True
@@ -89,7 +95,10 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token in the spelling of ``tokenizer.json``, or None."""
-        return self._core.token_to_id(token)
+        try:
+            return self._core.token_to_id(token)
+        except UnicodeEncodeError as error:
+            raise _surrogate("token", error) from None
 
     def id_to_token(self, id: int) -> str:
         """A token in the spelling of ``tokenizer.json``: bytes in GPT-2's printable form."""

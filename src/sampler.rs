@@ -57,6 +57,9 @@ pub fn sample(
     scratch: &mut Scratch,
 ) -> Option<(u32, Option<TokenLogprobs>)> {
     let logits = &logits[..context.num_tokens];
+    if context.num_candidates() == Some(1) {
+        return argmax(logits).map(|token| (token, None));
+    }
     let mut row = std::mem::take(&mut scratch.row);
     row.clear();
     row.extend_from_slice(logits);

@@ -124,18 +124,3 @@ def test_without_the_package_of_the_real_vocabulary(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "RequestError: vocab: found 'real'" in done.stderr and "pip install" in done.stderr
     assert not (tmp_path / "b").exists()
-
-
-def test_transformers_agrees(demo):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "Qwen3_5MoeForCausalLM"):
-        pytest.skip("this transformers has no Qwen3.5")
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo)
-    llm, text = LLM(demo), "Hello, the wörld and 123 in 🦀"
-    ids = llm.tokenizer.encode(text)
-    assert tokenizer(text)["input_ids"] == ids
-    with torch.no_grad():
-        want = model(torch.tensor([ids])).logits[0].numpy()
-    assert np.abs(llm.logits(ids) - want).max() < 2e-4 * np.abs(want).max()

@@ -12,6 +12,8 @@ pytest.importorskip("safetensors", reason="parity tests need safetensors")
 from golden import geometries, ops_checks
 from golden import make_goldens as goldens
 from golden.cases import CASES, Golden
+from qwen35rs import LLM
+from qwen35rs.demo import make_checkpoint
 
 TOLERANCE = Golden.TOLERANCE
 RNG = np.random.default_rng(20260301)
@@ -143,3 +145,15 @@ def test_ops(seed):
         check = ops_checks.CHECKS.get(case.split("/")[0])
         if check:
             check(ops, arrays, settings)
+
+
+def test_the_demo_checkpoint(tmp_path):
+    demo = make_checkpoint(tmp_path / "demo", vocab="bytes").path
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo)
+    llm, text = LLM(demo), "Hello, the wörld and 123 in 🦀"
+    ids = llm.tokenizer.encode(text)
+    assert tokenizer(text)["input_ids"] == ids
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(llm.logits(ids) - want).max() < 2e-4 * np.abs(want).max()

@@ -174,9 +174,11 @@ struct Product<'a, X, Y> {
 }
 
 /// Weights that few tokens are multiplied with, as they pass.
-trait Stream {
+pub trait Stream {
+    /// `out(t)[o] = x(t) · w[first + o]` for `num_out` rows and T tokens: 1, 2 or 4.
+    ///
     /// # Safety
-    /// As `Packed::few`.
+    /// `V`'s instruction set is present, the rows exist, tokens have the elements of a row, outputs room for `num_out`.
     unsafe fn few<V: F32x16, const T: usize>(
         &self,
         first: usize,
@@ -249,20 +251,6 @@ impl<X: Fn(usize) -> *const f32, Y: Fn(usize) -> *mut f32> Product<'_, X, Y> {
         }
         // SAFETY: the caller's.
         unsafe { w.few::<V, T>(self.first, self.num_out, x, out) }
-    }
-}
-
-impl Stream for Packed {
-    #[inline(always)]
-    unsafe fn few<V: F32x16, const T: usize>(
-        &self,
-        first: usize,
-        num_out: usize,
-        x: [*const f32; T],
-        out: [*mut f32; T],
-    ) {
-        // SAFETY: the caller's.
-        unsafe { self.few::<V, T>(first, num_out, x, out) }
     }
 }
 

@@ -19,6 +19,7 @@
 use rayon::prelude::*;
 
 use super::gemm::{Strips, store_at};
+use super::linear::Stream;
 use super::simd::{F32x16, Kernel, LANES, dispatch};
 use super::tile::{Bf16, Element};
 
@@ -87,13 +88,11 @@ impl Packed {
             bases: &chunk.bases[at * blocks..(at + 1) * blocks],
         }
     }
+}
 
-    /// `out(t)[o] = x(t) · w[first + o]` for `num_out` rows and T tokens: 1, 2 or 4.
-    ///
-    /// # Safety
-    /// `V`'s instruction set is present, the rows exist, tokens have `num_in` floats, outputs room for `num_out`.
+impl Stream for Packed {
     #[inline(always)]
-    pub unsafe fn few<V: F32x16, const T: usize>(
+    unsafe fn few<V: F32x16, const T: usize>(
         &self,
         first: usize,
         num_out: usize,

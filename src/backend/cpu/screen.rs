@@ -5,6 +5,8 @@
 //! cannot be among the k largest are left out; the others are computed from the head itself. Half the bytes of a
 //! bf16 head, for the same tokens.
 
+use std::cell::RefCell;
+
 use rayon::prelude::*;
 
 use super::linear::Linear;
@@ -19,8 +21,15 @@ const BLOCK: usize = 64;
 const TASK: usize = 32;
 /// Rows below which a head is not worth a copy.
 const MIN_ROWS: usize = 64 * BLOCK;
+/// Lengths of x and of rows below which rounding is not in proportion any more.
+const SMALLEST_LENGTH: f32 = 1e-10;
 /// Tokens up to which the copy is quicker than the whole product.
 const MAX_TOKENS: usize = 8;
+
+thread_local! {
+    /// Bounds of the blocks, kept from step to step.
+    static BEST: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// An 8-bit copy of a matrix `[num_out, num_in]`.
 pub struct Screen {
@@ -72,9 +81,14 @@ impl Screen {
         if num_rows > MAX_TOKENS || k == 0 || 4 * k > blocks {
             return false;
         }
-        let lengths: Vec<f32> = x.chunks_exact(self.num_in).take(num_rows).map(length).collect();
-        if !lengths.iter().all(|l| l.is_finite()) {
-            return false;
+        let mut lengths = [0.0; MAX_TOKENS];
+        for (to, x) in lengths.iter_mut().zip(x.chunks_exact(self.num_in).take(num_rows)) {
+            *to = length(x);
+            // No sum of the copy may overflow, and no slack lose its digits.
+            let largest = f32::MAX / (127.0 * (self.num_in as f32).sqrt());
+            if !(SMALLEST_LENGTH..largest).contains(to) {
+                return false;
+            }
         }
         let mut t = 0;
         for width in [4, 2, 1] {
@@ -104,7 +118,9 @@ impl Screen {
         let vocab = w.num_out;
         let blocks = num_tokens.div_ceil(BLOCK);
         // The largest lower bound of each block: the k-th largest of them bounds the k-th largest logit from below.
-        let mut best = vec![f32::NEG_INFINITY; T * blocks];
+        let mut best = BEST.take();
+        best.clear();
+        best.resize(T * blocks, f32::NEG_INFINITY);
         let (out, best_of) = (Shared::new(out), Shared::new(&mut best));
         let work = TASK * BLOCK * self.num_in * T / 4;
         let rows_of = |block: usize| block * BLOCK..((block + 1) * BLOCK).min(num_tokens);
@@ -163,6 +179,7 @@ impl Screen {
             // SAFETY: the padding rows of token t.
             unsafe { out.slice(t * vocab + num_tokens, vocab - num_tokens) }.fill(f32::NEG_INFINITY);
         }
+        BEST.set(best);
     }
 }
 
@@ -197,7 +214,7 @@ impl Kernel for Quantize<'_> {
         let roundings = (self.row.len().div_ceil(LANES) + 8) as f64 * f64::from(f32::EPSILON);
         let slack = (off + roundings * (2.0 * own + off)) * (1.0 + 1e-6);
         // Also where something is NaN or infinite, or the numbers are so small that they lose digits.
-        if slack.is_finite() && own > 1e-25 || own == 0.0 {
+        if slack.is_finite() && own > f64::from(SMALLEST_LENGTH) || own == 0.0 {
             (scale, slack as f32)
         } else {
             (0.0, f32::INFINITY)

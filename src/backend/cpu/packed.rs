@@ -3,7 +3,7 @@
 //!
 //! The exponents of neighbouring weights are alike. A block of 128 is stored as 128 bytes of sign and mantissa and 128
 //! codes of 4 bits, exponents counted from the block's smallest; where they span more than 16 binary orders the block
-//! stays as it is (one in hundreds of a trained matrix).
+//! stays as it is (rare where weights are about normally distributed: a test holds the size).
 //!
 //! ```text
 //! group of 16 rows:  blocks of 8 columns, then what is left of the columns as bf16, [k mod 8][16]

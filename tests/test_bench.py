@@ -83,7 +83,19 @@ def test_what_is_refused(llm):
 
 
 def test_the_command(demo):
-    command = [sys.executable, "-m", "qwen35rs", "bench", "tasks", str(demo), "--n", "2", "--task", "talk"]
+    command = [
+        sys.executable,
+        "-m",
+        "qwen35rs",
+        "bench",
+        "tasks",
+        "--model",
+        str(demo),
+        "--n",
+        "2",
+        "--task",
+        "talk",
+    ]
     found = json.loads(subprocess.check_output([*command, "--json"]))
     (row,) = found["tasks"].values()
     assert found["num_items"] == 2 and row["num_correct"] == 0 and row["perplexity"] > 50

@@ -67,13 +67,13 @@ def test_help_of_a_command_has_an_example_and_json(name):
 def test_usage_errors_are_2(demo):
     for args in [
         ["nope"],
-        ["generate"],
-        ["generate", demo, "x", "--temperature", "warm"],
-        ["generate", demo, "x", "--nope"],
-        ["generate", demo, "x", "--token-ids", "1"],
-        ["generate", demo, "--token-ids", "1", "--chat"],
-        ["generate", demo, "x", "--no-thinking"],
-        ["tokenize", demo, "x", "--token-ids", "1"],
+        ["generate", "--model"],
+        ["generate", "--model", demo, "x", "--temperature", "warm"],
+        ["generate", "--model", demo, "x", "--nope"],
+        ["generate", "--model", demo, "x", "--token-ids", "1"],
+        ["generate", "--model", demo, "--token-ids", "1", "--chat"],
+        ["generate", "--model", demo, "x", "--no-thinking"],
+        ["tokenize", "--model", demo, "x", "--token-ids", "1"],
     ]:
         result = invoke(*args)
         assert result.exit_code == 2 and result.stdout == "", args
@@ -86,10 +86,10 @@ def test_usage_errors_are_2(demo):
 def test_generate_is_what_the_library_says(demo):
     args = ["--temperature", 0, "--max-tokens", 12]
     want = LLM(demo).generate(["Hello", "the end"], SamplingParams(temperature=0, max_tokens=12))
-    assert ok("generate", demo, "Hello", *args) == want[0].text + "\n"
-    both = ok("generate", demo, "Hello", "the end", *args)
+    assert ok("generate", "--model", demo, "Hello", *args) == want[0].text + "\n"
+    both = ok("generate", "--model", demo, "Hello", "the end", *args)
     assert both == f"=== prompt 1 ===\n{want[0].text}\n=== prompt 2 ===\n{want[1].text}\n"
-    found = as_json("generate", demo, "Hello", "the end", *args)
+    found = as_json("generate", "--model", demo, "Hello", "the end", *args)
     for output, expected in zip(found["outputs"], want, strict=True):
         assert output["prompt_token_ids"] == expected.prompt_token_ids
         assert output["samples"][0]["token_ids"] == expected.token_ids
@@ -104,20 +104,24 @@ def test_generate_is_what_the_library_says(demo):
 
 
 def test_generate_samples_and_logprobs(demo):
-    found = as_json("generate", demo, "Hello", "--n", 3, "--seed", 5, "--max-tokens", 4, "--logprobs", 2)
+    found = as_json(
+        "generate", "--model", demo, "Hello", "--n", 3, "--seed", 5, "--max-tokens", 4, "--logprobs", 2
+    )
     samples = found["outputs"][0]["samples"]
     assert [s["index"] for s in samples] == [0, 1, 2]
     assert len({tuple(s["token_ids"]) for s in samples}) > 1
     for sample in samples:
         for token, entry in zip(sample["token_ids"], sample["logprobs"], strict=True):
             assert entry[0]["token_id"] == token and all(e["logprob"] <= 0 for e in entry)
-    again = as_json("generate", demo, "Hello", "--n", 3, "--seed", 5, "--max-tokens", 4)
+    again = as_json("generate", "--model", demo, "Hello", "--n", 3, "--seed", 5, "--max-tokens", 4)
     assert [s["token_ids"] for s in again["outputs"][0]["samples"]] == [s["token_ids"] for s in samples]
-    assert "=== prompt 1, sample 2 ===" in ok("generate", demo, "Hello", "--n", 2, "--max-tokens", 2)
+    assert "=== prompt 1, sample 2 ===" in ok(
+        "generate", "--model", demo, "Hello", "--n", 2, "--max-tokens", 2
+    )
 
 
 def test_generate_options_reach_the_sampler(demo):
-    plain = ["generate", demo, "Hello", "--temperature", 0, "--max-tokens", 8]
+    plain = ["generate", "--model", demo, "Hello", "--temperature", 0, "--max-tokens", 8]
     text = as_json(*plain)["outputs"][0]["samples"][0]["text"]
     stop = next(c for c in text[1:] if c.isascii() and c.isprintable())
     stopped = as_json(*plain, "--stop", stop)["outputs"][0]["samples"][0]
@@ -133,20 +137,28 @@ def test_generate_options_reach_the_sampler(demo):
         "--dtype",
         "float32",
     ]
-    assert as_json("generate", demo, "Hello", "--max-tokens", 3, *others)["timing"]["num_output_tokens"] == 3
+    assert (
+        as_json("generate", "--model", demo, "Hello", "--max-tokens", 3, *others)["timing"][
+            "num_output_tokens"
+        ]
+        == 3
+    )
 
 
 def test_generate_sources_of_prompts(demo, tmp_path):
     short = ["--max-tokens", 2]
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\r\n\n  \nzwei \u2028 ü\n".encode())
-    prompts = [o["prompt"] for o in as_json("generate", demo, "--file", file, *short)["outputs"]]
+    prompts = [o["prompt"] for o in as_json("generate", "--model", demo, "--file", file, *short)["outputs"]]
     assert prompts == ["one", "zwei \u2028 ü"]
-    assert len(as_json("generate", demo, "--file", "-", *short, input="a\nb\n")["outputs"]) == 2
-    assert as_json("generate", demo, *short, input="two\nlines\n")["outputs"][0]["prompt"] == "two\nlines"
-    ids = as_json("generate", demo, "--token-ids", "1 2,3", "--token-ids", "4", *short)["outputs"]
+    assert len(as_json("generate", "--model", demo, "--file", "-", *short, input="a\nb\n")["outputs"]) == 2
+    assert (
+        as_json("generate", "--model", demo, *short, input="two\nlines\n")["outputs"][0]["prompt"]
+        == "two\nlines"
+    )
+    ids = as_json("generate", "--model", demo, "--token-ids", "1 2,3", "--token-ids", "4", *short)["outputs"]
     assert [o["prompt_token_ids"] for o in ids] == [[1, 2, 3], [4]] and ids[0]["prompt"] is None
-    chat = as_json("generate", demo, "Hi", "--chat", "--no-thinking", *short)["outputs"][0]
+    chat = as_json("generate", "--model", demo, "Hi", "--chat", "--no-thinking", *short)["outputs"][0]
     rendered = LLM(demo).tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], enable_thinking=False
     )
@@ -154,18 +166,28 @@ def test_generate_sources_of_prompts(demo, tmp_path):
 
 
 def test_generate_without_tokenizer():
-    args = ["generate", DATA / "moe_r4", "--token-ids", "1 2 3", "--max-tokens", 4, "--temperature", 0]
+    args = [
+        "generate",
+        "--model",
+        DATA / "moe_r4",
+        "--token-ids",
+        "1 2 3",
+        "--max-tokens",
+        4,
+        "--temperature",
+        0,
+    ]
     ids = as_json(*args)["outputs"][0]["samples"][0]["token_ids"]
     assert ok(*args).split() == [str(i) for i in ids]
 
 
 def test_a_demo_is_called_noise(demo):
-    assert "noise" in invoke("generate", demo, "Hello", "--max-tokens", "1").stderr
+    assert "noise" in invoke("generate", "--model", demo, "Hello", "--max-tokens", "1").stderr
 
 
 def test_streams_and_stdin_of_a_process(demo):
     """Nothing but the text on stdout, as bytes, from a pipe."""
-    args = ["generate", demo, "--temperature", "0", "--max-tokens", "200", "--ignore-eos"]
+    args = ["generate", "--model", demo, "--temperature", "0", "--max-tokens", "200", "--ignore-eos"]
     with subprocess.Popen([*SCRIPT, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdin.write(b"Hello\n")
         child.stdin.close()
@@ -176,7 +198,7 @@ def test_streams_and_stdin_of_a_process(demo):
 
 
 def test_a_reader_that_leaves_is_no_error(demo):
-    args = ["generate", demo, "Hello", "--max-tokens", "5000", "--ignore-eos"]
+    args = ["generate", "--model", demo, "Hello", "--max-tokens", "5000", "--ignore-eos"]
     with subprocess.Popen([*SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         child.stdout.read1(4)
         child.stdout.close()
@@ -196,7 +218,7 @@ def test_a_reader_that_leaves_a_table():
 
 
 def test_ctrl_c(demo):
-    args = ["generate", demo, "Hello", "--max-tokens", "200000", "--ignore-eos"]
+    args = ["generate", "--model", demo, "Hello", "--max-tokens", "200000", "--ignore-eos"]
     for flag in [[], ["--json"]]:
         with subprocess.Popen(
             [*SCRIPT, *args, *flag], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -211,7 +233,7 @@ def test_ctrl_c(demo):
 
 
 def test_ctrl_c_in_a_chat_over_a_pipe(demo):
-    args = ["chat", demo, "--max-tokens", "200000"]
+    args = ["chat", "--model", demo, "--max-tokens", "200000"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([*SCRIPT, *args], **pipes) as child:
         child.stdin.write(b"Hello\n")
@@ -236,13 +258,13 @@ ODD = [
 
 @pytest.mark.parametrize("text", ODD)
 def test_odd_text_is_literal(demo, text):
-    assert as_json("tokenize", demo, text)["text"] == text
+    assert as_json("tokenize", "--model", demo, text)["text"] == text
     ids = LLM(demo).tokenizer.encode(text)
-    pieces = b"".join(bytes.fromhex(t["bytes"]) for t in as_json("tokenize", demo, text)["tokens"])
+    pieces = b"".join(bytes.fromhex(t["bytes"]) for t in as_json("tokenize", "--model", demo, text)["tokens"])
     assert pieces == LLM(demo).tokenizer.decode(ids, skip_special_tokens=False).encode()
-    found = as_json("generate", demo, text, "--max-tokens", 1)["outputs"][0]
+    found = as_json("generate", "--model", demo, text, "--max-tokens", 1)["outputs"][0]
     assert found["prompt"] == text and found["prompt_token_ids"] == ids
-    error = invoke("generate", f"/no/such/{text}", "x")
+    error = invoke("generate", "--model", f"/no/such/{text}", "x")
     line = error.stderr.strip("\n")
     assert error.exit_code == 1 and "\x1b" not in line and "\n" not in line
     if text.isprintable():
@@ -258,31 +280,31 @@ def test_errors_are_one_line(demo, tmp_path):
     (tmp_path / "blank.txt").write_text("\n\n")
     moe = DATA / "moe_r4"
     cases = [
-        (["generate", "/no/such/model", "x"], "does not exist"),
-        (["generate", __file__, "x"], "is a file"),
-        (["generate", "no-such/model", "x"], "could not give it"),
-        (["generate", tmp_path / "empty", "x"], "config.json"),
-        (["generate", demo, ""], "prompt: found 0 tokens"),
-        (["generate", demo], "stdin"),
-        (["generate", demo, "x", "--temperature", "-1"], "temperature: found -1"),
-        (["generate", demo, "x", "--top-p", "nan"], "top_p"),
-        (["generate", demo, "x", "--max-tokens", "0"], "max_tokens: found 0"),
-        (["generate", demo, "x", "--top-k", "9" * 30], "top_k: found 9999"),
-        (["generate", demo, "x", "--stop", ""], "stop"),
-        (["generate", demo, "x", "--dtype", "int3"], "dtype: found int3"),
-        (["generate", demo, "x" * 100, "--max-model-len", "50"], "max_model_len"),
-        (["generate", demo, "--token-ids", "1 b"], "found 'b'"),
-        (["generate", demo, "--token-ids", "1 -2"], "found '-2'"),
-        (["generate", demo, "--token-ids", "511000"], "511000"),
-        (["generate", demo, "--file", "/no/such/file"], "No such file"),
-        (["generate", demo, "--file", tmp_path], "Is a directory"),
-        (["generate", demo, "--file", tmp_path / "latin1.txt"], "not UTF-8 at byte 3"),
-        (["generate", demo, "--file", tmp_path / "blank.txt"], "found no prompt"),
-        (["generate", moe, "x"], "tokenizer.json"),
-        (["chat", "/no/such/model"], "does not exist"),
-        (["chat", moe], "tokenizer.json"),
-        (["tokenize", moe, "x"], "tokenizer.json"),
-        (["tokenize", demo, "--token-ids", "99999"], "99999"),
+        (["generate", "--model", "/no/such/model", "x"], "does not exist"),
+        (["generate", "--model", __file__, "x"], "is a file"),
+        (["generate", "--model", "no-such/model", "x"], "could not give it"),
+        (["generate", "--model", tmp_path / "empty", "x"], "config.json"),
+        (["generate", "--model", demo, ""], "prompt: found 0 tokens"),
+        (["generate", "--model", demo], "stdin"),
+        (["generate", "--model", demo, "x", "--temperature", "-1"], "temperature: found -1"),
+        (["generate", "--model", demo, "x", "--top-p", "nan"], "top_p"),
+        (["generate", "--model", demo, "x", "--max-tokens", "0"], "max_tokens: found 0"),
+        (["generate", "--model", demo, "x", "--top-k", "9" * 30], "top_k: found 9999"),
+        (["generate", "--model", demo, "x", "--stop", ""], "stop"),
+        (["generate", "--model", demo, "x", "--dtype", "int3"], "dtype: found int3"),
+        (["generate", "--model", demo, "x" * 100, "--max-model-len", "50"], "max_model_len"),
+        (["generate", "--model", demo, "--token-ids", "1 b"], "found 'b'"),
+        (["generate", "--model", demo, "--token-ids", "1 -2"], "found '-2'"),
+        (["generate", "--model", demo, "--token-ids", "511000"], "511000"),
+        (["generate", "--model", demo, "--file", "/no/such/file"], "No such file"),
+        (["generate", "--model", demo, "--file", tmp_path], "Is a directory"),
+        (["generate", "--model", demo, "--file", tmp_path / "latin1.txt"], "not UTF-8 at byte 3"),
+        (["generate", "--model", demo, "--file", tmp_path / "blank.txt"], "found no prompt"),
+        (["generate", "--model", moe, "x"], "tokenizer.json"),
+        (["chat", "--model", "/no/such/model"], "does not exist"),
+        (["chat", "--model", moe], "tokenizer.json"),
+        (["tokenize", "--model", moe, "x"], "tokenizer.json"),
+        (["tokenize", "--model", demo, "--token-ids", "99999"], "99999"),
         (["inspect", "/no/such/model"], "does not exist"),
         (["inspect", tmp_path / "empty"], "found no weights"),
         (["plan", "13b"], "Qwen3.5-122B-A10B"),
@@ -311,9 +333,9 @@ def test_errors_are_one_line(demo, tmp_path):
 
 def test_arguments_that_are_no_text(demo):
     for args in (
-        ["generate", demo, b"\xff"],
-        ["tokenize", demo, b"\xff"],
-        ["generate", demo, "x", "--stop", b"\xff"],
+        ["generate", "--model", demo, b"\xff"],
+        ["tokenize", "--model", demo, b"\xff"],
+        ["generate", "--model", demo, "x", "--stop", b"\xff"],
     ):
         done = process(*args)
         assert done.returncode == 1 and done.stdout == b"" and b"not UTF-8" in done.stderr
@@ -325,16 +347,16 @@ def test_arguments_that_are_no_text(demo):
 
 def test_tokenize(demo):
     tokenizer = LLM(demo).tokenizer
-    found = as_json("tokenize", demo, "the wörld<|im_end|>")
+    found = as_json("tokenize", "--model", demo, "the wörld<|im_end|>")
     assert found["token_ids"] == tokenizer.encode("the wörld<|im_end|>") and found["num_tokens"] == 8
-    assert as_json("tokenize", demo, input="the\n")["text"] == "the\n"
-    split = as_json("tokenize", demo, "<|im_end|>", "--split-special-tokens")
+    assert as_json("tokenize", "--model", demo, input="the\n")["text"] == "the\n"
+    split = as_json("tokenize", "--model", demo, "<|im_end|>", "--split-special-tokens")
     assert split["num_tokens"] > 1
     ids = " ".join(map(str, found["token_ids"]))
-    assert as_json("tokenize", demo, "--token-ids", ids)["text"] == "the wörld<|im_end|>"
-    lines = ok("tokenize", f"{demo}/tokenizer.json", "the ö\n").splitlines()
+    assert as_json("tokenize", "--model", demo, "--token-ids", ids)["text"] == "the wörld<|im_end|>"
+    lines = ok("tokenize", "--model", f"{demo}/tokenizer.json", "the ö\n").splitlines()
     assert [line.split(maxsplit=1)[1] for line in lines] == ['"the"', '" "', "<C3>", "<B6>", '"\\n"']
-    assert ok("tokenize", demo, "") == ""
+    assert ok("tokenize", "--model", demo, "") == ""
 
 
 def test_inspect(demo):
@@ -392,7 +414,7 @@ def test_demo(tmp_path):
     assert "random checkpoint" in text and "noise" in text
     command = re.search(r"^  (qwen35rs generate .*)$", text, re.MULTILINE).group(1)
     assert f"'{where}'" in command
-    assert ok("generate", where, "Hello")
+    assert ok("generate", "--model", where, "Hello")
 
 
 def test_demo_without_the_real_vocabulary(tmp_path, monkeypatch):
@@ -405,7 +427,7 @@ def test_demo_without_the_real_vocabulary(tmp_path, monkeypatch):
 
 
 def test_chat_over_a_pipe(demo):
-    args = ["chat", demo, "--max-tokens", 6, "--temperature", 0, "--system", "Be brief."]
+    args = ["chat", "--model", demo, "--max-tokens", 6, "--temperature", 0, "--system", "Be brief."]
     out = ok(*args, "--json", "--no-thinking", input="Hello\n\n  \nAnd?\n/clear\nHello\n/exit\nnever\n")
     turns = [json.loads(line) for line in out.splitlines()]
     assert [t["user"] for t in turns] == ["Hello", "And?", "Hello"] and [t["turn"] for t in turns] == [
@@ -429,14 +451,16 @@ def test_chat_over_a_pipe(demo):
 
 
 def test_chat_shows_reasoning(demo):
-    out = ok("chat", demo, "--max-tokens", 6, "--temperature", 0, input="Hello\n")
+    out = ok("chat", "--model", demo, "--max-tokens", 6, "--temperature", 0, input="Hello\n")
     assert out.startswith("<think>\n") and out.endswith("\n</think>\n") and "\x1b" not in out
-    turn = json.loads(ok("chat", demo, "--max-tokens", 6, "--temperature", 0, "--json", input="Hello\n"))
+    turn = json.loads(
+        ok("chat", "--model", demo, "--max-tokens", 6, "--temperature", 0, "--json", input="Hello\n")
+    )
     assert turn["content"] == "" and turn["reasoning"] == out[8:-10]
 
 
 def test_chat_goes_on_after_an_error(demo):
-    args = ["chat", demo, "--max-model-len", 80, "--max-tokens", 2, "--json"]
+    args = ["chat", "--model", demo, "--max-model-len", 80, "--max-tokens", 2, "--json"]
     result = invoke(*args, input="Hello\n" + "long " * 50 + "\n/clear\nHello\n")
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 2
     assert "allowed: below 80" in result.stderr and "Traceback" not in result.stderr
@@ -498,7 +522,7 @@ class Terminal:
 
 
 def test_chat_in_a_terminal(demo):
-    chat = Terminal("chat", demo, "--max-tokens", "100000")
+    chat = Terminal("chat", "--model", demo, "--max-tokens", "100000")
     try:
         chat.read_until("> ")
         assert "Ctrl-C stops an answer" in chat.text and "noise" in chat.text

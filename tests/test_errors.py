@@ -138,8 +138,6 @@ def test_arguments_that_cannot_be(checkpoint, arguments, error, words):
 
 
 def test_places_that_hold_no_checkpoint(checkpoint, tmp_path):
-    with pytest.raises(RequestError, match="model: found nothing"):
-        LLM()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         LLM(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="does not exist"):

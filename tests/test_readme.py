@@ -35,7 +35,7 @@ def test_python(block, place, monkeypatch, capsys):
     names = {"__name__": "readme"}
     exec(compile(block, "README.md", "exec"), names)  # noqa: S102
     if "print(" in block:
-        assert capsys.readouterr().out.strip()
+        assert capsys.readouterr().out.startswith("17 + 25 = 42")
     if "logits" in names:
         assert names["logits"].ndim == 2
 

@@ -87,11 +87,11 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> t
         return out[0], None
     # Documents of as many chunks of 64 tokens go together, filled up with what changes nothing.
     out = torch.zeros_like(v, dtype=torch.float32)
-    begins, ends = torch.tensor(ROW.bounds[:-1]), torch.tensor(ROW.bounds[1:])
+    begins, ends = ROW.cu_seqlens[:-1], ROW.cu_seqlens[1:]
     counts = (ends - begins + 63) // 64
     for count in counts.unique().tolist():
         these = counts == count
-        place = begins[these, None] + torch.arange(64 * count)
+        place = begins[these, None] + torch.arange(64 * count, device=q.device)
         inside = place < ends[these, None]
         place = place.clamp(max=q.shape[1] - 1)
         cut = [x[0][place] * inside.view(*inside.shape, *[1] * (x.ndim - 2)) for x in (q, k, v, g, beta)]

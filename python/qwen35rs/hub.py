@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, or a name on the Hugging Face hub."""
+"""Where a model's files are: a directory, a name on the Hugging Face hub, or here."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from pathlib import Path
 
 from ._core import ConfigError
 
+EMBEDDED = Path(__file__).parent / "model"
+"""The small model that comes with the package. `training/README.md` of the project says how it was made."""
+
 #: What a checkpoint needs; other files of a repository are not fetched.
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 TOKENIZER_FILES = ["tokenizer*.json", "*.jinja", "config.json", "generation_config.json"]
 
 
 def resolve(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
     patterns: list[str] | None = None,
 ) -> Path:
-    """The directory of a model: itself, or the hub's snapshot of that name (downloaded where needed).
+    """The directory of a model: itself, or the hub's snapshot of that name (downloaded where needed); of none, the
+    embedded model's.
 
     Downloads show huggingface_hub's progress bar, use its cache and its token, and honour HF_HUB_OFFLINE.
 
     Raises FileNotFoundError for a path that does not exist, ConfigError for a name that the hub cannot give.
     """
+    if model is None:
+        return EMBEDDED
     path, name = Path(model), os.fspath(model)
     if path.is_dir() and name:
         return path

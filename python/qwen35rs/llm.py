@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, a list of token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
 Message = Mapping[str, Any]
 
+NOTICE = (
+    "note: no model is named, so this is the embedded one: a tiny demonstration model of 8 million parameters that "
+    "knows arithmetic, recall, words, tools and JSON, and nothing of the world"
+)
+
 
 class LLM:
     """A Qwen3.5 model, loaded, with a thread of its own that runs it.
@@ -28,7 +34,8 @@ class LLM:
     changes what another gets.
 
     Args:
-        model: directory of a checkpoint as Hugging Face stores it, or a name on the hub.
+        model: directory of a checkpoint as Hugging Face stores it, or a name on the hub. None, the default, is
+            the small demonstration model that comes with the package; a line on stderr says so.
         tokenizer: another directory or hub name for the tokenizer; the model's own by default. A model
             without one runs on token ids.
         device: ``"cpu"``, or ``"auto"``, which is the CPU in this version.
@@ -63,11 +70,6 @@ class LLM:
         token: str | bool | None = None,
         progress: bool | None = None,
     ) -> None:
-        if model is None:
-            raise RequestError(
-                "model: found nothing; allowed: the directory of a checkpoint, or a name on the Hugging Face "
-                "hub (`qwen35rs demo DIR` makes a small random checkpoint to try)"
-            )
         if device not in ("cpu", "auto"):
             raise RequestError(f"device: found {device!r}; allowed: 'cpu', 'auto' (no GPU in this version)")
         path = hub.resolve(model, revision=revision, token=token)
@@ -98,8 +100,10 @@ class LLM:
                 seed=seed,
                 progress=bar.update,
             )
-        self.model = os.fspath(model)
+        self.model = "embedded" if model is None else os.fspath(model)
         self.path = path
+        if model is None and sys.stderr is not None:
+            print(NOTICE, file=sys.stderr, flush=True)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -36,7 +36,7 @@ class Tokenizer:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None = None,
         *,
         revision: str | None = None,
         token: str | bool | None = None,

@@ -44,15 +44,14 @@ def qwen35rs(
     """Run Qwen3.5 models.
 
     \b
-    qwen35rs demo ./demo              make a small random checkpoint to try
-    qwen35rs generate ./demo "Hello"  complete a prompt
-    qwen35rs chat ./demo              talk
+    qwen35rs chat                     talk
+    qwen35rs generate "Hello" -m DIR  complete a prompt
     qwen35rs plan 122b-a10b           will it fit, how fast could it be
-    qwen35rs bench tasks ./model      questions whose answers are checked
+    qwen35rs bench tasks              questions whose answers are checked
 
     \b
     A model is the directory of a checkpoint, or a name on the Hugging
-    Face hub. Results go to stdout, notes and errors to stderr; every
+    Face hub; where none is named, the small one of the package runs. Results go to stdout, notes and errors to stderr; every
     command has --json. Exit codes: 0 done, 1 error, 2 usage, 130 Ctrl-C.
     """
 

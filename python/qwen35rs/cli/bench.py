@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Json, Model
-from .terminal import guarded, write, write_json
+from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
     help="Measure a model.",
@@ -25,7 +25,7 @@ def _group() -> None:
 @bench.command()
 @guarded
 def tasks(
-    model: Model,
+    model: Model = None,
     n: Annotated[int, typer.Option("--n", help="Questions of each task.")] = 100,
     task: Annotated[
         list[str] | None, typer.Option("--task", help="Only this task; may be repeated.", show_default=False)
@@ -36,8 +36,8 @@ def tasks(
     """Ask held-out questions whose answers can be checked.
 
     \b
-    qwen35rs bench tasks ./model
-    qwen35rs bench tasks ./model --n 20 --task arithmetic --json
+    qwen35rs bench tasks
+    qwen35rs bench tasks --model ./model --n 20 --task arithmetic --json
 
     \b
     Arithmetic, recall from long texts, operations on words, tool calls,
@@ -46,9 +46,8 @@ def tasks(
     interval, and the perplexity of the expected answers.
     """
     from ..bench import TaskResult, measure
-    from ..llm import LLM
 
-    llm = LLM(model)
+    llm = load(model)
     start = time.perf_counter()
 
     def show(result: TaskResult) -> None:
@@ -62,7 +61,7 @@ def tasks(
     if json:
         write_json(
             {
-                "model": str(llm.model),
+                "model": llm.model,
                 "seed": seed,
                 "num_items": n,
                 "seconds": round(time.perf_counter() - start, 3),

@@ -23,7 +23,7 @@ _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops 
 
 @guarded
 def chat(
-    model: Model,
+    model: Model = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     no_thinking: Annotated[
         bool, typer.Option("--no-thinking", help="Answer without reasoning first.")
@@ -45,9 +45,9 @@ def chat(
     """Talk to a model.
 
     \b
-    qwen35rs chat ./demo
-    qwen35rs chat ./demo --system "Answer in one sentence." --no-thinking
-    printf 'Hello\\nAnd then?\\n' | qwen35rs chat ./demo --json
+    qwen35rs chat
+    qwen35rs chat --model ./demo --system "Be brief." --no-thinking
+    printf 'Hello\\nAnd then?\\n' | qwen35rs chat --json
 
     \b
     Ctrl-C stops an answer, Ctrl-D ends; /clear, /exit and /help are

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @guarded
 def generate(
-    model: Model,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROMPT", help="Texts to complete; stdin, as one prompt, by default."),
     ] = None,
+    model: Model = None,
     file: Annotated[
         str | None,
         typer.Option(
@@ -63,9 +63,10 @@ def generate(
     """Complete prompts. One is printed as it comes; several run together and are printed in order.
 
     \b
-    qwen35rs generate ./demo "Once upon a time" --max-tokens 32
-    qwen35rs generate ./demo --file prompts.txt --json > out.json
-    echo "Once upon a time" | qwen35rs generate ./demo --temperature 0
+    qwen35rs generate --chat "What is 17 + 25?"
+    qwen35rs generate "Once upon a time" --model ./demo --max-tokens 32
+    qwen35rs generate --file prompts.txt --model ./demo --json > out.json
+    echo "Once upon a time" | qwen35rs generate -m ./demo --temperature 0
     """
     if sum(map(bool, (prompts, file, token_ids))) > 1:
         raise typer.BadParameter("give prompts as arguments, or --file, or --token-ids")
@@ -104,7 +105,7 @@ def generate(
         note("note: --logprobs shows in --json only")
     run = _Run(llm, ids, params, show=not json)
     if json:
-        write_json(_report(model, texts, ids, run, load_s))
+        write_json(_report(llm.model, texts, ids, run, load_s))
     elif sys.stderr.isatty():
         note(run.summary())
 

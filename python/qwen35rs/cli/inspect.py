@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import _core, hub
-from .options import Json, Model
+from .options import Json
 from .terminal import BOLD, console, count, gib, guarded, write, write_json
 
 if TYPE_CHECKING:
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @guarded
 def inspect(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Directory of a checkpoint, or a name on the hub; the embedded model by default.",
+            show_default=False,
+        ),
+    ] = None,
     full: Annotated[
         bool,
         typer.Option("--full", help="Read every byte for the fingerprint, not only headers and samples."),

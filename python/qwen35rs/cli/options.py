@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from ..sampling import SamplingParams
 
 Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Directory of a checkpoint, or a name on the Hugging Face hub such as Qwen/Qwen3.5-35B-A3B.",
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Directory of a checkpoint, or a name on the Hugging Face hub such as Qwen/Qwen3.5-35B-A3B; the "
+        "embedded model by default.",
         show_default=False,
     ),
 ]

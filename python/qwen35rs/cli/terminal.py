@@ -145,8 +145,8 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def load(model: str, *, dtype: str = "auto", max_model_len: int | None = None) -> LLM:
-    """The model of a command; says so if its weights are random."""
+def load(model: str | None, *, dtype: str = "auto", max_model_len: int | None = None) -> LLM:
+    """The model of a command, the embedded one if none is named; says so if its weights are random."""
     from ..demo import NOTICE, is_demo
     from ..llm import LLM
 

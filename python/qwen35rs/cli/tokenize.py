@@ -17,16 +17,17 @@ from .terminal import guarded, write, write_json
 
 @guarded
 def tokenize(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Directory of a checkpoint, a name on the hub, or a tokenizer.json.",
-            show_default=False,
-        ),
-    ],
     text: Annotated[
         str | None, typer.Argument(metavar="TEXT", help="Text; stdin to the last byte by default.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Directory of a checkpoint, a name on the hub, or a tokenizer.json; the embedded model by default.",
+            show_default=False,
+        ),
     ] = None,
     token_ids: Annotated[str | None, typer.Option(help='Decode these instead: "1 2 3".')] = None,
     split_special: Annotated[
@@ -37,8 +38,8 @@ def tokenize(
     """Show the tokens of a text: an id and its piece on each line.
 
     \b
-    qwen35rs tokenize ./demo "Hello, world"
-    qwen35rs tokenize ./demo --token-ids "72 101" --json
+    qwen35rs tokenize "Hello, world" --model ./demo
+    qwen35rs tokenize --token-ids "72 101" --json
 
     \b
     A piece is quoted as in JSON; one that is no UTF-8 by itself is shown
@@ -50,7 +51,10 @@ def tokenize(
         raise RequestError("text: found none; allowed: an argument, or text on stdin")
     from ..tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(model) if Path(model).is_file() else Tokenizer.from_pretrained(model)
+    if model is not None and Path(model).is_file():
+        tokenizer = Tokenizer(model)
+    else:
+        tokenizer = Tokenizer.from_pretrained(model)
     if token_ids is not None:
         ids = options.parse_ids(token_ids)
         text = tokenizer.decode(ids, skip_special_tokens=False)

@@ -40,9 +40,10 @@ class _Named:
         }
 
 
-def draw(rng: random.Random, split: str, *, thinking: bool | None = None) -> Item:
-    """One question: three in five want a call, one has the response of a tool, one fits no tool."""
-    kind = pick(rng, (3, "call"), (1, "answer"), (1, "none"))
+def draw(rng: random.Random, split: str, *, kind: str | None = None, thinking: bool | None = None) -> Item:
+    """One question. By default three in five want a call ("call"), one has the response of a tool ("answer"), one fits
+    no tool ("none")."""
+    kind = kind or pick(rng, (3, "call"), (1, "answer"), (1, "none"))
 
     def content() -> tuple[list[_Named], dict[str, Any], str]:
         drawn = rng.sample(FUNCTIONS, rng.randint(1, 4) + (kind == "none"))

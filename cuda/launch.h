@@ -1,0 +1,162 @@
+// The C launchers of the CUDA backend: what each computes, over which memory. `src/backend/cuda/` calls them; the tests
+// under `tests/gpu` call them too.
+//
+// Shapes are row-major, last dimension contiguous. Activations are bf16; the residual stream, logits, recurrent states,
+// norm weights and everything that is summed are f32. Every output that is bf16 is rounded once, at its store. All
+// pointers are device memory unless said otherwise. `stream` is a cudaStream_t. A launcher only launches: it does not
+// allocate, synchronise or read device memory, so it may be captured in a graph. It returns a cudaError_t, 0 for none.
+//
+// Same row, same bits: what a token gets does not depend on what else is in the batch.
+// Any sizes are allowed, odd ones too, where a comment does not say otherwise; the sizes of the family are fast.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Opaque bf16, so that this file can be read by a C compiler.
+typedef uint16_t q35_bf16;
+
+enum { Q35_PAGE_LEN = 64, Q35_CHUNK_LEN = 64 };
+
+// One ragged batch (see src/batch.rs). The struct is on the host and passed by value to kernels; what it points to is
+// device memory. `num_tokens` rows of every activation are real.
+typedef struct {
+    int32_t num_tokens;
+    int32_t num_seqs;
+    int32_t max_query_len;        // of its sequences
+    int32_t max_kv_len;           // of its sequences: cached_len + query_len
+    const int32_t *token_ids;     // [num_tokens]
+    const int32_t *positions;     // [num_tokens, 3]: T, H, W
+    const int32_t *seq_of;        // [num_tokens]: the sequence of a token
+    const int32_t *query_start;   // [num_seqs]: its first token
+    const int32_t *query_len;     // [num_seqs]: new tokens
+    const int32_t *cached_len;    // [num_seqs]: tokens before them, in pages and slot
+    const int32_t *chunked_len;   // [num_seqs]: leading new tokens that take the chunked delta rule
+    const int32_t *slot;          // [num_seqs]: its recurrent state
+    const int32_t *page_start;    // [num_seqs]: its first entry in `pages`
+    const int32_t *pages;         // page numbers of every sequence, one after the other
+} q35_batch;
+
+// ------------------------------------------------------------------------------------------------- elementwise.cu
+
+// out[t] = table[token_ids[t]]: table bf16 [vocab, hidden], out f32 [num_tokens, hidden].
+int q35_embed(void *stream, q35_batch batch, const q35_bf16 *table, int hidden, float *out);
+
+// residual += delta (delta may be null), then out = residual / sqrt(mean(residual^2) + eps) * w.
+// delta, out bf16 [n, hidden]; residual f32 [n, hidden]; w f32 [hidden], the 1 of the zero-centred norms added already.
+int q35_rmsnorm_residual(void *stream, int n, int hidden, const q35_bf16 *delta, float *residual, const float *w,
+                         float eps, q35_bf16 *out);
+
+// out[i] = x[rows[i]]: rows int32 [num_rows]; rows of `row_bytes` bytes (even). x and out do not overlap.
+int q35_gather(void *stream, const int32_t *rows, int num_rows, const void *x, int64_t row_bytes, void *out);
+
+// out = silu(gate) * up: gate_up bf16 [n, 2 * width] (gate first), out bf16 [n, width].
+int q35_silu_mul(void *stream, int n, int width, const q35_bf16 *gate_up, q35_bf16 *out);
+
+// Per value head: core = core / sqrt(mean(core^2) + eps) * w * silu(z), in place.
+// core bf16 [n, v_heads * v_dim]; w f32 [v_dim]; z: columns z_start.. of projected, bf16 [n, stride].
+int q35_gated_rmsnorm(void *stream, int n, int v_heads, int v_dim, const float *w, float eps,
+                      const q35_bf16 *projected, int stride, int z_start, q35_bf16 *core);
+
+// f32 to bf16 (round to nearest even) and back, `n` elements.
+int q35_to_bf16(void *stream, int64_t n, const float *x, q35_bf16 *out);
+int q35_to_f32(void *stream, int64_t n, const q35_bf16 *x, float *out);
+
+// Fills bf16 with scale * N(0, 1) from a counter-based generator: element i depends on (seed, i) alone.
+int q35_fill_normal(void *stream, int64_t n, uint64_t seed, float scale, q35_bf16 *out);
+
+// ------------------------------------------------------------------------------------------------------- delta.cu
+
+typedef struct {
+    int32_t num_k_heads, num_v_heads, k_dim, v_dim, conv_kernel;  // value head h uses key head h / (V / K)
+} q35_delta_dims;
+
+// The causal depthwise convolution and SiLU over the first C = 2 K k_dim + V v_dim columns of projected
+// (bf16 [num_tokens, stride]), continuing from the tail of each sequence's slot and leaving the last conv_kernel - 1
+// inputs there (oldest first). weight f32 [conv_kernel, C], the last tap is the current token's;
+// tails bf16 [num_slots, conv_kernel - 1, C]; out bf16 [num_tokens, C].
+int q35_causal_conv1d(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight,
+                      const q35_bf16 *projected, int stride, q35_bf16 *tails, q35_bf16 *out);
+
+// The gated delta rule over mixed (bf16 [num_tokens, C]: q [K, k_dim] | k [K, k_dim] | v [V, v_dim]).
+// b and a are columns ba_start.. and ba_start + V.. of projected (bf16 [num_tokens, stride]):
+// beta = sigmoid(b); g = -exp(a_log) * softplus(a + dt_bias), softplus(x) = x above 20; a_log, dt_bias f32 [V].
+// q and k are l2-normalised (x / sqrt(sum(x^2) + 1e-6)), q then scaled by k_dim^-1/2. States f32
+// [num_slots, V, k_dim, v_dim] are read and replaced. Per token, S [k_dim, v_dim]:
+//   S = exp(g) S;  d = beta (v - k^T S);  S = S + k d^T;  out = q^T S
+// The first chunked_len tokens of a sequence take the chunked form in chunks of 64 counted from its first new token
+// (cached_len is then a multiple of 64), the others this recurrence. Both are f32 sums of the same thing; the chunked
+// form may use tensor cores with bf16 operands, states stay f32. out bf16 [num_tokens, V * v_dim].
+// workspace: f32 [q35_delta_workspace(...)] elements, contents undefined before and after.
+int64_t q35_delta_workspace(int max_tokens, int max_seqs, q35_delta_dims dims);
+int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dims dims, const float *a_log, const float *dt_bias,
+                         const q35_bf16 *mixed, const q35_bf16 *projected, int stride, int ba_start, float *states,
+                         float *workspace, q35_bf16 *out);
+
+// --------------------------------------------------------------------------------------------------- attention.cu
+
+typedef struct {
+    int32_t num_q_heads, num_kv_heads, head_dim;  // query head h uses key head h / (Hq / Hkv)
+} q35_attention_dims;
+
+// projected bf16 [num_tokens, stride]: per query head q [d] | gate [d], then k [Hkv, d], then v [Hkv, d].
+// q and k are normed per head (x / rms * w; q_norm, k_norm f32 [d], the 1 added already) and rotated: with
+// half = num_freqs, element i < half pairs with element i + half; angle = positions[t][axis[i]] * inv_freq[i], in f32;
+// cos and sin are multiplied by rope_scale; elements from 2 * half on stay. q goes to q bf16 [num_tokens, Hq * d];
+// k and v to the pages of their tokens: k_pages, v_pages bf16 [num_pages, Hkv, 64, d]; token p of a sequence is at place
+// p % 64 of page pages[page_start + p / 64], p = cached_len + its index among the new tokens.
+int q35_qk_norm_rope_write(void *stream, q35_batch batch, q35_attention_dims dims, const float *q_norm,
+                           const float *k_norm, float eps, const float *inv_freq, const uint8_t *axis, int num_freqs,
+                           float rope_scale, const q35_bf16 *projected, int stride, q35_bf16 *q, q35_bf16 *k_pages,
+                           q35_bf16 *v_pages);
+
+// Causal softmax attention of each token over its sequence's pages (the new tokens are there already), scores scaled by
+// d^-1/2, times sigmoid(gate) read from projected. What is in pages past a sequence's end, NaN too, is not touched.
+// q, out bf16 [num_tokens, Hq * d]. Decode splits the keys over blocks; the split depends on a token's position alone,
+// never on the batch. workspace: f32 [q35_attention_workspace(...)] elements.
+int64_t q35_attention_workspace(int max_tokens, int max_seqs, int max_kv_len, q35_attention_dims dims);
+int q35_gated_attention(void *stream, q35_batch batch, q35_attention_dims dims, const q35_bf16 *q,
+                        const q35_bf16 *projected, int stride, const q35_bf16 *k_pages, const q35_bf16 *v_pages,
+                        float *workspace, q35_bf16 *out);
+
+// ------------------------------------------------------------------------------------------------------ linear.cu
+
+// out = x W^T: x bf16 [n, in], w bf16 [out_dim, in]; out bf16 or f32 [n, out_dim]. For 1 <= n <= 16 rows one pass over
+// w at the speed of the memory; more rows work too (tensor cores, one tile order for every n), for odd sizes and where
+// cuBLASLt is not wanted. The sum of a row has one order whatever n is, in each of the two ranges of n.
+int q35_linear(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, q35_bf16 *out);
+int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, float *out);
+
+// --------------------------------------------------------------------------------------------------------- moe.cu
+
+typedef struct {
+    int32_t hidden, num_experts, top_k, width, shared_width;  // shared_width 0: no shared expert
+} q35_moe_dims;
+
+typedef struct {
+    const q35_bf16 *router;       // [E, H]
+    const q35_bf16 *gate_up;      // [E, 2 * width, H]: an expert's gate rows, then its up rows
+    const q35_bf16 *down;         // [E, H, width]
+    const q35_bf16 *shared_gate_up;  // [2 * shared_width, H]
+    const q35_bf16 *shared_down;     // [H, shared_width]
+    const q35_bf16 *shared_gate;     // [1, H]
+} q35_moe_weights;
+
+// Routing alone: logits f32 [n, E] to the top_k largest, best first, ties to the lower index, NaN below every number;
+// weights = softmax over those chosen (equal to softmax over all, renormalised). weights f32, experts int32 [n, top_k].
+int q35_route(void *stream, int n, int num_experts, int top_k, const float *logits, float *weights, int32_t *experts);
+
+// out = sum over the chosen experts, in the order of their weights, of weight * expert(x), plus
+// sigmoid(shared_gate . x) * shared(x); expert(x) = down (silu(gate x) * (up x)). Router logits are f32 sums; the
+// activation between gate_up and down is rounded to bf16; the sums over experts are f32, rounded once.
+// x, out bf16 [n, hidden]. n <= 16: only the experts hit are read, once. More: tokens sorted by expert, tensor cores,
+// no padding to capacity, no host round trip. workspace: bytes [q35_moe_workspace(...)].
+int64_t q35_moe_workspace(int max_tokens, q35_moe_dims dims);
+int q35_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x, void *workspace,
+            q35_bf16 *out);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,249 @@
+"""Speed of the CUDA kernels at the family's sizes, each beside the floor of the card it runs on.
+
+python benches/kernels.py [--only NAME] [--json FILE]
+
+Random data; the L2 cache is overwritten before every launch; the median of many, timed with events. The floors are
+measured here, on the same card: bytes a second of a device-to-device copy (read and written both counted), and the rate
+of a large bf16 product of cuBLAS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+from launch import AttentionDims, Batch, DeltaDims, MoeDims, MoeWeights, call
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return (torch.randn(shape, device="cuda", dtype=torch.float32) * scale).to(dtype)
+
+
+def weights(*shape: int) -> torch.Tensor:
+    """Without an f32 copy: they may be large."""
+    return torch.empty(shape, device="cuda", dtype=BF16).normal_(std=shape[-1] ** -0.5)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def seconds(self, work: Callable[[], object], repeats: int = 20) -> float:
+        for _ in range(3):
+            work()
+        times = []
+        for _ in range(repeats):
+            self.flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+
+class Table:
+    def __init__(self, clock: Clock, only: str) -> None:
+        self.clock, self.only, self.rows = clock, only, []
+        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+        target = torch.empty_like(source)
+        self.bandwidth = 2 * len(source) / clock.seconds(lambda: target.copy_(source))
+        a, b = random(8192, 8192), random(8192, 8192)
+        self.rate = 2 * 8192**3 / clock.seconds(lambda: a @ b, 8)
+        print(
+            f"copy {self.bandwidth / 1e12:.2f} TB/s, bf16 product {self.rate / 1e12:.0f} TFLOP/s", flush=True
+        )
+
+    def add(
+        self, name: str, work: Callable[[], object], *, num_bytes: float = 0.0, flops: float = 0.0
+    ) -> None:
+        """`num_bytes` that must be read and written, `flops` that must be done: the larger floor counts."""
+        if self.only not in name:
+            return
+        try:
+            seconds = self.clock.seconds(work)
+        except (AssertionError, AttributeError) as error:
+            print(f"{name:<58} {error}", flush=True)
+            return
+        floor = max(num_bytes / self.bandwidth, flops / self.rate)
+        row = {
+            "name": name,
+            "us": seconds * 1e6,
+            "gb_per_s": num_bytes / seconds / 1e9,
+            "tflops": flops / seconds / 1e12,
+            "share_of_floor": floor / seconds,
+        }
+        self.rows.append(row)
+        shown = (
+            f"{row['tflops']:8.1f} TFLOP/s"
+            if flops / self.rate > num_bytes / self.bandwidth
+            else f"{row['gb_per_s']:8.0f} GB/s"
+        )
+        print(
+            f"{name:<58} {row['us']:10.1f} us {shown} {100 * row['share_of_floor']:5.1f} % of the floor",
+            flush=True,
+        )
+
+
+def norms(table: Table) -> None:
+    for n in (1, 64, 8192):
+        hidden = 3072
+        delta, residual, out = random(n, hidden), random(n, hidden, dtype=F32), random(n, hidden)
+        w = random(hidden, dtype=F32)
+        table.add(
+            f"rmsnorm_residual {n} x {hidden}",
+            lambda d=delta, r=residual, o=out, n=n, w=w: call(
+                "q35_rmsnorm_residual", n, 3072, d, r, w, 1e-6, o
+            ),
+            num_bytes=12 * n * hidden,
+        )
+
+
+def linears(table: Table) -> None:
+    for out_dim, width in ((9216, 2048), (2048, 4096), (248320, 2048), (20480, 3072)):
+        w = weights(out_dim, width)
+        for n in (1, 4, 16, 2048) if out_dim < 100_000 else (1, 16):
+            x, out = random(n, width), torch.empty(n, out_dim, device="cuda", dtype=BF16)
+            table.add(
+                f"linear {n} x {width} -> {out_dim}",
+                lambda n=n, x=x, w=w, o=out, i=width, d=out_dim: call("q35_linear", n, i, d, x, w, o),
+                num_bytes=2 * (w.numel() + x.numel() + out.numel()),
+                flops=2 * n * w.numel(),
+            )
+        if out_dim < 100_000:
+            x = random(2048, width)
+            table.add(
+                f"  cuBLAS 2048 x {width} -> {out_dim}",
+                lambda x=x, w=w: x @ w.T,
+                num_bytes=2 * w.numel(),
+                flops=2 * 2048 * w.numel(),
+            )
+
+
+def experts(table: Table) -> None:
+    for name, hidden, width, shared in (("35B", 2048, 512, 512), ("122B", 3072, 1024, 1024)):
+        dims = MoeDims(hidden, 256, 8, width, shared)
+        parts = {
+            "router": weights(256, hidden),
+            "gate_up": weights(256, 2 * width, hidden),
+            "down": weights(256, hidden, width),
+            "shared_gate_up": weights(2 * shared, hidden),
+            "shared_down": weights(hidden, shared),
+            "shared_gate": weights(1, hidden),
+        }
+        struct = MoeWeights(**{k: v.data_ptr() for k, v in parts.items()})
+        for n in (1, 4, 16, 64, 512, 8192):
+            x, out = random(n, hidden), torch.empty(n, hidden, device="cuda", dtype=BF16)
+            space = torch.empty(call("q35_moe_workspace", n, dims), device="cuda", dtype=torch.uint8)
+            hit = (x.float() @ parts["router"].float().T).topk(8).indices.unique().numel()
+            table.add(
+                f"moe {name} {n} tokens, {hit} experts hit",
+                lambda n=n, x=x, o=out, s=space, d=dims, w=struct: call("q35_moe", n, d, w, x, s, o),
+                num_bytes=2 * 3 * hidden * (hit * width + shared) + 2 * 256 * hidden + 4 * n * hidden,
+                flops=6 * n * hidden * (8 * width + shared),
+            )
+        del parts
+
+
+def delta_rule(table: Table) -> None:
+    for name, heads in (("35B", 32), ("122B", 64)):
+        dims = DeltaDims(16, heads, 128, 128, 4)
+        channels = 2 * 16 * 128 + heads * 128
+        stride = channels + heads * 128 + 2 * heads
+        for what, seqs in (
+            ("decode 1", [(100, 1, 0)]),
+            ("decode 64", [(100, 1, 0)] * 64),
+            ("prefill 8192", [(0, 8192, 8192)]),
+            ("prefill 32768", [(0, 32768, 32768)]),
+        ):
+            batch = Batch(seqs)
+            n = batch.num_tokens
+            mixed, projected = random(n, channels), random(n, stride)
+            states = torch.zeros(batch.num_slots, heads, 128, 128, device="cuda")
+            out = torch.empty(n, heads * 128, device="cuda", dtype=BF16)
+            space = torch.empty(call("q35_delta_workspace", n, len(seqs), dims), device="cuda", dtype=F32)
+            rates = random(heads, dtype=F32), random(heads, dtype=F32)
+            # Chunked: products of chunk x chunk and chunk x state for each head.
+            flops = 2 * n * heads * (3 * 128 * 128 + 4 * 64 * 128) if seqs[0][2] else 0
+            table.add(
+                f"delta rule {name} {what}",
+                lambda b=batch, d=dims, m=mixed, p=projected, s=states, w=space, o=out, r=rates, t=stride, h=heads: (
+                    call("q35_gated_delta_rule", b.struct, d, r[0], r[1], m, p, t, t - 2 * h, s, w, o)
+                ),
+                num_bytes=2 * len(seqs) * heads * 128 * 128 * 4 + 2 * n * (channels + heads * 130),
+                flops=flops,
+            )
+            conv = random(4, channels, dtype=F32)
+            tails = torch.zeros(batch.num_slots, 3, channels, device="cuda", dtype=BF16)
+            table.add(
+                f"causal conv {name} {what}",
+                lambda b=batch, d=dims, c=conv, p=projected, s=stride, t=tails, m=mixed: call(
+                    "q35_causal_conv1d", b.struct, d, c, p, s, t, m
+                ),
+                num_bytes=4 * n * channels,
+            )
+
+
+def attention(table: Table) -> None:
+    for name, q_heads in (("35B", 16), ("122B", 32)):
+        dims = AttentionDims(q_heads, 2, 256)
+        stride = 2 * q_heads * 256 + 2 * 2 * 256
+        for what, seqs in (
+            ("decode 1, 1k", [(1024, 1, 0)]),
+            ("decode 1, 32k", [(32768, 1, 0)]),
+            ("decode 64, 1k", [(1024, 1, 0)] * 64),
+            ("prefill 8192", [(0, 8192, 8192)]),
+        ):
+            batch = Batch(seqs)
+            n, longest = batch.num_tokens, max(c + q for c, q, _ in seqs)
+            q, projected = random(n, q_heads * 256), random(n, stride)
+            pages = [random(batch.num_pages, 2, 64, 256) for _ in range(2)]
+            out = torch.empty_like(q)
+            size = call("q35_attention_workspace", n, len(seqs), longest, dims)
+            space = torch.empty(max(1, size), device="cuda", dtype=F32)
+            keys = sum((c + (q + 1) / 2) * q for c, q, _ in seqs)
+            table.add(
+                f"attention {name} {what}",
+                lambda b=batch, d=dims, q=q, p=projected, s=stride, k=pages, w=space, o=out: call(
+                    "q35_gated_attention", b.struct, d, q, p, s, k[0], k[1], w, o
+                ),
+                num_bytes=2 * 2 * 2 * 256 * sum(c + q for c, q, _ in seqs) + 6 * n * q_heads * 256,
+                flops=4 * q_heads * 256 * keys,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--json", help="file for the rows")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    table = Table(Clock(), args.only)
+    for part in (norms, linears, experts, delta_rule, attention):
+        part(table)
+        torch.cuda.empty_cache()
+    if args.json:
+        found: dict[str, Any] = {
+            "card": torch.cuda.get_device_name(),
+            "copy_tb_per_s": table.bandwidth / 1e12,
+            "bf16_tflops": table.rate / 1e12,
+            "rows": table.rows,
+        }
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

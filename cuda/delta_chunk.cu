@@ -8,8 +8,8 @@
 //   S    = exp(G_C) S + k^T diag(exp(G_C - G) rk) x
 //
 // Every exponent is a difference with the later index first, so none is positive. Rows of q and k go to the tensor cores
-// as they are, bf16 without a rounding, and their norms into the f32 factors; f32 operands go there as two bf16 parts,
-// all but P and what multiplies it, where one rounding is as small as the output's own.
+// as they are, bf16 without a rounding, and their norms into the f32 factors; f32 operands go there as two bf16 parts
+// (with P and x rounded once instead, keys that resemble each other cost 1e-2 of the output).
 //
 // Source: Yang et al. 2024 (arXiv:2412.06464), the UT transform as in the flash-linear-attention project; own code.
 #include "delta.cuh"
@@ -20,10 +20,10 @@ constexpr int C = Q35_CHUNK_LEN;
 constexpr int PREPARE_THREADS = 128;
 constexpr int MAX_WALK_BLOCKS = 2048;
 
-// What delta_prepare leaves for a head of a chunk: T in two parts and P, bf16 [64, 64] each, then these f32 rows.
+// What delta_prepare leaves for a head of a chunk: these f32 rows, then T and P in two parts, bf16 [64, 64] each.
 enum Coefficient { Q_FACTOR, K_FACTOR, X_FACTOR, LAST, NUM_COEFFICIENTS };  // LAST: exp(G_C) in its first element
 constexpr int COEF_FLOATS = NUM_COEFFICIENTS * C;
-constexpr int SLOT_FLOATS = 3 * C * C / 2 + COEF_FLOATS;
+constexpr int SLOT_FLOATS = 4 * C * C / 2 + COEF_FLOATS;
 
 // The head of the workspace: which chunks there are, counted on the device, since the host may not read chunked_len.
 struct Plan {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t r[4], const bf
 
 // c [16, 8] += a [16, 16] b [16, 8].
 __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -103,6 +103,34 @@ __device__ __forceinline__ void split(const float (*c)[4], uint32_t high[4], uin
         high[i] = pack2(x[0], x[1]);
         const float2 h = unpack2(high[i]);
         low[i] = pack2(x[0] - h.x, x[1] - h.y);
+    }
+}
+
+// out [16, 64] += x [16, 64] m^T for a lower triangular m [64, 64] in two parts: from 16 jj on alone, the rows before are
+// above the diagonal. Without low by low, which is under f32's own rounding.
+__device__ __forceinline__ void multiply_lower(float (*out)[4], const float (*x)[4], const bf16 (*m)[C][C + 8],
+                                               int b_row, int b_column) {
+#pragma unroll
+    for (int jj = 0; jj < C / 16; jj++) {
+        uint32_t high[4], low[4];
+        split(&x[2 * jj], high, low);
+#pragma unroll
+        for (int n = 2 * jj; n < C / 8; n += 4) {
+            const bool two = n + 2 < C / 8;
+            uint32_t b[2][4];
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                load_matrices(b[0], &m[part][8 * n + b_row][16 * jj + b_column]);
+                if (two) load_matrices(b[1], &m[part][8 * n + 16 + b_row][16 * jj + b_column]);
+#pragma unroll
+                for (int with = 0; with < 2 - part; with++) {
+                    const uint32_t *a = with == 0 ? high : low;
+                    mma(out[n], a, b[0]);
+                    mma(out[n + 1], a, b[0] + 2);
+                    if (two) mma(out[n + 2], a, b[1]), mma(out[n + 3], a, b[1] + 2);
+                }
+            }
+        }
     }
 }
 
@@ -121,7 +149,7 @@ __device__ __forceinline__ void copy_wait() {
 // `width` columns of 64 rows, those from `len` on zeros. The row of a zero is `from` itself: an address that is valid.
 template <int WIDTH, int LD, int THREADS>
 __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t stride, int len) {
-#pragma unroll 4
+#pragma unroll 2
     for (int i = threadIdx.x; i < C * WIDTH / 8; i += THREADS) {
         const int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
         copy16(to + row * LD + column, from + (row < len ? row * stride + column : 0), row < len);
@@ -159,7 +187,8 @@ __global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args,
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     float *coef = plan.slots + (static_cast<int64_t>(slot) * d.num_v_heads + head) * SLOT_FLOATS;
-    bf16 *t_high = reinterpret_cast<bf16 *>(coef + COEF_FLOATS), *t_low = t_high + C * C, *p = t_low + C * C;
+    bf16 *t_high = reinterpret_cast<bf16 *>(coef + COEF_FLOATS), *t_low = t_high + C * C;
+    bf16 *p_high = t_low + C * C, *p_low = p_high + C * C;
     if (warp == 0) {
         // Tokens 2 lane and 2 lane + 1. Past the end: no decay, no write.
         double g[2];
@@ -210,7 +239,7 @@ __global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args,
             coef[Q_FACTOR * C + row] = there ? rq * from_start : 0.0f;
             coef[K_FACTOR * C + row] = there ? rk * from_start : 0.0f;
             coef[X_FACTOR * C + row] = there ? rk * to_end : 0.0f;
-            // The last row's from_start is the decay of the whole chunk: past its end g is 0.
+            // Past the end g is 0: the last sum is the chunk's.
             coef[LAST * C + row] = row == 0 ? expf(s.g_high[C - 1] + s.g_low[C - 1]) : 0.0f;
         }
     }
@@ -254,7 +283,10 @@ __global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args,
                 pair[e] = j <= i ? qk[n][2 * half + e] * s.rq[i] * scale : 0.0f;
                 coupling[e] = j < i ? kk[n][2 * half + e] * (s.beta[i] * s.rk[i]) * scale : 0.0f;
             }
-            *reinterpret_cast<uint32_t *>(p + i * C + j0) = pack2(pair[0], pair[1]);
+            const uint32_t high = pack2(pair[0], pair[1]);
+            const float2 h = unpack2(high);
+            *reinterpret_cast<uint32_t *>(p_high + i * C + j0) = high;
+            *reinterpret_cast<uint32_t *>(p_low + i * C + j0) = pack2(pair[0] - h.x, pair[1] - h.y);
             *reinterpret_cast<float2 *>(&s.system[i][j0]) = make_float2(coupling[0], coupling[1]);
         }
     __syncthreads();
@@ -289,7 +321,7 @@ template <int K, int V>
 struct WalkShared {
     bf16 q[C][K + 8], k[2][C][K + 8];
     bf16 v[2][C][V + 8];
-    bf16 t[2][C][C + 8], p[C][C + 8];
+    bf16 t[2][C][C + 8], p[2][C][C + 8];
     float coef[2][COEF_FLOATS];
 };
 
@@ -339,7 +371,8 @@ __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
             const bf16 *t = reinterpret_cast<const bf16 *>(slots + chunk * slot_stride + COEF_FLOATS);
             copy_rows<C, C + 8, THREADS>(&s.t[0][0][0], t, C, C);
             copy_rows<C, C + 8, THREADS>(&s.t[1][0][0], t + C * C, C, C);
-            copy_rows<C, C + 8, THREADS>(&s.p[0][0], t + 2 * C * C, C, C);
+            copy_rows<C, C + 8, THREADS>(&s.p[0][0][0], t + 2 * C * C, C, C);
+            copy_rows<C, C + 8, THREADS>(&s.p[1][0][0], t + 3 * C * C, C, C);
         };
 
         __syncthreads();  // the last item's shared memory is read
@@ -374,17 +407,18 @@ __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
                 split(&st[2 * kk], high, low);
 #pragma unroll
                 for (int n = 0; n < TILES; n += 2) {
-                    uint32_t b[4];
-                    load_matrices(b, &s.k[stage][8 * n + b_row][16 * kk + b_column]);
-                    mma(x[n], high, b);
-                    mma(x[n + 1], high, b + 2);
-                    mma(x[n], low, b);
-                    mma(x[n + 1], low, b + 2);
-                    load_matrices(b, &s.q[8 * n + b_row][16 * kk + b_column]);
-                    mma(o[n], high, b);
-                    mma(o[n + 1], high, b + 2);
-                    mma(o[n], low, b);
-                    mma(o[n + 1], low, b + 2);
+                    uint32_t kb[4], qb[4];
+                    load_matrices(kb, &s.k[stage][8 * n + b_row][16 * kk + b_column]);
+                    load_matrices(qb, &s.q[8 * n + b_row][16 * kk + b_column]);
+                    // Three others between two products into one accumulator, to hide the latency.
+                    mma(x[n], high, kb);
+                    mma(x[n + 1], high, kb + 2);
+                    mma(o[n], high, qb);
+                    mma(o[n + 1], high, qb + 2);
+                    mma(x[n], low, kb);
+                    mma(x[n + 1], low, kb + 2);
+                    mma(o[n], low, qb);
+                    mma(o[n + 1], low, qb + 2);
                 }
             }
             __syncthreads();  // q is read
@@ -412,37 +446,9 @@ __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
                 }
             }
 
-            // x = T x: tiles of rows i from 16 jj on, the ones before are above the diagonal.
             float y[TILES][4] = {};
-#pragma unroll
-            for (int jj = 0; jj < C / 16; jj++) {
-                uint32_t high[4], low[4];
-                split(&x[2 * jj], high, low);
-#pragma unroll
-                for (int n = 2 * jj; n < TILES; n += 2) {
-                    uint32_t b[4];
-                    load_matrices(b, &s.t[0][8 * n + b_row][16 * jj + b_column]);
-                    mma(y[n], high, b);
-                    mma(y[n + 1], high, b + 2);
-                    mma(y[n], low, b);
-                    mma(y[n + 1], low, b + 2);
-                    load_matrices(b, &s.t[1][8 * n + b_row][16 * jj + b_column]);
-                    mma(y[n], high, b);
-                    mma(y[n + 1], high, b + 2);
-                }
-            }
-#pragma unroll
-            for (int jj = 0; jj < C / 16; jj++) {
-                uint32_t high[4], low[4];
-                split(&y[2 * jj], high, low);
-#pragma unroll
-                for (int n = 2 * jj; n < TILES; n += 2) {
-                    uint32_t b[4];
-                    load_matrices(b, &s.p[8 * n + b_row][16 * jj + b_column]);
-                    mma(o[n], high, b);
-                    mma(o[n + 1], high, b + 2);
-                }
-            }
+            multiply_lower(y, x, s.t, b_row, b_column);  // the x of above
+            multiply_lower(o, y, s.p, b_row, b_column);
             __syncthreads();  // T and P are read
             if (more) load_tp(chunk + 1);
 
@@ -481,13 +487,14 @@ __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
                 uint32_t high[4], low[4];
                 split(&y[2 * jj], high, low);
 #pragma unroll
-                for (int n = 0; n < K / 8; n += 2) {
-                    uint32_t b[4];
+                for (int n = 0; n < K / 8; n += 4) {
+                    uint32_t b[8];
                     load_matrices_transposed(b, &s.k[stage][16 * jj + kt_row][8 * n + kt_column]);
-                    mma(st[n], high, b);
-                    mma(st[n + 1], high, b + 2);
-                    mma(st[n], low, b);
-                    mma(st[n + 1], low, b + 2);
+                    load_matrices_transposed(b + 4, &s.k[stage][16 * jj + kt_row][8 * n + 16 + kt_column]);
+#pragma unroll
+                    for (int m = 0; m < 4; m++) mma(st[n + m], high, b + 2 * m);
+#pragma unroll
+                    for (int m = 0; m < 4; m++) mma(st[n + m], low, b + 2 * m);
                 }
             }
         }
@@ -522,8 +529,12 @@ cudaError_t launch(cudaStream_t stream, const DeltaArgs &args, const Plan &plan)
     // Wide slices load less, narrow ones fill the machine; a warp's bits are the same in both.
     const int64_t most_seqs = seqs < by_tokens ? seqs : by_tokens;
     const bool wide = args.dims.v_dim % 64 == 0 && most_seqs * heads * (args.dims.v_dim / 64) > 100;
-    return wide ? launch_walk<K, 64>(stream, args, plan, most_seqs)
-                : launch_walk<K, 32>(stream, args, plan, most_seqs);
+    if (wide) {
+        const cudaError_t wide_error = launch_walk<K, 64>(stream, args, plan, most_seqs);
+        if (wide_error != cudaErrorInvalidValue) return wide_error;
+        cudaGetLastError();  // sm_86 and sm_89 do not have the shared memory for it: narrow then
+    }
+    return launch_walk<K, 32>(stream, args, plan, most_seqs);
 }
 
 }  // namespace

@@ -171,7 +171,7 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
     float4 s[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
-        s[i] = *reinterpret_cast<const float4 *>(state + static_cast<int64_t>(16 * i + row) * d.v_dim);
+        s[i] = *reinterpret_cast<const float4 *>(state + (16 * i + row) * d.v_dim);
 
     const int k_head = head / (d.num_v_heads / d.num_k_heads);
     const float q_scale = rsqrtf(static_cast<float>(K));
@@ -234,7 +234,7 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
     }
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
-        *reinterpret_cast<float4 *>(state + static_cast<int64_t>(16 * i + row) * d.v_dim) = s[i];
+        *reinterpret_cast<float4 *>(state + (16 * i + row) * d.v_dim) = s[i];
 }
 
 // The same for any sizes, every token of a sequence by the recurrence; the state stays in memory, where each of its

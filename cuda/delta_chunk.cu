@@ -390,7 +390,7 @@ __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
         for (int n = 0; n < K / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                st[n][e] = state[static_cast<int64_t>(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8];
+                st[n][e] = state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8];
 
         const int chunks = (tokens + C - 1) / C;
         for (int chunk = 0; chunk < chunks; chunk++) {
@@ -502,7 +502,7 @@ __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
         for (int n = 0; n < K / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                state[static_cast<int64_t>(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8] = st[n][e];
+                state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8] = st[n][e];
     }
 }
 

@@ -146,16 +146,21 @@ __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
 }
 
-// `width` columns of 64 rows, those from `len` on zeros. The row of a zero is `from` itself: an address that is valid.
+// WIDTH columns of 64 rows, those from `len` on zeros. The source of a zero is `from` itself: an address that is valid.
 template <int WIDTH, int LD, int THREADS>
 __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t stride, int len) {
-#pragma unroll 2
-    for (int i = threadIdx.x; i < C * WIDTH / 8; i += THREADS) {
-        const int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
-        copy16(to + row * LD + column, from + (row < len ? row * stride + column : 0), row < len);
+    constexpr int ACROSS = WIDTH / 8, STEP = THREADS / ACROSS;
+    static_assert(THREADS % ACROSS == 0 && C % STEP == 0, "a thread stays in its column");
+    const int row = threadIdx.x / ACROSS, column = threadIdx.x % ACROSS * 8;
+    const bf16 *source = from + row * stride + column;
+    to += row * LD + column;
+#pragma unroll 4
+    for (int r = 0; r < C; r += STEP) {
+        const bool there = row + r < len;
+        copy16(to + r * LD, there ? source : from, there);
+        source += STEP * stride;
     }
 }
-
 
 template <int K>
 struct PrepareShared {
@@ -169,6 +174,8 @@ struct PrepareShared {
     float beta[C], rq[C], rk[C];
 };
 
+// T, P and the factors of one head of one chunk, with nothing of the state: the UT transform of Yang et al. 2024, by an
+// inverse in f32. Own code.
 template <int K>
 __global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args, Plan plan) {
     extern __shared__ __align__(16) unsigned char raw[];
@@ -327,7 +334,7 @@ struct WalkShared {
 
 // Walks the chunks of (sequence, head, V columns). A warp is on its own: it keeps its 16 columns of the state,
 // transposed, in the accumulators of its mma from the first chunk to the last, and each product's result is the left
-// operand of the next. The block shares what is loaded.
+// operand of the next. The block shares what is loaded. Chunkwise form of Yang et al. 2024; own code.
 template <int K, int V>
 __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
     constexpr int THREADS = 2 * V, TILES = C / 8;

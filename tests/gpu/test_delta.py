@@ -7,7 +7,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from launch import Batch, DeltaDims, call, error, same_bits  # noqa: E402
+from launch import Batch, DeltaDims, call, error, same_bits
 
 BF16 = 4e-3
 # K, V, k_dim, v_dim, conv_kernel. The first two are the family's.
@@ -119,7 +119,7 @@ def test_conv1d_alone_is_itself(dims):
 class Delta:
     def __init__(self, dims, seqs, *, seed=0, pad=0, mean=0.0, decay=1.0):
         self.dims = dims
-        k, v, k_dim, v_dim, _ = dims
+        _, v, k_dim, v_dim, _ = dims
         self.batch = Batch(seqs, seed=seed)
         self.ba_start = 6 + pad
         self.stride = self.ba_start + 2 * v + 1

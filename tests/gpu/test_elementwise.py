@@ -7,7 +7,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from launch import Batch, call, error, same_bits  # noqa: E402
+from launch import Batch, call, error, same_bits
 
 BF16 = 4e-3
 EPS = 1e-6

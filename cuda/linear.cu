@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 2)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     const int k = (chunk + c * WARPS) * CHUNK + 32 * h;
-                    a[c][h][i] = decltype(inside)::value || k + place < in ? load_stream(w_block + (rows[i] + k)) : make_uint4(0, 0, 0, 0);
+                    a[c][h][i] = make_uint4(0, 0, 0, 0);
+                    if (decltype(inside)::value || k + place < in) a[c][h][i] = load_stream(w_block + (rows[i] + k));
                 }
             }
         }

@@ -1,0 +1,225 @@
+// Attention of sequences with many new tokens: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over pages, the query
+// heads of a key head packed into the rows of a tile; own code.
+#include "tile.cuh"
+
+namespace q35 {
+namespace {
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS, KEYS = Q35_PAGE_LEN;
+
+// Rows of shared tiles are 16 bytes longer than they need be, so that the eight rows of a matrix load hit all banks.
+template <int D>
+constexpr int shared_bytes() {
+    return (ROWS + 2 * KEYS) * (D + 8) * int(sizeof(bf16));
+}
+
+// The keys or values of one page and head; those from `len` on are zeros: memory past the sequence's end may hold NaN,
+// which a weight of 0 would not undo.
+template <int D>
+__device__ void load_page(bf16 *tile, const bf16 *page, int len) {
+#pragma unroll
+    for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
+        const int row = i / (D / 8), column = i % (D / 8) * 8;
+        copy16(tile + row * (D + 8) + column, page + row * D + column, row < len);
+    }
+}
+
+// The `index`-th tile of the batch's prefill sequences: every warp looks through their lengths, 32 at a time. A grid of
+// the longest sequence's tiles for each sequence would be mostly empty blocks.
+__device__ bool find_tile(const q35_batch &batch, int group, int index, int &seq, int &tile) {
+    const int lane = threadIdx.x % 32;
+    for (int first = 0; first < batch.num_seqs; first += 32) {
+        const int len = first + lane < batch.num_seqs ? batch.query_len[first + lane] : 0;
+        const int tiles = len > MAX_DECODE_LEN ? (len * group + ROWS - 1) / ROWS : 0;
+        int end = tiles;  // of the tiles of this lane's sequence and those before it
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+            const int before = __shfl_up_sync(0xffffffffu, end, i);
+            if (lane >= i) end += before;
+        }
+        const unsigned past = __ballot_sync(0xffffffffu, index < end);
+        if (past != 0) {
+            const int found = __ffs(past) - 1;
+            seq = first + found;
+            // The last tiles of a sequence see the most keys, so they start first.
+            tile = __shfl_sync(0xffffffffu, end, found) - 1 - index;
+            return true;
+        }
+        index -= __shfl_sync(0xffffffffu, end, 31);
+    }
+    return false;
+}
+
+// One block: ROWS rows (row = new token * group + head of the group) of one sequence and key head; a warp has 16 rows.
+// Keys are walked page by page from the start of the sequence, and a page that a row does not see leaves its sums as
+// they are, so a token's bits depend on its position alone.
+template <int D>
+__global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args) {
+    const q35_batch &batch = args.batch;
+    const int head = blockIdx.x % args.kv_heads, group = args.group();
+    int tile, seq;
+    if (!find_tile(batch, group, blockIdx.x / args.kv_heads, seq, tile)) return;
+    const int query_len = batch.query_len[seq], row0 = tile * ROWS;
+    const int num_rows = min(ROWS, query_len * group - row0);
+    const int cached = batch.cached_len[seq];
+    const int num_keys = cached + (row0 + num_rows - 1) / group + 1;
+    const int num_pages = ceil_div(num_keys, KEYS);
+    const int64_t first = batch.query_start[seq];
+    const int *pages = batch.pages + batch.page_start[seq];
+
+    extern __shared__ __align__(16) unsigned char memory[];
+    bf16 *q_tile = reinterpret_cast<bf16 *>(memory);
+    bf16 *k_tile = q_tile + ROWS * (D + 8), *v_tile = k_tile + KEYS * (D + 8);
+
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
+        const int r = i / (D / 8), column = i % (D / 8) * 8;
+        const bool there = r < num_rows;
+        const int row = there ? row0 + r : row0;
+        const int64_t at = (first + row / group) * args.q_heads + head * group + row % group;
+        copy16(q_tile + r * (D + 8) + column, args.q + at * D + column, there);
+    }
+    load_page<D>(k_tile, args.k + args.page_at(pages[0], head), num_keys);
+    copy_commit();
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // This thread's rows of the accumulators are `lane / 4` and 8 further; a row sees the keys up to its position.
+    int position[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int r = 16 * warp + lane / 4 + 8 * i;
+        position[i] = r < num_rows ? cached + (row0 + r) / group : -1;
+    }
+    float out[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    const bf16 *q_row = q_tile + (16 * warp + lane % 16) * (D + 8) + lane / 16 * 8;
+    const bf16 *k_row = k_tile + (lane / 16 * 8 + lane % 8) * (D + 8) + lane / 8 % 2 * 8;
+    const bf16 *v_row = v_tile + lane % 16 * (D + 8) + lane / 16 * 8;
+
+    for (int page = 0; page < num_pages; page++) {
+        const int key0 = page * KEYS;
+        load_page<D>(v_tile, args.v + args.page_at(pages[page], head), num_keys - key0);
+        copy_commit();
+        copy_wait<1>();  // all but the values: the keys are there
+        __syncthreads();
+
+        float s[KEYS / 8][4] = {};
+#pragma unroll 4
+        for (int k = 0; k < D; k += 16) {
+            unsigned a[4];
+            load_matrices(a, q_row + k);
+#pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) {
+                unsigned b[4];
+                load_matrices(b, k_row + n * 16 * (D + 8) + k);
+                mma(s[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+                mma(s[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+            }
+        }
+        __syncthreads();  // nobody reads the keys any more
+        if (page + 1 < num_pages) {
+            load_page<D>(k_tile, args.k + args.page_at(pages[page + 1], head), num_keys - key0 - KEYS);
+        }
+        copy_commit();
+
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float highest = top[i];
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float &x = s[n][2 * i + j];
+                    const int key = key0 + 8 * n + lane % 4 * 2 + j;
+                    x = key <= position[i] ? x * args.scale : -INFINITY;
+                    highest = fmaxf(highest, x);
+                }
+            }
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+            const float safe = highest == -INFINITY ? 0.0f : highest;
+            const float fade = exp2f(top[i] - safe);
+            top[i] = highest;
+            sum[i] *= fade;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    s[n][2 * i + j] = exp2f(s[n][2 * i + j] - safe);
+                    sum[i] += s[n][2 * i + j];
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                out[n][2 * i] *= fade;
+                out[n][2 * i + 1] *= fade;
+            }
+        }
+
+        copy_wait<1>();  // all but the next keys: the values are there
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) {
+            const unsigned a0 = pack(s[2 * k][0], s[2 * k][1]), a1 = pack(s[2 * k][2], s[2 * k][3]);
+            const unsigned a2 = pack(s[2 * k + 1][0], s[2 * k + 1][1]);
+            const unsigned a3 = pack(s[2 * k + 1][2], s[2 * k + 1][3]);
+#pragma unroll
+            for (int n = 0; n < D / 16; n++) {
+                unsigned b[4];
+                load_matrices_transposed(b, v_row + k * 16 * (D + 8) + n * 16);
+                mma(out[2 * n], a0, a1, a2, a3, b[0], b[1]);
+                mma(out[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
+            }
+        }
+        __syncthreads();  // nobody reads the values any more
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+        if (position[i] < 0) continue;
+        const int row = row0 + 16 * warp + lane / 4 + 8 * i;
+        const int64_t token = first + row / group;
+        const int q_head = head * group + row % group;
+        const bf16 *gate = args.gate(token, q_head);
+        bf16 *to = args.out + (token * args.q_heads + q_head) * D;
+        const float inverse = 1.0f / sum[i];
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const int column = 8 * n + lane % 4 * 2;
+            const float a = out[n][2 * i] * inverse * sigmoid(__bfloat162float(gate[column]));
+            const float b = out[n][2 * i + 1] * inverse * sigmoid(__bfloat162float(gate[column + 1]));
+            *reinterpret_cast<unsigned *>(to + column) = pack(a, b);
+        }
+    }
+}
+
+template <int D>
+cudaError_t launch(cudaStream_t stream, const AttentionArgs &args) {
+    const int64_t group = args.q_heads / args.kv_heads;
+    // Not more than this: each sequence has one tile that is not full.
+    const int64_t tiles = args.batch.num_tokens * group / ROWS + args.batch.num_seqs, blocks = tiles * args.kv_heads;
+    if (args.batch.max_query_len * group > INT32_MAX - ROWS || blocks > INT32_MAX) return cudaErrorInvalidValue;
+    const cudaError_t status =
+        cudaFuncSetAttribute(prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>());
+    if (status != cudaSuccess) return status;
+    prefill_kernel<D><<<unsigned(blocks), THREADS, shared_bytes<D>(), stream>>>(args);
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+bool attention_prefill_fits(int head_dim, int shared_limit) {
+    const int needed = head_dim == 64 ? shared_bytes<64>() : head_dim == 128 ? shared_bytes<128>() : shared_bytes<256>();
+    return needed <= shared_limit;
+}
+
+cudaError_t attention_prefill(cudaStream_t stream, const AttentionArgs &args) {
+    switch (args.head_dim) {
+        case 64: return launch<64>(stream, args);
+        case 128: return launch<128>(stream, args);
+        case 256: return launch<256>(stream, args);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace q35

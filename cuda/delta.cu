@@ -1,0 +1,360 @@
+// The delta layers: causal convolution and the recurrent gated delta rule. The chunked form is in delta_chunk.cu.
+#include "delta.cuh"
+
+namespace {
+
+constexpr int CONV_THREADS = 64;
+constexpr int REC_THREADS = 128;
+constexpr int ANY_COLUMNS = 32, ANY_ROWS = 8;
+
+struct ConvArgs {
+    q35_batch batch;
+    const float *weight;
+    const bf16 *projected;
+    int stride, channels, kernel, tile;
+    bf16 *tails, *out;
+};
+
+// N neighbouring channels of one row, as f32.
+template <int N, typename T>
+__device__ __forceinline__ void conv_load(const T *p, float x[N]) {
+    if constexpr (N == 8)
+        load8(p, x);
+    else
+        x[0] = static_cast<float>(*p);
+}
+
+template <int N>
+__device__ __forceinline__ void conv_store(bf16 *p, const float x[N]) {
+    if constexpr (N == 8)
+        store8(p, x);
+    else
+        *p = __float2bfloat16(*x);
+}
+
+// One output: `input(tap)` is where the input under a tap lies. Taps in order, so the bits do not depend on the tiling.
+template <int N, int KERNEL, typename Input>
+__device__ __forceinline__ void conv_output(const ConvArgs &args, int c, int64_t t, Input input) {
+    const int kernel = KERNEL > 0 ? KERNEL : args.kernel;
+    float acc[N] = {};
+#pragma unroll
+    for (int tap = 0; tap < kernel; tap++) {
+        float x[N], w[N];
+        conv_load<N>(input(tap), x);
+        conv_load<N>(args.weight + static_cast<int64_t>(tap) * args.channels + c, w);
+#pragma unroll
+        for (int j = 0; j < N; j++) acc[j] = fmaf(w[j], x[j], acc[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) acc[j] = silu(acc[j]);
+    conv_store<N>(args.out + t * args.channels + c, acc);
+}
+
+// The first kernel - 1 tokens of a sequence, which need its tail, and then the tail itself. All of it is one thread's
+// work, so nobody reads a tail that somebody else has replaced.
+template <int N, int KERNEL>
+__device__ __forceinline__ void conv_head(const ConvArgs &args, int seq, int c) {
+    const int before = (KERNEL > 0 ? KERNEL : args.kernel) - 1, len = args.batch.query_len[seq];
+    const int64_t first = args.batch.query_start[seq];
+    bf16 *tail = args.tails + static_cast<int64_t>(args.batch.slot[seq]) * before * args.channels + c;
+    // Input i of the sequence: the tail holds those before the first token.
+    const auto input = [&](int i) -> const bf16 * {
+        return i < before ? tail + static_cast<int64_t>(i) * args.channels
+                          : args.projected + (first + i - before) * args.stride + c;
+    };
+    for (int i = 0; i < before && i < len; i++)
+        conv_output<N, KERNEL>(args, c, first + i, [&](int tap) { return input(i + tap); });
+    // Oldest first: input len + i is never before input i, so nothing is read after it is replaced.
+    for (int i = 0; i < before; i++) {
+        const bf16 *from = input(len + i);
+        bf16 *to = tail + static_cast<int64_t>(i) * args.channels;
+        if constexpr (N == 8)
+            *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+        else
+            *to = *from;
+    }
+}
+
+// Causal depthwise convolution (the short convolution of Mamba and of Qwen3.5's delta layers). A thread has N channels
+// and a tile of tokens of the flat batch, of any sequences. KERNEL 0: the width is not known at compile time. Own code.
+template <int N, int KERNEL>
+__global__ void causal_conv1d(ConvArgs args) {
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * N;
+    if (c >= args.channels) return;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * args.tile;
+    const int64_t end = min(begin + args.tile, static_cast<int64_t>(args.batch.num_tokens));
+    if constexpr (KERNEL > 0) {
+        float w[KERNEL][N], x[KERNEL][N];
+        bool ready = false;  // x[0 .. KERNEL - 2] are the inputs before t, and w is there
+        for (int64_t t = begin; t < end; t++) {
+            const int seq = args.batch.seq_of[t];
+            const int64_t i = t - args.batch.query_start[seq];
+            if (i == 0) conv_head<N, KERNEL>(args, seq, c);
+            if (i < KERNEL - 1) {
+                ready = false;
+                continue;
+            }
+            const bf16 *row = args.projected + t * args.stride + c;
+            if (!ready) {
+#pragma unroll
+                for (int tap = 0; tap < KERNEL; tap++) {
+                    conv_load<N>(args.weight + static_cast<int64_t>(tap) * args.channels + c, w[tap]);
+                    if (tap < KERNEL - 1)
+                        conv_load<N>(row - static_cast<int64_t>(KERNEL - 1 - tap) * args.stride, x[tap]);
+                }
+                ready = true;
+            }
+            conv_load<N>(row, x[KERNEL - 1]);
+            float acc[N] = {};
+#pragma unroll
+            for (int tap = 0; tap < KERNEL; tap++)
+#pragma unroll
+                for (int j = 0; j < N; j++) acc[j] = fmaf(w[tap][j], x[tap][j], acc[j]);
+#pragma unroll
+            for (int j = 0; j < N; j++) acc[j] = silu(acc[j]);
+            conv_store<N>(args.out + t * args.channels + c, acc);
+#pragma unroll
+            for (int tap = 0; tap < KERNEL - 1; tap++)
+#pragma unroll
+                for (int j = 0; j < N; j++) x[tap][j] = x[tap + 1][j];
+        }
+    } else {
+        for (int64_t t = begin; t < end; t++) {
+            const int seq = args.batch.seq_of[t];
+            const int64_t i = t - args.batch.query_start[seq];
+            if (i == 0) conv_head<N, KERNEL>(args, seq, c);
+            if (i >= args.kernel - 1)
+                conv_output<N, KERNEL>(args, c, t, [&](int tap) {
+                    return args.projected + (t - (args.kernel - 1 - tap)) * args.stride + c;
+                });
+        }
+    }
+}
+
+__device__ __forceinline__ float4 operator*(float s, float4 a) {
+    return make_float4(s * a.x, s * a.y, s * a.z, s * a.w);
+}
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ __forceinline__ float4 axpy(float s, float4 a, float4 b) {
+    return make_float4(fmaf(s, a.x, b.x), fmaf(s, a.y, b.y), fmaf(s, a.z, b.z), fmaf(s, a.w, b.w));
+}
+
+__device__ __forceinline__ float4 add_lanes(float4 a, int step) {
+    const unsigned all = 0xffffffffu;
+    return a + make_float4(__shfl_xor_sync(all, a.x, step), __shfl_xor_sync(all, a.y, step),
+                           __shfl_xor_sync(all, a.z, step), __shfl_xor_sync(all, a.w, step));
+}
+
+// The gated delta rule (Yang et al. 2024, arXiv:2412.06464), token by token. A block has 32 columns of one head's state,
+// in registers from the first token to the last: thread (warp, lane) has columns 4 (lane % 8) .. + 3 of rows
+// 16 i + 4 warp + lane / 8. One pass over it a token: q^T S_new = exp(g) q^T S + (q . k) d. Own code.
+template <int K>
+__global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
+    constexpr int ROWS = K / 16, EACH = K / 32;
+    __shared__ float2 keys[4][K];        // (k, q), normalised: each warp its own copy, so a token has one barrier
+    __shared__ float4 sums[2][4][2][8];  // of k^T S and q^T S, by parity of the token and by warp
+    const q35_delta_dims d = args.dims;
+    const int slices = d.v_dim / 32;
+    const int slice = blockIdx.x % slices, head = blockIdx.x / slices % d.num_v_heads;
+    const int seq = blockIdx.x / slices / d.num_v_heads;
+    const int len = args.batch.query_len[seq], done = tokens_in_chunks(args.batch.chunked_len[seq]);
+    if (done >= len) return;
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane % 8;
+    const int column = 32 * slice + 4 * group, row = 4 * warp + lane / 8;
+    float *state = args.states +
+                   (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * K * d.v_dim + column;
+    float4 s[ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+        s[i] = *reinterpret_cast<const float4 *>(state + (16 * i + row) * d.v_dim);
+
+    const int k_head = head / (d.num_v_heads / d.num_k_heads);
+    const float q_scale = rsqrtf(static_cast<float>(K));
+    const int64_t first = args.batch.query_start[seq];
+    for (int i = done; i < len; i++) {
+        const int64_t t = first + i;
+        const bf16 *mixed = args.mixed + t * args.channels;
+        const bf16 *q_row = mixed + k_head * K + lane * EACH, *k_row = q_row + d.num_k_heads * K;
+        float q[EACH], k[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j += 2) {
+            const float2 q2 = unpack2(*reinterpret_cast<const uint32_t *>(q_row + j));
+            const float2 k2 = unpack2(*reinterpret_cast<const uint32_t *>(k_row + j));
+            q[j] = q2.x, q[j + 1] = q2.y, k[j] = k2.x, k[j + 1] = k2.y;
+        }
+        const uint2 v_raw = *reinterpret_cast<const uint2 *>(mixed + 2 * d.num_k_heads * K + head * d.v_dim + column);
+        const bf16 *ba = args.projected + t * args.stride + args.ba_start;
+        const float decay = expf(log_decay(args, ba, head)), beta = write_strength(ba, head);
+        float qq = 0.0f, kk = 0.0f;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) qq = fmaf(q[j], q[j], qq), kk = fmaf(k[j], k[j], kk);
+        const float q_norm = q_scale / sqrtf(lane_sum(qq) + L2_EPS), k_norm = 1.0f / sqrtf(lane_sum(kk) + L2_EPS);
+        float qk = 0.0f;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            q[j] *= q_norm, k[j] *= k_norm;
+            qk = fmaf(q[j], k[j], qk);
+        }
+        qk = lane_sum(qk);
+        __syncwarp();  // the last token's keys are read
+#pragma unroll
+        for (int j = 0; j < EACH; j++) keys[warp][lane * EACH + j] = make_float2(k[j], q[j]);
+        __syncwarp();
+
+        float4 ks = make_float4(0.0f, 0.0f, 0.0f, 0.0f), qs = ks;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const float2 key = keys[warp][16 * r + row];
+            s[r] = decay * s[r];
+            ks = axpy(key.x, s[r], ks);
+            qs = axpy(key.y, s[r], qs);
+        }
+        ks = add_lanes(add_lanes(ks, 8), 16);
+        qs = add_lanes(add_lanes(qs, 8), 16);
+        // Two buffers: a warp comes back to one only behind the next token's barrier, when all have read it.
+        float4(*part)[2][8] = sums[i & 1];
+        if (lane < 8) part[warp][0][group] = ks, part[warp][1][group] = qs;
+        __syncthreads();
+        ks = (part[0][0][group] + part[1][0][group]) + (part[2][0][group] + part[3][0][group]);
+        qs = (part[0][1][group] + part[1][1][group]) + (part[2][1][group] + part[3][1][group]);
+        const float2 v01 = unpack2(v_raw.x), v23 = unpack2(v_raw.y);
+        const float4 delta = beta * axpy(-1.0f, ks, make_float4(v01.x, v01.y, v23.x, v23.y));
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) s[r] = axpy(keys[warp][16 * r + row].x, delta, s[r]);
+        if (threadIdx.x < 8) {
+            const float4 o = axpy(qk, delta, qs);
+            *reinterpret_cast<uint2 *>(args.out + (t * d.num_v_heads + head) * d.v_dim + column) =
+                make_uint2(pack2(o.x, o.y), pack2(o.z, o.w));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+        *reinterpret_cast<float4 *>(state + (16 * i + row) * d.v_dim) = s[i];
+}
+
+// The same for any sizes, every token of a sequence by the recurrence; the state stays in memory, where each of its
+// elements is one thread's. Block: ANY_COLUMNS columns, their rows dealt over ANY_ROWS warps. Own code.
+__global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(DeltaArgs args, int slices) {
+    extern __shared__ float keys[];  // k, then q, normalised
+    __shared__ float sums[2][ANY_ROWS][ANY_COLUMNS];
+    const q35_delta_dims d = args.dims;
+    const int slice = blockIdx.x % slices, head = blockIdx.x / slices % d.num_v_heads;
+    const int seq = blockIdx.x / slices / d.num_v_heads;
+    const int len = args.batch.query_len[seq];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = ANY_COLUMNS * slice + lane;
+    const bool inside = column < d.v_dim;
+    float *state = args.states +
+                   (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * d.k_dim * d.v_dim + column;
+    float *k_keys = keys, *q_keys = keys + d.k_dim;
+    const int k_head = head / (d.num_v_heads / d.num_k_heads);
+    const float q_scale = rsqrtf(static_cast<float>(d.k_dim));
+    const int64_t first = args.batch.query_start[seq];
+    for (int i = 0; i < len; i++) {
+        const int64_t t = first + i;
+        const bf16 *q_row = args.mixed + t * args.channels + static_cast<int64_t>(k_head) * d.k_dim;
+        const bf16 *k_row = q_row + static_cast<int64_t>(d.num_k_heads) * d.k_dim;
+        const bf16 *v_row = args.mixed + t * args.channels + 2 * static_cast<int64_t>(d.num_k_heads) * d.k_dim +
+                            static_cast<int64_t>(head) * d.v_dim;
+        const bf16 *ba = args.projected + t * args.stride + args.ba_start;
+        const float decay = expf(log_decay(args, ba, head)), beta = write_strength(ba, head);
+        __syncthreads();  // the last token's keys and sums are read
+        if (warp < 2) {
+            const bf16 *from = warp == 0 ? k_row : q_row;
+            float *to = warp == 0 ? k_keys : q_keys;
+            float squares = 0.0f;
+            for (int j = lane; j < d.k_dim; j += 32) {
+                const float x = __bfloat162float(from[j]);
+                squares = fmaf(x, x, squares);
+            }
+            const float norm = (warp == 0 ? 1.0f : q_scale) / sqrtf(lane_sum(squares) + L2_EPS);
+            for (int j = lane; j < d.k_dim; j += 32) to[j] = __bfloat162float(from[j]) * norm;
+        }
+        __syncthreads();
+        float ks = 0.0f, qs = 0.0f;
+        if (inside)
+            for (int r = warp; r < d.k_dim; r += ANY_ROWS)
+                ks = fmaf(k_keys[r], decay * state[static_cast<int64_t>(r) * d.v_dim], ks);
+        sums[0][warp][lane] = ks;
+        __syncthreads();
+        ks = 0.0f;
+        for (int w = 0; w < ANY_ROWS; w++) ks += sums[0][w][lane];
+        if (inside) {
+            const float delta = beta * (__bfloat162float(v_row[column]) - ks);
+            for (int r = warp; r < d.k_dim; r += ANY_ROWS) {
+                float *p = state + static_cast<int64_t>(r) * d.v_dim;
+                const float next = fmaf(k_keys[r], delta, decay * *p);
+                *p = next;
+                qs = fmaf(q_keys[r], next, qs);
+            }
+        }
+        sums[1][warp][lane] = qs;
+        __syncthreads();
+        if (warp == 0 && inside) {
+            qs = 0.0f;
+            for (int w = 0; w < ANY_ROWS; w++) qs += sums[1][w][lane];
+            args.out[(t * d.num_v_heads + head) * d.v_dim + column] = __float2bfloat16(qs);
+        }
+    }
+}
+
+int64_t conv_channels(q35_delta_dims d) {
+    return 2 * static_cast<int64_t>(d.num_k_heads) * d.k_dim + static_cast<int64_t>(d.num_v_heads) * d.v_dim;
+}
+
+}  // namespace
+
+extern "C" int q35_causal_conv1d(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight,
+                                 const q35_bf16 *projected, int stride, q35_bf16 *tails, q35_bf16 *out) {
+    const int channels = static_cast<int>(conv_channels(dims));
+    if (batch.num_tokens <= 0 || channels <= 0) return 0;
+    const bool vec = channels % 8 == 0 && stride % 8 == 0 && aligned(weight, 16) && aligned(projected, 16) &&
+                     aligned(tails, 16) && aligned(out, 16);
+    // Few tokens: a token a block, to have enough blocks. Many: longer runs, which load each input about once.
+    const int tile = batch.num_tokens <= 128 ? 1 : batch.num_tokens <= 1024 ? 4 : 16;
+    const ConvArgs args = {batch,    weight,           as_bf16(projected), stride,
+                           channels, dims.conv_kernel, tile,               as_bf16(tails), as_bf16(out)};
+    const dim3 grid(static_cast<unsigned>(ceil_div(batch.num_tokens, tile)),
+                    static_cast<unsigned>(ceil_div(channels, CONV_THREADS * (vec ? 8 : 1))));
+    const auto kernel = !vec                    ? causal_conv1d<1, 0>
+                        : dims.conv_kernel == 4 ? causal_conv1d<8, 4>
+                                                : causal_conv1d<8, 0>;
+    kernel<<<grid, CONV_THREADS, 0, as_stream(stream)>>>(args);
+    return cudaGetLastError();
+}
+
+extern "C" int64_t q35_delta_workspace(int max_tokens, int max_seqs, q35_delta_dims dims) {
+    return fast_dims(dims) ? chunk_workspace(max_tokens, max_seqs, dims) : 0;
+}
+
+extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dims dims, const float *a_log,
+                                    const float *dt_bias, const q35_bf16 *mixed, const q35_bf16 *projected, int stride,
+                                    int ba_start, float *states, float *workspace, q35_bf16 *out) {
+    if (batch.num_tokens <= 0 || batch.num_seqs <= 0 || dims.num_v_heads <= 0 || dims.v_dim <= 0) return 0;
+    const DeltaArgs args = {batch,  dims,     a_log,  dt_bias,      as_bf16(mixed), as_bf16(projected),
+                            stride, ba_start, states, as_bf16(out), static_cast<int>(conv_channels(dims))};
+    const cudaStream_t s = as_stream(stream);
+    const int64_t heads = static_cast<int64_t>(batch.num_seqs) * dims.num_v_heads;
+    if (fast_dims(dims) && aligned(mixed, 16) && aligned(states, 16) && aligned(out, 16)) {
+        if (batch.max_query_len > SHORT_CHUNK) {
+            const cudaError_t error = launch_chunks(s, args, workspace);
+            if (error != cudaSuccess) return error;
+        }
+        const unsigned blocks = static_cast<unsigned>(heads * (dims.v_dim / 32));
+        (dims.k_dim == 64 ? delta_recurrent<64> : delta_recurrent<128>)<<<blocks, REC_THREADS, 0, s>>>(args);
+        return cudaGetLastError();
+    }
+    const int slices = static_cast<int>(ceil_div(dims.v_dim, ANY_COLUMNS));
+    const size_t shared = 2 * sizeof(float) * dims.k_dim;
+    if (shared > 40 * 1024) {
+        const cudaError_t error = cudaFuncSetAttribute(
+            delta_recurrent_any, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (error != cudaSuccess) return error;
+    }
+    delta_recurrent_any<<<static_cast<unsigned>(heads * slices), ANY_COLUMNS * ANY_ROWS, shared, s>>>(args, slices);
+    return cudaGetLastError();
+}

@@ -1,0 +1,80 @@
+// What the elementwise and delta kernels share: 16-byte bf16 loads, reductions in a fixed order, the activations.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "launch.h"
+
+typedef __nv_bfloat16 bf16;
+
+static inline const bf16 *as_bf16(const q35_bf16 *p) { return reinterpret_cast<const bf16 *>(p); }
+static inline bf16 *as_bf16(q35_bf16 *p) { return reinterpret_cast<bf16 *>(p); }
+
+static inline cudaStream_t as_stream(void *stream) { return static_cast<cudaStream_t>(stream); }
+
+static inline bool aligned(const void *p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// x / (1 + e^-x): at x = -inf this is -inf * 0, but every x here is a finite sum.
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+__device__ __forceinline__ float2 unpack2(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
+
+// Eight neighbouring elements as f32. The pointers are 16-byte aligned.
+__device__ __forceinline__ void load8(const bf16 *p, float x[8]) {
+    const uint4 raw = *reinterpret_cast<const uint4 *>(p);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 pair = unpack2(words[i]);
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+    }
+}
+
+__device__ __forceinline__ void load8(const float *p, float x[8]) {
+    const float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+    x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+__device__ __forceinline__ void store8(bf16 *p, const float x[8]) {
+    *reinterpret_cast<uint4 *>(p) =
+        make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
+}
+
+__device__ __forceinline__ void store8(float *p, const float x[8]) {
+    reinterpret_cast<float4 *>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
+    reinterpret_cast<float4 *>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+// The sum over the `LANES` neighbouring lanes of a group, the same bits in each of them.
+template <int LANES = 32>
+__device__ __forceinline__ float lane_sum(float x) {
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
+// The sum over a block of whole warps, the same bits in every thread. Once per kernel: `parts` is not guarded.
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float parts[32];
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    x = lane_sum(x);
+    if (threadIdx.x % 32 == 0) parts[warp] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int i = 0; i < warps; i++) sum += parts[i];
+    return sum;
+}

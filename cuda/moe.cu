@@ -184,7 +184,7 @@ __device__ __forceinline__ void few_tile(const bf16 *const (&w)[4], const bf16 *
 // every token of the expert. ONE: a single token, which every block routes itself, as far as its own expert; that is
 // less than the wait for another kernel.
 template <bool DOWN, bool ONE, bool VEC>
-__global__ void __launch_bounds__(128) few_rows(Plan p, const bf16 *weights, const bf16 *shared_weights,
+__global__ void __launch_bounds__(128, 4) few_rows(Plan p, const bf16 *weights, const bf16 *shared_weights,
                                                 const bf16 *x) {
     constexpr int FEATURES = DOWN ? 4 : 2;
     __shared__ int s_expert, s_in[FEW], s_rows[FEW];

@@ -207,19 +207,16 @@ __global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(
     // What this thread copies: group `c` of 8 elements of rows r, r + STEP, ..
     const int c = tid % 8, r = tid / 8;
     const uint32_t at = r * ROW_BYTES + ((c ^ (r & 7)) << 4);  // STEP is a multiple of 8: the same swizzle for all
-    const bf16 *a_rows[4];
+    const bf16 *a = args.x;
+    if (MODE == DOWN) a = shared ? p.shared_act : p.act + int64_t(start) * k;
+    int a_rows[4];
     uint32_t there = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = row0 + r + i * STEP;
         if (row < count) there |= 1u << i;
         const int row_in = row < count ? row : row0;
-        if (MODE == LOGITS || (MODE == GATE_UP && shared))
-            a_rows[i] = args.x + int64_t(row_in) * k;
-        else if (MODE == GATE_UP)
-            a_rows[i] = args.x + int64_t(p.sorted[start + row_in] / p.top_k) * k;
-        else
-            a_rows[i] = shared ? p.shared_act + int64_t(row_in) * k : p.act + int64_t(start + row_in) * k;
+        a_rows[i] = MODE == GATE_UP && !shared ? p.sorted[start + row_in] / p.top_k : row_in;
     }
     // Row j of the tile of weights is gate (j / 8 even) or up of feature j / 16 * 8 + j % 8, else feature j.
     const int feature = first + (MODE == GATE_UP ? r / 16 * 8 + r % 8 : r);
@@ -233,10 +230,11 @@ __global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const bool in = (there >> i & 1) && col < k;
+            const bf16 *from = a + int64_t(a_rows[i]) * k + col;
             if (VEC)
-                copy16(smem_at + a_at + i * STEP * ROW_BYTES, in ? a_rows[i] + col : args.weights, in);
+                copy16(smem_at + a_at + i * STEP * ROW_BYTES, in ? from : args.weights, in);
             else
-                gather16(smem + a_at + i * STEP * ROW_BYTES, a_rows[i] + col, in ? k - col : 0);
+                gather16(smem + a_at + i * STEP * ROW_BYTES, from, in ? k - col : 0);
         }
 #pragma unroll
         for (int i = 0; i < TILE_N / STEP; i++) {

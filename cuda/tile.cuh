@@ -103,9 +103,12 @@ struct AttentionArgs {
 // decode: their keys are split over blocks.
 constexpr int MAX_DECODE_LEN = 8;
 
-// Sequences of more than MAX_DECODE_LEN new tokens; head_dim 64, 128 or 256. `fits` false: not enough shared memory
-// on this device, nothing is launched.
+// The two for head_dim 64, 128 or 256; each leaves the other's sequences alone. `fits`: whether a device with so much
+// shared memory for a block can run it.
 cudaError_t attention_prefill(cudaStream_t stream, const AttentionArgs &args);
+cudaError_t attention_decode(cudaStream_t stream, const AttentionArgs &args, float *workspace);
 bool attention_prefill_fits(int head_dim, int shared_limit);
+bool attention_decode_fits(int head_dim, int shared_limit);
+int64_t attention_decode_workspace(int max_seqs, int max_kv_len, q35_attention_dims dims);
 
 }  // namespace q35

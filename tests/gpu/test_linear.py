@@ -29,7 +29,7 @@ def linear(x, w, dtype=torch.bfloat16):
 
 def check(x, w):
     want = x.double() @ w.double().T
-    for dtype, bound in ((torch.bfloat16, 4e-3), (torch.float32, 2e-5)):
+    for dtype, bound in ((torch.bfloat16, 4e-3), (torch.float32, 1e-4)):
         found = linear(x, w, dtype)
         assert error(found, want) < bound
         each = (found.double() - want).abs() / (x.double().norm(dim=1)[:, None] * w.double().norm(dim=1))
@@ -81,7 +81,7 @@ def test_vocabulary_head():
     found = linear(x, w, torch.float32)
     some = torch.arange(0, 248320, 997, device="cuda")
     assert torch.isfinite(found).all()
-    assert error(found[:, some], x.double() @ w[some].double().T) < 2e-5
+    assert error(found[:, some], x.double() @ w[some].double().T) < 1e-4
     assert same_bits(found[1:2], linear(x[1:2], w, torch.float32))
 
 

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from launch import PAGE, AttentionDims, Batch, call, error, same_bits  # noqa: E402
+from launch import PAGE, AttentionDims, Batch, call, error, same_bits
 
 pytestmark = pytest.mark.gpu
 NAN = float("nan")
@@ -80,7 +80,9 @@ class Case:
     def run(self):
         batch, guard = self.batch, 64
         struct = batch.struct
-        size = call("q35_attention_workspace", batch.num_tokens, struct.num_seqs, struct.max_kv_len, self.dims)
+        size = call(
+            "q35_attention_workspace", batch.num_tokens, struct.num_seqs, struct.max_kv_len, self.dims
+        )
         workspace = poisoned(size + guard, dtype=torch.float32)
         workspace[size:] = 7.0
         out = poisoned(batch.num_tokens + 1, self.hq * self.d)
@@ -147,7 +149,11 @@ def test_attention_of_other_shapes(hq, hkv, d):
 # Where segments grow: 128 keys times 64 segments with two key heads, times 8 with sixteen.
 @pytest.mark.parametrize(
     ("seqs", "hq", "hkv", "d"),
-    [([(8190, 4), (5, 1)], 16, 2, 256), ([(8193, 1)], 32, 2, 256), ([(1022, 5), (2047, 2), (0, 8)], 16, 16, 64)],
+    [
+        ([(8190, 4), (5, 1)], 16, 2, 256),
+        ([(8193, 1)], 32, 2, 256),
+        ([(1022, 5), (2047, 2), (0, 8)], 16, 16, 64),
+    ],
 )
 def test_decode_where_segments_grow(seqs, hq, hkv, d):
     found = check(case := Case(seqs, hq, hkv, d, seed=5))
@@ -156,7 +162,9 @@ def test_decode_where_segments_grow(seqs, hq, hkv, d):
         assert same_bits(alone.run(), found[rows])
 
 
-@pytest.mark.parametrize(("cached", "query", "skip"), [(63, 300, 200), (700, 65, 1), (0, 130, 121), (700, 8, 5)])
+@pytest.mark.parametrize(
+    ("cached", "query", "skip"), [(63, 300, 200), (700, 65, 1), (0, 130, 121), (700, 8, 5)]
+)
 def test_chunks_change_no_bits(cached, query, skip):
     case = Case([(cached, query)], 16, 2, 256, seed=9)
     alone, rows = case.part(0, skip)
@@ -190,7 +198,13 @@ def norm_rope_reference(batch, x, w, eps, inv_freq, axis, scale):
 @pytest.mark.parametrize(
     ("hq", "hkv", "d", "half", "extra"),
     [
-        *[(32, 2, 256, 32, 0), (16, 2, 256, 32, 64), (16, 2, 256, 32, 1), (4, 1, 256, 128, 0), (4, 2, 128, 16, 8)],
+        *[
+            (32, 2, 256, 32, 0),
+            (16, 2, 256, 32, 64),
+            (16, 2, 256, 32, 1),
+            (4, 1, 256, 128, 0),
+            (4, 2, 128, 16, 8),
+        ],
         *[(4, 2, 10, 2, 0), (2, 1, 12, 3, 0), (6, 3, 24, 8, 0), (2, 2, 40, 12, 3), (2, 1, 64, 0, 0)],
         (2, 1, 320, 160, 0),
     ],
@@ -214,7 +228,20 @@ def test_qk_norm_rope_write(hq, hkv, d, half, extra):
         k, v = (poisoned(batch.num_pages, hkv, PAGE, d) for _ in range(2))
         freqs = (inv_freq, axis, half, scale)
         dims = AttentionDims(hq, hkv, d)
-        call("q35_qk_norm_rope_write", batch.struct, dims, q_norm, k_norm, eps, *freqs, projected, stride, q, k, v)
+        call(
+            "q35_qk_norm_rope_write",
+            batch.struct,
+            dims,
+            q_norm,
+            k_norm,
+            eps,
+            *freqs,
+            projected,
+            stride,
+            q,
+            k,
+            v,
+        )
         assert q[-1].isnan().all()
         return q[:-1], k, v
 

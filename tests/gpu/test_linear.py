@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from launch import call, error, same_bits  # noqa: E402
+from launch import call, error, same_bits
 
 pytestmark = pytest.mark.gpu
 FEW = 16  # rows; up to here the sum has one order, above it another
@@ -49,7 +49,9 @@ def test_linear(n, inner, out_dim):
     check(randn(n, inner, seed=n), randn(out_dim, inner, seed=100 + out_dim))
 
 
-@pytest.mark.parametrize(("inner", "out_dim"), [(2048, 8192), (2048, 512), (3072, 16391), (50, 33), (72, 100)])
+@pytest.mark.parametrize(
+    ("inner", "out_dim"), [(2048, 8192), (2048, 512), (3072, 16391), (50, 33), (72, 100)]
+)
 def test_rows_are_the_same_in_any_number(inner, out_dim):
     x, w = randn(300, inner, seed=1), randn(out_dim, inner, seed=2)
     for low, high in ((1, FEW), (FEW + 1, 300)):

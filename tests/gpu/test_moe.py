@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launch import MoeDims, MoeWeights, call, error, same_bits  # noqa: E402
+from launch import MoeDims, MoeWeights, call, error, same_bits
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = 4e-3
@@ -279,9 +279,7 @@ def test_offsets_beyond_32_bits(n):
     block.check(x)
 
 
-@pytest.mark.parametrize(
-    "dims", [(256, 8, 2, 128, 192), (2048, 4, 2, 512, 512), (72, 4, 3, 40, 24)], ids=str
-)
+@pytest.mark.parametrize("dims", [(256, 8, 2, 128, 192), (2048, 4, 2, 512, 512), (72, 4, 3, 40, 24)], ids=str)
 def test_many_tokens_an_expert(dims):
     """Tall tiles, and the same bits as low ones give."""
     block = Block(dims)

@@ -18,6 +18,19 @@ pub struct PageId(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotId(pub u32);
 
+/// The largest batch that buffers are made for.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchLimits {
+    /// New tokens.
+    pub max_tokens: usize,
+    /// Sequences.
+    pub max_seqs: usize,
+    /// Tokens of one sequence, old and new.
+    pub max_len: usize,
+    /// Pages of all sequences.
+    pub max_pages: usize,
+}
+
 /// What one `forward` computes.
 #[derive(Debug, Default, Clone)]
 pub struct Batch {

@@ -4,8 +4,8 @@
 //! asking.
 
 use crate::Result;
-use crate::backend::{Backend, DecayWeights, MoeTensors, Rope};
-use crate::batch::Batch;
+use crate::backend::{Backend, DecayWeights, MoeTensors, Precision, Rope};
+use crate::batch::{Batch, BatchLimits};
 use crate::config::{FfnConfig, ModelConfig};
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
 
@@ -116,6 +116,11 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// Pages and slots for every layer.
     pub fn memory(&self, num_pages: usize, num_slots: usize) -> Result<Memory<B>> {
         let mut memory = Memory { pages: Vec::new(), slots: Vec::new() };
@@ -130,17 +135,18 @@ impl<B: Backend> Model<B> {
         Ok(memory)
     }
 
-    /// Buffers for batches of up to `max_tokens` tokens.
-    pub fn workspace(&self, max_tokens: usize) -> Result<Workspace<B>> {
-        let c = &self.config;
-        let buf = |width: usize| self.backend.buf(max_tokens, width);
+    /// Buffers for batches of up to these sizes.
+    pub fn workspace(&self, limits: &BatchLimits) -> Result<Workspace<B>> {
+        let (c, max_tokens) = (&self.config, limits.max_tokens);
+        let buf = |width: usize| self.backend.buf(max_tokens, width, Precision::Compute);
+        let logit_rows = MAX_LOGIT_ROWS.min(max_tokens);
         let ffn_width = match c.ffn {
             FfnConfig::Dense { width } => width,
             FfnConfig::Moe { .. } => 0,
         };
         let delta_inputs = c.delta.conv_channels() + c.delta.value_width() + 2 * c.delta.num_v_heads;
         Ok(Workspace {
-            residual: buf(c.hidden)?,
+            residual: self.backend.buf(max_tokens, c.hidden, Precision::Full)?,
             normed: buf(c.hidden)?,
             block: buf(c.hidden)?,
             attention_inputs: buf(2 * c.attention.q_width() + 2 * c.attention.kv_width())?,
@@ -151,9 +157,9 @@ impl<B: Backend> Model<B> {
             core: buf(c.delta.value_width())?,
             gate_up: buf(2 * ffn_width)?,
             act: buf(ffn_width)?,
-            head_rows: self.backend.buf(MAX_LOGIT_ROWS.min(max_tokens), c.hidden)?,
-            logits: self.backend.buf(MAX_LOGIT_ROWS.min(max_tokens), c.vocab)?,
-            scratch: self.backend.scratch(max_tokens)?,
+            head_rows: self.backend.buf(logit_rows, c.hidden, Precision::Compute)?,
+            logits: self.backend.buf(logit_rows, c.vocab, Precision::Full)?,
+            scratch: self.backend.scratch(c, limits)?,
         })
     }
 
@@ -176,6 +182,7 @@ impl<B: Backend> Model<B> {
         poll: impl Fn() -> Result<()>,
     ) -> Result<()> {
         let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
+        b.begin(batch);
         b.embed(batch, &self.embed, &mut w.residual);
         let mut first = true;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -237,7 +244,7 @@ impl<B: Backend> Model<B> {
         poll()?;
         let delta = (!first).then_some(&w.block);
         b.rmsnorm_residual(n, delta, &mut w.residual, &self.norm, eps, &mut w.normed);
-        Ok(())
+        b.check()
     }
 
     /// Logits of up to [`MAX_LOGIT_ROWS`] of the `logit_rows` of the batch that [`Model::forward`] ran last, by their
@@ -258,7 +265,7 @@ impl<B: Backend> Model<B> {
             }
             None => b.linear(rows.len(), &w.head_rows, head, &mut w.logits),
         }
-        b.read(&w.logits, rows.len())
+        b.read(&mut w.logits, rows.len())
     }
 }
 

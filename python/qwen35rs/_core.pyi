@@ -10,6 +10,7 @@ import numpy.typing as npt
 __all__ = [
     "ChatTemplate",
     "ConfigError",
+    "CudaError",
     "DecodeStream",
     "Delta",
     "Engine",
@@ -20,6 +21,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "check_sampling_params",
+    "find_device",
     "inspect_checkpoint",
     "ops_attention",
     "ops_causal_conv1d",
@@ -37,6 +39,7 @@ class Qwen35Error(Exception): ...
 class ConfigError(Qwen35Error, ValueError): ...
 class RequestError(Qwen35Error, ValueError): ...
 class OutOfMemoryError(Qwen35Error, MemoryError): ...
+class CudaError(Qwen35Error, RuntimeError): ...
 
 # tokenizer
 
@@ -137,14 +140,19 @@ class Engine:
         path: str | PathLike[str],
         tokenizer: Tokenizer | None,
         *,
+        device: str,
         dtype: str,
+        deterministic: bool,
         max_model_len: int | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         kv_cache_bytes: int | None,
+        gpu_memory_utilization: float,
         seed: int,
         progress: Callable[[int, int], object] | None,
     ) -> Engine: ...
+    @property
+    def device(self) -> str: ...
     @property
     def max_model_len(self) -> int: ...
     @property

@@ -125,7 +125,7 @@ proptest! {
 
         // Few pages: requests are sent back and computed again.
         let kv_cache_bytes = page_bytes(name, num_pages).max(1);
-        let mut all = engine(name, &EngineLimits { kv_cache_bytes, max_num_batched_tokens, ..limits() });
+        let mut all = engine(name, &EngineLimits { kv_cache_bytes: Some(kv_cache_bytes), max_num_batched_tokens, ..limits() });
         let (mut ids, mut outcomes, mut step) = (BTreeMap::new(), BTreeMap::new(), 0);
         while ids.len() < jobs.len() || !all.is_idle() {
             for (i, job) in jobs.iter().enumerate().filter(|(_, job)| job.2 == step) {
@@ -166,8 +166,10 @@ fn a_pool_too_small_for_all_sends_requests_back() {
     let name = "dense_bf16";
     let run = |num_pages| {
         let kv_cache_bytes = page_bytes(name, num_pages);
-        let mut engine =
-            engine(name, &EngineLimits { kv_cache_bytes, max_num_batched_tokens: 512, ..limits() });
+        let mut engine = engine(
+            name,
+            &EngineLimits { kv_cache_bytes: Some(kv_cache_bytes), max_num_batched_tokens: 512, ..limits() },
+        );
         for i in 0..4 {
             engine.add(&prompt(60, i), &sampled(i as u64, 30), 0).unwrap();
         }
@@ -242,8 +244,8 @@ fn limits_that_cannot_be() {
     assert_eq!(with(|l| l.max_model_len = Some(0)), "max_model_len: found 0; allowed: 2 to 2048");
     let long = with(|l| l.max_model_len = Some(2049));
     assert_eq!(long, "max_model_len: found 2049; allowed: 2 to 2048, the context the checkpoint declares");
-    assert_eq!(with(|l| l.kv_cache_bytes = 1), "kv_cache_bytes: found 1; allowed: at least 24576");
-    let memory = with(|l| l.kv_cache_bytes = 24_576);
+    assert_eq!(with(|l| l.kv_cache_bytes = Some(1)), "kv_cache_bytes: found 1; allowed: at least 24576");
+    let memory = with(|l| l.kv_cache_bytes = Some(24_576));
     assert!(
         memory.starts_with("out of memory: ") && memory.contains("lower max_model_len to 64"),
         "{memory}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Json, Model
+from .options import Device, Json, Model
 from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
@@ -31,6 +31,7 @@ def tasks(
         list[str] | None, typer.Option("--task", help="Only this task; may be repeated.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="Which questions; the same seed, the same questions.")] = 0,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Ask held-out questions whose answers can be checked.
@@ -47,7 +48,7 @@ def tasks(
     """
     from ..bench import TaskResult, measure
 
-    llm = load(model)
+    llm = load(model, device=device)
     start = time.perf_counter()
 
     def show(result: TaskResult) -> None:

@@ -41,6 +41,8 @@ class LLM:
         device: ``"cpu"``, or ``"auto"``, which is the CPU in this version.
         dtype: how matrices are held: ``"auto"`` as the checkpoint has them (mapped, not copied),
             ``"float32"``, ``"bfloat16"`` or ``"float16"``. Arithmetic is float32 always.
+        mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
+            has one that can be run. It takes memory, and no part in generating.
         max_model_len: longest prompt plus output, in tokens; the model's context, or what
             ``kv_cache_bytes`` holds of it, by default.
         seed: decides the samples of requests without a seed.
@@ -50,8 +52,9 @@ class LLM:
         revision, token: for the hub.
         progress: show a bar while a large checkpoint loads; where the terminal can, by default.
 
-    Raises ConfigError for a checkpoint that cannot be run, FileNotFoundError and kin for one that cannot be
-    read, RequestError for an argument, OutOfMemoryError for limits that do not fit.
+    Raises ConfigError for a checkpoint that cannot be run, or that has no whole module where ``mtp=True`` wants one,
+    FileNotFoundError and kin for one that cannot be read, RequestError for an argument, OutOfMemoryError for limits
+    that do not fit.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        mtp: bool | None = False,
         max_model_len: int | None = None,
         seed: int = 0,
         max_num_seqs: int = 32,
@@ -93,6 +97,7 @@ class LLM:
                 path,
                 None if self._tokenizer is None else self._tokenizer._core,
                 dtype=dtype,
+                mtp=mtp,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
@@ -118,6 +123,11 @@ class LLM:
     def max_model_len(self) -> int:
         """Longest prompt plus output of a request, in tokens."""
         return self._engine.max_model_len
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the multi-token-prediction module is loaded."""
+        return self._engine.has_mtp
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -202,6 +212,18 @@ class LLM:
         Raises RequestError for an empty sequence, one longer than the context, or an unknown id.
         """
         return self._engine.logits(_ids("token_ids", token_ids))
+
+    def mtp_logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """What the multi-token-prediction module drafts over a sequence: float32 ``[num_tokens - 1, vocab]``, padding
+        rows included.
+
+        Row t holds the draft's logits of token t + 2, given tokens up to t + 1: the module reads the model's hidden
+        state after token t and the embedding of token t + 1.
+
+        Raises RequestError for an LLM made without ``mtp=True``, a sequence of fewer than two tokens or longer than the
+        context, or an unknown id.
+        """
+        return self._engine.mtp_logits(_ids("token_ids", token_ids))
 
     def _render(
         self,

@@ -15,11 +15,11 @@ use crate::backend::cpu::Cpu;
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, EngineLimits, StepOutput};
 use crate::model::Model;
-use crate::request::{FinishReason, SamplingParams};
+use crate::request::{FinishReason, SamplingParams, Wanted};
 use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Checkpoint, DType, ModelTensors};
+use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors};
 use crate::{Error, Result};
 
 /// Most samples of one prompt.
@@ -133,20 +133,24 @@ struct PyEngine {
     #[pyo3(get)]
     max_model_len: usize,
     #[pyo3(get)]
+    has_mtp: bool,
+    #[pyo3(get)]
     eos_token_ids: Vec<u32>,
 }
 
 #[pymethods]
 impl PyEngine {
-    /// Loads a checkpoint directory. `progress(done, total)` is called as layers are loaded.
+    /// Loads a checkpoint directory, with its MTP module where `mtp` says so; `None` for where it can be run.
+    /// `progress(done, total)` is called as layers are loaded.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, dtype, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
         path: PathBuf,
         tokenizer: Option<Py<PyTokenizer>>,
         dtype: &str,
+        mtp: Option<bool>,
         max_model_len: Option<usize>,
         max_num_seqs: usize,
         max_num_batched_tokens: usize,
@@ -169,7 +173,7 @@ impl PyEngine {
         let limits =
             EngineLimits { max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed };
         let text: Option<Arc<Tokenizer>> = tokenizer.as_ref().map(|t| Arc::clone(&t.get().inner));
-        let loaded = enter(py, move || {
+        enter(py, move || {
             let config = ModelConfig::from_dir(&path)?;
             let defaults = GenerationConfig::from_dir(&path)?;
             let eos = stop_tokens(&defaults, text.as_deref(), config.vocab);
@@ -179,17 +183,24 @@ impl PyEngine {
             let make = move || {
                 let checkpoint = Checkpoint::open(&path)?;
                 let tensors = ModelTensors::resolve(&checkpoint, &config)?;
-                let model =
+                let module = match mtp {
+                    Some(false) => None,
+                    Some(true) => Some(MtpTensors::resolve(&checkpoint, &config)?),
+                    None => MtpTensors::resolve(&checkpoint, &config).ok(),
+                };
+                let mut model =
                     Model::load(&config, tensors, dtype, Cpu, |done, total| report(&progress, done, total))?;
+                if let Some(module) = module {
+                    model = model.with_mtp(module, dtype)?;
+                }
+                let has_mtp = model.has_mtp();
                 let engine = Engine::new(model, &limits, num_tokens, theirs)?;
                 let max_model_len = engine.max_model_len();
-                Ok((engine, max_model_len))
+                Ok((engine, (max_model_len, has_mtp)))
             };
-            let (service, max_model_len) = Service::start(make)?;
-            Ok((service, defaults, vocab, max_model_len, eos))
-        });
-        let (service, defaults, vocab, max_model_len, eos_token_ids) = loaded?;
-        Ok(Self { service, tokenizer, defaults, vocab, max_model_len, eos_token_ids })
+            let (service, (max_model_len, has_mtp)) = Service::start(make)?;
+            Ok(Self { service, tokenizer, defaults, vocab, max_model_len, has_mtp, eos_token_ids: eos })
+        })
     }
 
     /// Queues `n` samples of each prompt. `params` is one `SamplingParams` per prompt.
@@ -213,7 +224,8 @@ impl PyEngine {
                         let skip = params.skip_special_tokens;
                         RequestText::new(t, params.stop.clone(), params.include_stop_str_in_output, skip)
                     }));
-                    jobs.push(Job { prompt: prompt.0.clone(), params: Some(resolved.clone()), index });
+                    let wanted = Wanted::Tokens(resolved.clone());
+                    jobs.push(Job { prompt: prompt.0.clone(), wanted, index });
                 }
             }
             let stops = jobs.iter().map(|j| stops_of(j, &self.eos_token_ids)).collect();
@@ -224,15 +236,27 @@ impl PyEngine {
 
     /// float32 logits of every token of a prompt, `[num_tokens, vocab]`.
     fn logits<'py>(&self, py: Python<'py>, prompt: Ids) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let num_tokens = prompt.0.len();
-        let job = Job { prompt: prompt.0, params: None, index: 0 };
+        self.rows(py, prompt, Wanted::Logits)
+    }
+
+    /// float32 logits of the MTP module's drafts over a prompt, `[num_tokens - 1, vocab]`.
+    fn mtp_logits<'py>(&self, py: Python<'py>, prompt: Ids) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, prompt, Wanted::MtpLogits)
+    }
+}
+
+impl PyEngine {
+    /// The rows of logits that a prompt is answered with.
+    fn rows<'py>(&self, py: Python<'py>, prompt: Ids, wanted: Wanted) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let job = Job { prompt: prompt.0, wanted, index: 0 };
         let mut generation = enter(py, || self.service.submit(vec![job]))?;
         loop {
             match enter(py, || generation.wait(SIGNAL_POLL))? {
                 Event::Timeout => py.check_signals()?,
                 Event::Output(_, output) => {
+                    let num_rows = output.logits.len() / self.vocab;
                     let flat = numpy::PyArray1::from_vec(py, output.logits);
-                    return flat.reshape([num_tokens, self.vocab]);
+                    return flat.reshape([num_rows, self.vocab]);
                 }
                 Event::Done => return Err(to_py(Error::Internal("logits were lost".into()))),
             }
@@ -254,7 +278,7 @@ fn stop_tokens(defaults: &GenerationConfig, tokenizer: Option<&Tokenizer>, vocab
 }
 
 fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
-    let Some(params) = &job.params else { return Vec::new() };
+    let Wanted::Tokens(params) = &job.wanted else { return Vec::new() };
     let own = if params.ignore_eos { &[] } else { eos };
     own.iter().chain(&params.stop_token_ids).copied().collect()
 }

@@ -46,6 +46,17 @@ pub struct Batch {
     pub logit_rows: Vec<usize>,
 }
 
+/// What the multi-token-prediction module computes after a forward.
+///
+/// Its token t is token t + 1 of a sequence, at position t, beside the hidden state that the forward left for token t.
+#[derive(Debug, Default, Clone)]
+pub struct DraftBatch {
+    /// Sequences with the pages of their requests. Slots and `logit_rows` are not used.
+    pub batch: Batch,
+    /// For each of its tokens, the place in the forward's `logit_rows` of the hidden state it goes with.
+    pub hidden_rows: Vec<usize>,
+}
+
 /// One sequence of a batch.
 ///
 /// ```text

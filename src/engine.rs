@@ -7,7 +7,7 @@ use crate::batch::{BatchLimits, CHUNK_LEN, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
 use crate::config::LayerKind;
 use crate::model::{MAX_LOGIT_ROWS, Memory, Model, Workspace};
-use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs};
+use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, Wanted};
 use crate::sampler::{self, Context};
 use crate::scheduler::{Scheduler, Step};
 use crate::{Error, Result};
@@ -58,7 +58,7 @@ pub struct StepOutput {
     pub logprobs: Option<TokenLogprobs>,
     /// Why the request ended, if it did. An ended request is forgotten.
     pub finish: Option<FinishReason>,
-    /// Logits of the prompt, `[num_prompt, vocab]`, of a request that wanted them.
+    /// Logits of the prompt, `[num_logit_rows, vocab]`, of a request that wanted them.
     pub logits: Vec<f32>,
     /// Why the request failed, if it did.
     pub error: Option<String>,
@@ -97,7 +97,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::request("gpu_memory_utilization", utilization, "above 0 and at most 1"));
         }
         let backend = model.backend();
-        let page_bytes = config.num_layers_of(LayerKind::Attention) * backend.page_bytes(&config.attention);
+        let page_bytes = model.num_kv_layers() * backend.page_bytes(&config.attention);
         if let Some(bytes) = limits.kv_cache_bytes {
             at_least("kv_cache_bytes", bytes, page_bytes)?;
         }
@@ -161,7 +161,7 @@ impl<B: Backend> Engine<B> {
     pub fn add(&mut self, prompt: &[u32], params: &SamplingParams, index: u64) -> Result<RequestId> {
         params.check(self.model.config().vocab)?;
         let longest = self.max_model_len - 1;
-        self.check_prompt(prompt, longest)?;
+        self.check_prompt(prompt, 1, longest)?;
         let mut params = params.clone();
         let room = self.max_model_len - prompt.len();
         params.max_tokens = Some(params.max_tokens.unwrap_or(room).min(room));
@@ -169,7 +169,7 @@ impl<B: Backend> Engine<B> {
             Some(seed) => sampler::mix(seed) ^ index,
             None => sampler::mix(self.seed ^ sampler::mix(self.next_id)),
         };
-        Ok(self.queue(prompt, Some(params), seed))
+        Ok(self.queue(prompt, Wanted::Tokens(params), seed))
     }
 
     /// Queues a request for the logits of its prompt.
@@ -177,14 +177,27 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// As [`Engine::add`].
     pub fn add_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
-        self.check_prompt(prompt, self.max_model_len)?;
-        Ok(self.queue(prompt, None, 0))
+        self.check_prompt(prompt, 1, self.max_model_len)?;
+        Ok(self.queue(prompt, Wanted::Logits, 0))
     }
 
-    fn check_prompt(&self, prompt: &[u32], longest: usize) -> Result<()> {
-        if prompt.is_empty() || prompt.len() > longest {
+    /// Queues a request for the MTP module's drafts over its prompt, of at least two tokens.
+    ///
+    /// # Errors
+    /// As [`Engine::add`], and where the model was loaded without the module.
+    pub fn add_mtp_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
+        if !self.model.has_mtp() {
+            let found = "a model that was loaded without its multi-token-prediction module";
+            return Err(Error::request("mtp_logits", found, "LLM(..., mtp=True)"));
+        }
+        self.check_prompt(prompt, 2, self.max_model_len)?;
+        Ok(self.queue(prompt, Wanted::MtpLogits, 0))
+    }
+
+    fn check_prompt(&self, prompt: &[u32], shortest: usize, longest: usize) -> Result<()> {
+        if prompt.len() < shortest || prompt.len() > longest {
             let found = format!("{} tokens", prompt.len());
-            let allowed = format!("1 to {longest} tokens (max_model_len is {})", self.max_model_len);
+            let allowed = format!("{shortest} to {longest} tokens (max_model_len is {})", self.max_model_len);
             return Err(Error::request("prompt", found, allowed));
         }
         let vocab = self.model.config().vocab;
@@ -194,7 +207,7 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    fn queue(&mut self, prompt: &[u32], params: Option<SamplingParams>, seed: u64) -> RequestId {
+    fn queue(&mut self, prompt: &[u32], wanted: Wanted, seed: u64) -> RequestId {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         self.scheduler.add(Request {
@@ -202,7 +215,7 @@ impl<B: Backend> Engine<B> {
             tokens: prompt.to_vec(),
             num_prompt: prompt.len(),
             computed_len: 0,
-            params,
+            wanted,
             seed,
             pages: Vec::new(),
             slot: None,
@@ -233,8 +246,7 @@ impl<B: Backend> Engine<B> {
                 false => Err(Error::Internal("requests wait and none can run".into())),
             };
         }
-        let ran = self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll);
-        match ran.and_then(|()| self.read_logits(&step, &poll)) {
+        match self.run(&step, &poll) {
             Ok(rows) => {
                 self.scheduler.commit(&step);
                 let outputs = rows.into_iter().filter_map(|row| self.commit(row)).collect();
@@ -246,6 +258,14 @@ impl<B: Backend> Engine<B> {
                 Err(error)
             }
         }
+    }
+
+    fn run(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
+        self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll)?;
+        if !step.drafts.hidden_rows.is_empty() {
+            self.model.forward_mtp(&step.drafts, &mut self.memory, &mut self.workspace, poll)?;
+        }
+        self.read_logits(step, poll)
     }
 
     /// Samples, or copies, the rows of logits that are wanted. Changes no request.
@@ -286,10 +306,10 @@ impl<B: Backend> Engine<B> {
         match row {
             Row::Logits(row) => {
                 if request.logits.is_empty() {
-                    request.logits.reserve_exact(request.num_prompt * vocab);
+                    request.logits.reserve_exact(request.num_logit_rows() * vocab);
                 }
                 request.logits.extend(row);
-                if request.logits.len() < request.num_prompt * vocab {
+                if request.logits.len() < request.num_logit_rows() * vocab {
                     return None;
                 }
                 output.finish = Some(FinishReason::Length);
@@ -299,7 +319,7 @@ impl<B: Backend> Engine<B> {
             }
             Row::Token(Some((token, logprobs))) => {
                 request.tokens.push(token);
-                let (num_output, params) = (request.output().len(), request.params.as_ref()?);
+                let (num_output, params) = (request.output().len(), request.params()?);
                 let stop = params.stop_token_ids.contains(&token)
                     || (!params.ignore_eos && self.eos.contains(&token));
                 output.finish = match () {
@@ -367,7 +387,7 @@ impl Pages {
 /// What the sampler must know of a request; `None` for one that wants logits.
 fn context<'a>(request: &'a Request, num_tokens: usize, eos: &'a [u32]) -> Option<Context<'a>> {
     Some(Context {
-        params: request.params.as_ref()?,
+        params: request.params()?,
         prompt: &request.tokens[..request.num_prompt],
         output: request.output(),
         seed: request.seed,

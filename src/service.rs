@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::backend::Backend;
 use crate::backend::cpu::parallel::claim;
 use crate::engine::{Engine, StepOutput};
-use crate::request::{RequestId, SamplingParams};
+use crate::request::{RequestId, Wanted};
 use crate::{Error, Result};
 
 /// What a caller wants of one prompt.
@@ -18,8 +18,8 @@ use crate::{Error, Result};
 pub struct Job {
     /// Token ids.
     pub prompt: Vec<u32>,
-    /// How to sample; `None` for the logits of the prompt.
-    pub params: Option<SamplingParams>,
+    /// What to answer with.
+    pub wanted: Wanted,
     /// Tells the samples of one prompt apart.
     pub index: u64,
 }
@@ -229,9 +229,10 @@ impl<B: Backend> Worker<B> {
         let mut ids = Vec::with_capacity(jobs.len());
         let several = jobs.len() > 1;
         for (i, job) in jobs.iter().enumerate() {
-            let added = match &job.params {
-                Some(params) => self.engine.add(&job.prompt, params, job.index),
-                None => self.engine.add_logits(&job.prompt),
+            let added = match &job.wanted {
+                Wanted::Tokens(params) => self.engine.add(&job.prompt, params, job.index),
+                Wanted::Logits => self.engine.add_logits(&job.prompt),
+                Wanted::MtpLogits => self.engine.add_mtp_logits(&job.prompt),
             };
             match added {
                 Ok(id) => ids.push(id),

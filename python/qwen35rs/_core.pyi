@@ -143,6 +143,7 @@ class Engine:
         device: str,
         dtype: str,
         deterministic: bool,
+        mtp: bool | None,
         max_model_len: int | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -156,9 +157,12 @@ class Engine:
     @property
     def max_model_len(self) -> int: ...
     @property
+    def has_mtp(self) -> bool: ...
+    @property
     def eos_token_ids(self) -> list[int]: ...
     def generate(self, prompts: Sequence[_Ids], params: Sequence[_SamplingParams]) -> Generation: ...
     def logits(self, prompt: _Ids) -> npt.NDArray[np.float32]: ...
+    def mtp_logits(self, prompt: _Ids) -> npt.NDArray[np.float32]: ...
 
 @final
 class Generation:

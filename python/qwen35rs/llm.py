@@ -45,6 +45,8 @@ class LLM:
             activations are bfloat16, whatever the checkpoint has.
         deterministic: on a GPU, make the bits of a request independent of what else is in its batches, at the cost of
             speed. On the CPU they always are.
+        mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
+            has one that can be run. It takes memory, and no part in generating.
         max_model_len: longest prompt plus output, in tokens; the model's context, or what
             ``kv_cache_bytes`` holds of it, by default.
         seed: decides the samples of requests without a seed.
@@ -57,9 +59,9 @@ class LLM:
         revision, token: for the hub.
         progress: show a bar while a large checkpoint loads; where the terminal can, by default.
 
-    Raises ConfigError for a checkpoint that cannot be run, FileNotFoundError and kin for one that cannot be
-    read, RequestError for an argument, CudaError for a GPU that is not there, OutOfMemoryError for limits that do not
-    fit.
+    Raises ConfigError for a checkpoint that cannot be run, or that has no whole module where ``mtp=True`` wants one,
+    FileNotFoundError and kin for one that cannot be read, RequestError for an argument, CudaError for a GPU that is
+    not there, OutOfMemoryError for limits that do not fit.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         deterministic: bool = False,
+        mtp: bool | None = False,
         max_model_len: int | None = None,
         seed: int = 0,
         max_num_seqs: int = 32,
@@ -104,6 +107,7 @@ class LLM:
                 device=device,
                 dtype=dtype,
                 deterministic=deterministic,
+                mtp=mtp,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
@@ -135,6 +139,11 @@ class LLM:
     def max_model_len(self) -> int:
         """Longest prompt plus output of a request, in tokens."""
         return self._engine.max_model_len
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the multi-token-prediction module is loaded."""
+        return self._engine.has_mtp
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -219,6 +228,18 @@ class LLM:
         Raises RequestError for an empty sequence, one longer than the context, or an unknown id.
         """
         return self._engine.logits(_ids("token_ids", token_ids))
+
+    def mtp_logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """What the multi-token-prediction module drafts over a sequence: float32 ``[num_tokens - 1, vocab]``, padding
+        rows included.
+
+        Row t holds the draft's logits of token t + 2, given tokens up to t + 1: the module reads the model's hidden
+        state after token t and the embedding of token t + 1.
+
+        Raises RequestError for an LLM made without ``mtp=True``, a sequence of fewer than two tokens or longer than the
+        context, or an unknown id.
+        """
+        return self._engine.mtp_logits(_ids("token_ids", token_ids))
 
     def _render(
         self,

@@ -203,6 +203,12 @@ pub trait Backend: Send + Sync {
     /// `out[i] = x[rows[i]]`: gathers the tokens whose logits are wanted.
     fn gather(&self, rows: &[usize], x: &Self::Buf, out: &mut Self::Buf);
 
+    /// `out[rows[i]] = x[i]`, with no row twice: undoes [`Backend::gather`].
+    fn scatter(&self, rows: &[usize], x: &Self::Buf, out: &mut Self::Buf);
+
+    /// `out[t] = left[t] | right[t]`: `[n, a]` and `[n, b]` to `[n, a + b]`.
+    fn concat(&self, n: usize, left: &Self::Buf, right: &Self::Buf, out: &mut Self::Buf);
+
     /// `buf[i] = buf[rows[i]]`, with `rows` ascending.
     fn keep_rows(&self, rows: &[usize], buf: &mut Self::Buf);
 

@@ -429,6 +429,21 @@ impl Backend for Cpu {
         }
     }
 
+    fn scatter(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
+        for (i, &row) in rows.iter().enumerate() {
+            out.data[row * out.width..(row + 1) * out.width].copy_from_slice(x.row(i));
+        }
+    }
+
+    fn concat(&self, n: usize, left: &Buf, right: &Buf, out: &mut Buf) {
+        debug_assert!(left.width + right.width == out.width);
+        for (t, out) in out.data.chunks_exact_mut(out.width).take(n).enumerate() {
+            let (a, b) = out.split_at_mut(left.width);
+            a.copy_from_slice(left.row(t));
+            b.copy_from_slice(right.row(t));
+        }
+    }
+
     fn keep_rows(&self, rows: &[usize], buf: &mut Buf) {
         debug_assert!(rows.is_sorted());
         for (i, &row) in rows.iter().enumerate() {

@@ -231,13 +231,52 @@ impl Memory {
         self.device.synchronize()
     }
 
-    /// Copies the leading `len` bytes of `from` to the start, on the stream; `skip` bytes of `from` are left out.
-    pub fn copy(&self, from: &Memory, skip: usize, len: usize) -> Result<()> {
-        self.check(0, len)?;
+    /// Copies `len` bytes of `from`, from `skip` on, to `offset`, on the stream.
+    pub fn copy(&self, offset: usize, from: &Memory, skip: usize, len: usize) -> Result<()> {
+        self.check(offset, len)?;
         from.check(skip, len)?;
         self.device.bind()?;
         // SAFETY: inside both allocations.
-        unsafe { result::memcpy_dtod_async(self.ptr, from.at(skip), len, self.device.stream) }
+        unsafe { result::memcpy_dtod_async(self.at(offset), from.at(skip), len, self.device.stream) }
+            .map_err(|e| failed("copying on the device", e))
+    }
+
+    /// Copies `n` rows of `width` bytes of `from` to the columns from `offset` of rows of `pitch` bytes, on the stream.
+    pub fn copy_columns(
+        &self,
+        n: usize,
+        offset: usize,
+        pitch: usize,
+        from: &Memory,
+        width: usize,
+    ) -> Result<()> {
+        self.check(0, n * pitch)?;
+        from.check(0, n * width)?;
+        if n * width == 0 {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcDevice: from.ptr,
+            srcPitch: width,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstDevice: self.at(offset),
+            dstPitch: pitch,
+            WidthInBytes: width,
+            Height: n,
+            srcXInBytes: 0,
+            srcY: 0,
+            srcHost: std::ptr::null(),
+            srcArray: std::ptr::null_mut(),
+            dstXInBytes: 0,
+            dstY: 0,
+            dstHost: std::ptr::null_mut(),
+            dstArray: std::ptr::null_mut(),
+        };
+        // SAFETY: inside both allocations: `offset` and `width` are columns of the rows of `self`.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.device.stream) }
+            .result()
             .map_err(|e| failed("copying on the device", e))
     }
 

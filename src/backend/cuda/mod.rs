@@ -520,7 +520,7 @@ impl Backend for Cuda {
         self.launch("gather", rows.len(), |step, stream| {
             let (row_bytes, num) = (x.row_bytes(), rows.len());
             if is_run(rows) && x.precision == out.precision {
-                return out.memory.copy(&x.memory, rows[0] * row_bytes, num * row_bytes).map(|()| 0);
+                return out.memory.copy(0, &x.memory, rows[0] * row_bytes, num * row_bytes).map(|()| 0);
             }
             let same = x.precision == out.precision;
             let to = if same { out.memory.ptr() } else { step.gathered.ptr() };
@@ -541,6 +541,28 @@ impl Backend for Cuda {
         });
     }
 
+    fn scatter(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
+        debug_assert!(x.width == out.width && x.precision == out.precision);
+        self.launch("scatter", rows.len(), |_, _| {
+            let (bytes, mut done) = (x.row_bytes(), 0);
+            for run in rows.chunk_by(|a, b| a + 1 == *b) {
+                out.memory.copy(run[0] * bytes, &x.memory, done * bytes, run.len() * bytes)?;
+                done += run.len();
+            }
+            Ok(0)
+        });
+    }
+
+    fn concat(&self, n: usize, left: &Buf, right: &Buf, out: &mut Buf) {
+        debug_assert!(left.width + right.width == out.width);
+        self.launch("concat", n, |_, _| {
+            let (a, b, pitch) = (left.row_bytes(), right.row_bytes(), out.row_bytes());
+            out.memory.copy_columns(n, 0, pitch, &left.memory, a)?;
+            out.memory.copy_columns(n, a, pitch, &right.memory, b)?;
+            Ok(0)
+        });
+    }
+
     fn keep_rows(&self, rows: &[usize], buf: &mut Buf) {
         if is_run(rows) && rows.first() == Some(&0) {
             return;
@@ -552,7 +574,7 @@ impl Backend for Cuda {
             // SAFETY: rows of the buffer, as many as fit `gathered`.
             let code = unsafe { ffi::q35_gather(stream, at, num, buf.memory.ptr(), row_bytes as i64, to) };
             match code {
-                0 => buf.memory.copy(&step.gathered, 0, rows.len() * row_bytes).map(|()| 0),
+                0 => buf.memory.copy(0, &step.gathered, 0, rows.len() * row_bytes).map(|()| 0),
                 code => Ok(code),
             }
         });

@@ -12,7 +12,8 @@ MAX_LINES = 600
 LONG = {"src/tokenizer/unicode.rs"}  # generated tables
 # Where `unsafe` may be, with ARCHITECTURE.md's reasons.
 UNSAFE = (
-    "src/backend/",
+    "src/backend/cpu/",
+    "src/backend/cuda/",
     "src/weights/safetensors.rs",
     "src/tokenizer/window.rs",
     "src/tokenizer/pieces.rs",

@@ -9,6 +9,10 @@ mod choice;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+// Text against text: needs no compiler for CUDA.
+#[cfg(test)]
+#[path = "cuda/ffi_tests.rs"]
+mod ffi_tests;
 
 pub use choice::Device;
 

@@ -220,6 +220,3 @@ unsafe extern "C" {
     /// Of the CUDA runtime.
     pub fn cudaGetErrorString(error: c_int) -> *const c_char;
 }
-
-#[cfg(test)]
-mod tests;

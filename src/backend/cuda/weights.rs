@@ -111,21 +111,3 @@ pub(super) fn check_sizes(linear: &Linear) -> Result<()> {
         Err(_) => Err(Error::config("tensor", linear.num_in.max(linear.num_out), "sizes below 2^31")),
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::{DType, bf16, f16, to_bf16};
-
-    #[test]
-    fn every_type_becomes_bf16() {
-        let values = [0.0f32, 1.0, -2.5, 3.140_625, 65_504.0];
-        let want: Vec<u8> = values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
-        let f32s: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let f16s: Vec<u8> = values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
-        for (dtype, bytes) in [(DType::F32, &f32s), (DType::F16, &f16s), (DType::BF16, &want)] {
-            let mut out = vec![0; want.len()];
-            to_bf16(dtype, bytes, &mut out);
-            assert_eq!(out, want, "{dtype}");
-        }
-    }
-}

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-const HEADER: &str = include_str!("../../../../cuda/launch.h");
-const RUST: &str = include_str!("../ffi.rs");
+const HEADER: &str = include_str!("../../../cuda/launch.h");
+const RUST: &str = include_str!("ffi.rs");
 
 fn without_comments(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join(" ")

@@ -18,6 +18,19 @@ pub struct PageId(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotId(pub u32);
 
+/// The largest batch that buffers are made for.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchLimits {
+    /// New tokens.
+    pub max_tokens: usize,
+    /// Sequences.
+    pub max_seqs: usize,
+    /// Tokens of one sequence, old and new.
+    pub max_len: usize,
+    /// Pages of all sequences.
+    pub max_pages: usize,
+}
+
 /// What one `forward` computes.
 #[derive(Debug, Default, Clone)]
 pub struct Batch {
@@ -31,6 +44,17 @@ pub struct Batch {
     pub pages: Vec<PageId>,
     /// Tokens (indices into `token_ids`) whose logits are wanted.
     pub logit_rows: Vec<usize>,
+}
+
+/// What the multi-token-prediction module computes after a forward.
+///
+/// Its token t is token t + 1 of a sequence, at position t, beside the hidden state that the forward left for token t.
+#[derive(Debug, Default, Clone)]
+pub struct DraftBatch {
+    /// Sequences with the pages of their requests. Slots and `logit_rows` are not used.
+    pub batch: Batch,
+    /// For each of its tokens, the place in the forward's `logit_rows` of the hidden state it goes with.
+    pub hidden_rows: Vec<usize>,
 }
 
 /// One sequence of a batch.

@@ -3,10 +3,11 @@
 use rayon::prelude::*;
 
 use crate::backend::Backend;
-use crate::batch::{CHUNK_LEN, PAGE_LEN};
+use crate::batch::{BatchLimits, CHUNK_LEN, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
+use crate::config::LayerKind;
 use crate::model::{MAX_LOGIT_ROWS, Memory, Model, Workspace};
-use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs};
+use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, Wanted};
 use crate::sampler::{self, Context};
 use crate::scheduler::{Scheduler, Step};
 use crate::{Error, Result};
@@ -20,8 +21,12 @@ pub struct EngineLimits {
     pub max_num_seqs: usize,
     /// Prompt tokens of one step (at least [`CHUNK_LEN`]).
     pub max_num_batched_tokens: usize,
-    /// Bytes of keys and values at most.
-    pub kv_cache_bytes: usize,
+    /// Bytes of keys and values at most. `None` for 4 GiB, or on a device with memory of its own for what is left of
+    /// `gpu_memory_utilization`.
+    pub kv_cache_bytes: Option<usize>,
+    /// Share, above 0 and at most 1, of a device's memory that is free once the weights are there, for pages, slots
+    /// and buffers.
+    pub gpu_memory_utilization: f64,
     /// Key of the random numbers of requests without a seed.
     pub seed: u64,
 }
@@ -32,11 +37,15 @@ impl Default for EngineLimits {
             max_model_len: None,
             max_num_seqs: 32,
             max_num_batched_tokens: 512,
-            kv_cache_bytes: 4 << 30,
+            kv_cache_bytes: None,
+            gpu_memory_utilization: 0.9,
             seed: 0,
         }
     }
 }
+
+/// Bytes of keys and values where nothing says how many.
+const KV_CACHE_BYTES: usize = 4 << 30;
 
 /// What one step did for one request.
 #[derive(Debug)]
@@ -49,7 +58,7 @@ pub struct StepOutput {
     pub logprobs: Option<TokenLogprobs>,
     /// Why the request ended, if it did. An ended request is forgotten.
     pub finish: Option<FinishReason>,
-    /// Logits of the prompt, `[num_prompt, vocab]`, of a request that wanted them.
+    /// Logits of the prompt, `[num_logit_rows, vocab]`, of a request that wanted them.
     pub logits: Vec<f32>,
     /// Why the request failed, if it did.
     pub error: Option<String>,
@@ -83,48 +92,42 @@ impl<B: Backend> Engine<B> {
         };
         at_least("max_num_seqs", limits.max_num_seqs, 1)?;
         at_least("max_num_batched_tokens", limits.max_num_batched_tokens, CHUNK_LEN)?;
-        let token_bytes = config.num_layers_of(crate::config::LayerKind::Attention)
-            * config.attention.kv_width()
-            * 2
-            * std::mem::size_of::<f32>();
-        at_least("kv_cache_bytes", limits.kv_cache_bytes, PAGE_LEN * token_bytes)?;
-        let context = config.max_context();
-        let affordable = match token_bytes {
-            0 => context,
-            bytes => limits.kv_cache_bytes / bytes / PAGE_LEN * PAGE_LEN,
+        let utilization = limits.gpu_memory_utilization;
+        if !(utilization > 0.0 && utilization <= 1.0) {
+            return Err(Error::request("gpu_memory_utilization", utilization, "above 0 and at most 1"));
+        }
+        let backend = model.backend();
+        let page_bytes = model.num_kv_layers() * backend.page_bytes(&config.attention);
+        if let Some(bytes) = limits.kv_cache_bytes {
+            at_least("kv_cache_bytes", bytes, page_bytes)?;
+        }
+        // On a device with memory of its own: what of it is for more than weights.
+        let free = backend.free_memory()?.filter(|_| limits.kv_cache_bytes.is_none());
+        let budget = free.map(|free| (free as f64 * utilization) as usize);
+        let slot_bytes = config.num_layers_of(LayerKind::DeltaNet) * backend.slot_bytes(&config.delta);
+        let all_slots = slot_bytes.saturating_mul(limits.max_num_seqs);
+        // Sizes that are also limits of the buffers, then, once the buffers are there, what is left for pages.
+        let left = |used: usize| budget.map(|bytes| bytes.saturating_sub(all_slots.saturating_add(used)));
+        let pages = Pages::fit(limits, config.max_context(), page_bytes, left(0))?;
+        let prefill = limits.max_num_batched_tokens.min(pages.max_model_len.next_multiple_of(CHUNK_LEN));
+        let workspace = model.workspace(&BatchLimits {
+            max_tokens: prefill.saturating_add(limits.max_num_seqs),
+            max_seqs: limits.max_num_seqs,
+            max_len: pages.max_model_len,
+            max_pages: pages.num_pages,
+        })?;
+        let pages = match (free, backend.free_memory()?) {
+            (Some(before), Some(now)) => {
+                Pages::fit(limits, config.max_context(), page_bytes, left(before.saturating_sub(now)))?
+            }
+            _ => pages,
         };
-        let max_model_len = match limits.max_model_len {
-            Some(len) if len < 2 => {
-                return Err(Error::request("max_model_len", len, format!("2 to {context}")));
-            }
-            Some(len) if len > context => {
-                return Err(Error::request(
-                    "max_model_len",
-                    len,
-                    format!("2 to {context}, the context the checkpoint declares"),
-                ));
-            }
-            Some(len) if pages_for(len) * PAGE_LEN > affordable => {
-                return Err(Error::OutOfMemory {
-                    what: format!(
-                        "keys and values of one sequence of {len} tokens need {} bytes",
-                        len * token_bytes
-                    ),
-                    advice: format!("lower max_model_len to {affordable}, or raise kv_cache_bytes"),
-                });
-            }
-            Some(len) => len,
-            None => context.min(affordable),
-        };
-        // As many pages as every slot could use, within the budget.
-        let wanted = pages_for(max_model_len).saturating_mul(limits.max_num_seqs);
-        let num_pages = wanted.min(affordable.max(max_model_len.next_multiple_of(PAGE_LEN)) / PAGE_LEN);
+        let Pages { max_model_len, num_pages } = pages;
         let cache = Cache::new(num_pages, limits.max_num_seqs);
-        let prefill = limits.max_num_batched_tokens.min(max_model_len.next_multiple_of(CHUNK_LEN));
         let num_tokens = num_tokens.min(config.vocab);
         Ok(Self {
             memory: model.memory(num_pages, limits.max_num_seqs)?,
-            workspace: model.workspace(prefill + limits.max_num_seqs)?,
+            workspace,
             scheduler: Scheduler::new(cache, prefill, limits.max_num_seqs),
             max_model_len,
             next_id: 0,
@@ -158,7 +161,7 @@ impl<B: Backend> Engine<B> {
     pub fn add(&mut self, prompt: &[u32], params: &SamplingParams, index: u64) -> Result<RequestId> {
         params.check(self.model.config().vocab)?;
         let longest = self.max_model_len - 1;
-        self.check_prompt(prompt, longest)?;
+        self.check_prompt(prompt, 1, longest)?;
         let mut params = params.clone();
         let room = self.max_model_len - prompt.len();
         params.max_tokens = Some(params.max_tokens.unwrap_or(room).min(room));
@@ -166,7 +169,7 @@ impl<B: Backend> Engine<B> {
             Some(seed) => sampler::mix(seed) ^ index,
             None => sampler::mix(self.seed ^ sampler::mix(self.next_id)),
         };
-        Ok(self.queue(prompt, Some(params), seed))
+        Ok(self.queue(prompt, Wanted::Tokens(params), seed))
     }
 
     /// Queues a request for the logits of its prompt.
@@ -174,14 +177,27 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// As [`Engine::add`].
     pub fn add_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
-        self.check_prompt(prompt, self.max_model_len)?;
-        Ok(self.queue(prompt, None, 0))
+        self.check_prompt(prompt, 1, self.max_model_len)?;
+        Ok(self.queue(prompt, Wanted::Logits, 0))
     }
 
-    fn check_prompt(&self, prompt: &[u32], longest: usize) -> Result<()> {
-        if prompt.is_empty() || prompt.len() > longest {
+    /// Queues a request for the MTP module's drafts over its prompt, of at least two tokens.
+    ///
+    /// # Errors
+    /// As [`Engine::add`], and where the model was loaded without the module.
+    pub fn add_mtp_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
+        if !self.model.has_mtp() {
+            let found = "a model that was loaded without its multi-token-prediction module";
+            return Err(Error::request("mtp_logits", found, "LLM(..., mtp=True)"));
+        }
+        self.check_prompt(prompt, 2, self.max_model_len)?;
+        Ok(self.queue(prompt, Wanted::MtpLogits, 0))
+    }
+
+    fn check_prompt(&self, prompt: &[u32], shortest: usize, longest: usize) -> Result<()> {
+        if prompt.len() < shortest || prompt.len() > longest {
             let found = format!("{} tokens", prompt.len());
-            let allowed = format!("1 to {longest} tokens (max_model_len is {})", self.max_model_len);
+            let allowed = format!("{shortest} to {longest} tokens (max_model_len is {})", self.max_model_len);
             return Err(Error::request("prompt", found, allowed));
         }
         let vocab = self.model.config().vocab;
@@ -191,7 +207,7 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    fn queue(&mut self, prompt: &[u32], params: Option<SamplingParams>, seed: u64) -> RequestId {
+    fn queue(&mut self, prompt: &[u32], wanted: Wanted, seed: u64) -> RequestId {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         self.scheduler.add(Request {
@@ -199,7 +215,7 @@ impl<B: Backend> Engine<B> {
             tokens: prompt.to_vec(),
             num_prompt: prompt.len(),
             computed_len: 0,
-            params,
+            wanted,
             seed,
             pages: Vec::new(),
             slot: None,
@@ -230,8 +246,7 @@ impl<B: Backend> Engine<B> {
                 false => Err(Error::Internal("requests wait and none can run".into())),
             };
         }
-        let ran = self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll);
-        match ran.and_then(|()| self.read_logits(&step, &poll)) {
+        match self.run(&step, &poll) {
             Ok(rows) => {
                 self.scheduler.commit(&step);
                 let outputs = rows.into_iter().filter_map(|row| self.commit(row)).collect();
@@ -243,6 +258,14 @@ impl<B: Backend> Engine<B> {
                 Err(error)
             }
         }
+    }
+
+    fn run(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
+        self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll)?;
+        if !step.drafts.hidden_rows.is_empty() {
+            self.model.forward_mtp(&step.drafts, &mut self.memory, &mut self.workspace, poll)?;
+        }
+        self.read_logits(step, poll)
     }
 
     /// Samples, or copies, the rows of logits that are wanted. Changes no request.
@@ -260,6 +283,7 @@ impl<B: Backend> Engine<B> {
             let candidates = contexts.iter().map(|c| c.as_ref().and_then(Context::num_candidates));
             let top = candidates.collect::<Option<Vec<_>>>().and_then(|k| k.into_iter().max());
             let logits = model.logits(&at, top.map(|k| (k, *num_tokens)), workspace);
+            model.backend().check()?;
             samplers.resize_with(contexts.len().max(samplers.len()), Default::default);
             let work = samplers.par_iter_mut().zip(contexts).zip(logits.par_chunks_exact(vocab));
             rows.par_extend(work.zip(requests).map(|(((scratch, context), logits), request)| {
@@ -282,10 +306,10 @@ impl<B: Backend> Engine<B> {
         match row {
             Row::Logits(row) => {
                 if request.logits.is_empty() {
-                    request.logits.reserve_exact(request.num_prompt * vocab);
+                    request.logits.reserve_exact(request.num_logit_rows() * vocab);
                 }
                 request.logits.extend(row);
-                if request.logits.len() < request.num_prompt * vocab {
+                if request.logits.len() < request.num_logit_rows() * vocab {
                     return None;
                 }
                 output.finish = Some(FinishReason::Length);
@@ -295,7 +319,7 @@ impl<B: Backend> Engine<B> {
             }
             Row::Token(Some((token, logprobs))) => {
                 request.tokens.push(token);
-                let (num_output, params) = (request.output().len(), request.params.as_ref()?);
+                let (num_output, params) = (request.output().len(), request.params()?);
                 let stop = params.stop_token_ids.contains(&token)
                     || (!params.ignore_eos && self.eos.contains(&token));
                 output.finish = match () {
@@ -313,10 +337,57 @@ impl<B: Backend> Engine<B> {
     }
 }
 
+/// How much of the context there are pages for.
+struct Pages {
+    max_model_len: usize,
+    num_pages: usize,
+}
+
+impl Pages {
+    /// As many pages as every slot could use, within `kv_cache_bytes`, or within `left` bytes of a device.
+    fn fit(limits: &EngineLimits, context: usize, page_bytes: usize, left: Option<usize>) -> Result<Self> {
+        let bytes = limits.kv_cache_bytes.or(left).unwrap_or(KV_CACHE_BYTES);
+        let affordable = bytes.checked_div(page_bytes).map_or(context, |pages| pages * PAGE_LEN);
+        let raise = if left.is_some() { "gpu_memory_utilization" } else { "kv_cache_bytes" };
+        let max_model_len = match limits.max_model_len {
+            Some(len) if len < 2 => {
+                return Err(Error::request("max_model_len", len, format!("2 to {context}")));
+            }
+            Some(len) if len > context => {
+                return Err(Error::request(
+                    "max_model_len",
+                    len,
+                    format!("2 to {context}, the context the checkpoint declares"),
+                ));
+            }
+            _ if affordable == 0 => {
+                return Err(Error::OutOfMemory {
+                    what: format!("{bytes} bytes are left for keys and values; a page needs {page_bytes}"),
+                    advice: format!("lower max_num_seqs or max_num_batched_tokens, or raise {raise}"),
+                });
+            }
+            Some(len) if pages_for(len) * PAGE_LEN > affordable => {
+                return Err(Error::OutOfMemory {
+                    what: format!(
+                        "keys and values of one sequence of {len} tokens need {} bytes",
+                        len * page_bytes / PAGE_LEN
+                    ),
+                    advice: format!("lower max_model_len to {affordable}, or raise {raise}"),
+                });
+            }
+            Some(len) => len,
+            None => context.min(affordable),
+        };
+        let wanted = pages_for(max_model_len).saturating_mul(limits.max_num_seqs);
+        let num_pages = wanted.min(affordable.max(max_model_len.next_multiple_of(PAGE_LEN)) / PAGE_LEN);
+        Ok(Self { max_model_len, num_pages })
+    }
+}
+
 /// What the sampler must know of a request; `None` for one that wants logits.
 fn context<'a>(request: &'a Request, num_tokens: usize, eos: &'a [u32]) -> Option<Context<'a>> {
     Some(Context {
-        params: request.params.as_ref()?,
+        params: request.params()?,
         prompt: &request.tokens[..request.num_prompt],
         output: request.output(),
         seed: request.seed,

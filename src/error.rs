@@ -53,6 +53,14 @@ pub enum Error {
         /// The setting to lower, and to what.
         advice: String,
     },
+    /// A GPU that is not there, cannot be used, or failed.
+    #[error("cuda: {what}; {advice}")]
+    Cuda {
+        /// What was found, or what failed and how.
+        what: String,
+        /// What would do, or what to do now.
+        advice: String,
+    },
     /// A chat template that refused the conversation, or that could not be rendered.
     #[error("chat template: {0}")]
     Template(String),

@@ -3,9 +3,12 @@
 //! It sees a [`Batch`], never a request: it does not allocate after it was made, and does not ask who is
 //! asking.
 
+mod mtp;
+
+use self::mtp::Mtp;
 use crate::Result;
-use crate::backend::{Backend, DecayWeights, MoeTensors, Rope};
-use crate::batch::Batch;
+use crate::backend::{Backend, DecayWeights, MoeTensors, Precision, Rope};
+use crate::batch::{Batch, BatchLimits};
 use crate::config::{FfnConfig, ModelConfig};
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
 
@@ -20,6 +23,8 @@ pub struct Model<B: Backend> {
     screen: B::Screen,
     norm: B::Vector,
     layers: Vec<Layer<B>>,
+    /// Where it was asked for.
+    mtp: Option<Mtp<B>>,
 }
 
 struct Layer<B: Backend> {
@@ -70,6 +75,9 @@ pub struct Workspace<B: Backend> {
     act: B::Buf,
     head_rows: B::Buf,
     logits: B::Buf,
+    /// For the MTP module: the hidden states it reads, and each beside the embedding of the token after it.
+    hidden: B::Buf,
+    pair: B::Buf,
     scratch: B::Scratch,
 }
 
@@ -108,7 +116,7 @@ impl<B: Backend> Model<B> {
         }
         let norm = backend.vector(&tensors.norm, 1.0)?;
         let rope = Rope::new(&config.rope);
-        Ok(Self { config: config.clone(), rope, embed, head, screen, norm, layers, backend })
+        Ok(Self { config: config.clone(), rope, embed, head, screen, norm, layers, mtp: None, backend })
     }
 
     /// The geometry.
@@ -116,10 +124,15 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
     /// Pages and slots for every layer.
     pub fn memory(&self, num_pages: usize, num_slots: usize) -> Result<Memory<B>> {
         let mut memory = Memory { pages: Vec::new(), slots: Vec::new() };
-        for layer in &self.layers {
+        for layer in self.layers.iter().chain(self.mtp.iter().map(|mtp| &mtp.layer)) {
             match layer.mixer {
                 Mixer::Attention { .. } => {
                     memory.pages.push(self.backend.pages(num_pages, &self.config.attention)?);
@@ -130,17 +143,19 @@ impl<B: Backend> Model<B> {
         Ok(memory)
     }
 
-    /// Buffers for batches of up to `max_tokens` tokens.
-    pub fn workspace(&self, max_tokens: usize) -> Result<Workspace<B>> {
-        let c = &self.config;
-        let buf = |width: usize| self.backend.buf(max_tokens, width);
+    /// Buffers for batches of up to these sizes.
+    pub fn workspace(&self, limits: &BatchLimits) -> Result<Workspace<B>> {
+        let (c, max_tokens) = (&self.config, limits.max_tokens);
+        let buf = |width: usize| self.backend.buf(max_tokens, width, Precision::Compute);
+        let logit_rows = MAX_LOGIT_ROWS.min(max_tokens);
         let ffn_width = match c.ffn {
             FfnConfig::Dense { width } => width,
             FfnConfig::Moe { .. } => 0,
         };
+        let mtp_width = if self.has_mtp() { c.hidden } else { 0 };
         let delta_inputs = c.delta.conv_channels() + c.delta.value_width() + 2 * c.delta.num_v_heads;
         Ok(Workspace {
-            residual: buf(c.hidden)?,
+            residual: self.backend.buf(max_tokens, c.hidden, Precision::Full)?,
             normed: buf(c.hidden)?,
             block: buf(c.hidden)?,
             attention_inputs: buf(2 * c.attention.q_width() + 2 * c.attention.kv_width())?,
@@ -151,9 +166,11 @@ impl<B: Backend> Model<B> {
             core: buf(c.delta.value_width())?,
             gate_up: buf(2 * ffn_width)?,
             act: buf(ffn_width)?,
-            head_rows: self.backend.buf(MAX_LOGIT_ROWS.min(max_tokens), c.hidden)?,
-            logits: self.backend.buf(MAX_LOGIT_ROWS.min(max_tokens), c.vocab)?,
-            scratch: self.backend.scratch(max_tokens)?,
+            head_rows: self.backend.buf(logit_rows, c.hidden, Precision::Compute)?,
+            logits: self.backend.buf(logit_rows, c.vocab, Precision::Full)?,
+            hidden: buf(mtp_width)?,
+            pair: buf(2 * mtp_width)?,
+            scratch: self.backend.scratch(c, limits)?,
         })
     }
 
@@ -176,68 +193,74 @@ impl<B: Backend> Model<B> {
         poll: impl Fn() -> Result<()>,
     ) -> Result<()> {
         let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
+        b.begin(batch);
         b.embed(batch, &self.embed, &mut w.residual);
-        let mut first = true;
         for (i, layer) in self.layers.iter().enumerate() {
             poll()?;
-            let last = i + 1 == self.layers.len();
-            let delta = (!first).then_some(&w.block);
-            first = false;
-            b.rmsnorm_residual(n, delta, &mut w.residual, &layer.input_norm, eps, &mut w.normed);
-            match &layer.mixer {
-                Mixer::Attention { index, qkv, out, q_norm, k_norm } => {
-                    let (dims, pages) = (&self.config.attention, &mut memory.pages[*index]);
-                    let inputs = &mut w.attention_inputs;
-                    b.linear(n, &w.normed, qkv, inputs);
-                    b.qk_norm_rope_write(
-                        batch,
-                        dims,
-                        &self.rope,
-                        (q_norm, k_norm),
-                        eps,
-                        inputs,
-                        &mut w.q,
-                        pages,
-                    );
-                    b.gated_attention(batch, dims, &w.q, inputs, pages, &mut w.scratch, &mut w.attended);
-                    if last {
-                        n = batch.logit_rows.len();
-                        b.keep_rows(&batch.logit_rows, &mut w.attended);
-                    }
-                    b.linear(n, &w.attended, out, &mut w.block);
-                }
-                Mixer::Delta { index, inputs, conv, a_log, dt_bias, norm, out } => {
-                    let (dims, slots) = (&self.config.delta, &mut memory.slots[*index]);
-                    let projected = &mut w.delta_inputs;
-                    b.linear(n, &w.normed, inputs, projected);
-                    b.causal_conv1d(batch, dims, conv, projected, slots, &mut w.mixed);
-                    let decay = DecayWeights { a_log, dt_bias };
-                    b.gated_delta_rule(batch, dims, decay, &w.mixed, projected, slots, &mut w.core);
-                    b.gated_rmsnorm(n, dims, norm, eps, projected, &mut w.core);
-                    if last {
-                        n = batch.logit_rows.len();
-                        b.keep_rows(&batch.logit_rows, &mut w.core);
-                    }
-                    b.linear(n, &w.core, out, &mut w.block);
-                }
-            }
-            if last {
-                b.keep_rows(&batch.logit_rows, &mut w.residual);
-            }
-            b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &layer.ffn_norm, eps, &mut w.normed);
-            match &layer.ffn {
-                Ffn::Dense { gate_up, down } => {
-                    b.linear(n, &w.normed, gate_up, &mut w.gate_up);
-                    b.silu_mul(n, &w.gate_up, &mut w.act);
-                    b.linear(n, &w.act, down, &mut w.block);
-                }
-                Ffn::Moe(moe) => b.moe(n, &w.normed, moe, &mut w.scratch, &mut w.block),
-            }
+            let keep = (i + 1 == self.layers.len()).then_some(&batch.logit_rows[..]);
+            n = self.layer(layer, i == 0, batch, keep, memory, w);
         }
         poll()?;
+        b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &self.norm, eps, &mut w.normed);
+        b.check()
+    }
+
+    /// A decoder layer: reads `residual` (and `block`, the change that the layer before it left, unless it is the
+    /// `first`), and leaves `residual` and a new `block`. With `keep`, tokens that are not in it get as far as the
+    /// layer's pages or slots, and the rows of the others move to the front. Returns the number of rows left.
+    fn layer(
+        &self,
+        layer: &Layer<B>,
+        first: bool,
+        batch: &Batch,
+        keep: Option<&[usize]>,
+        memory: &mut Memory<B>,
+        w: &mut Workspace<B>,
+    ) -> usize {
+        let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
         let delta = (!first).then_some(&w.block);
-        b.rmsnorm_residual(n, delta, &mut w.residual, &self.norm, eps, &mut w.normed);
-        Ok(())
+        b.rmsnorm_residual(n, delta, &mut w.residual, &layer.input_norm, eps, &mut w.normed);
+        match &layer.mixer {
+            Mixer::Attention { index, qkv, out, q_norm, k_norm } => {
+                let (dims, pages) = (&self.config.attention, &mut memory.pages[*index]);
+                let inputs = &mut w.attention_inputs;
+                b.linear(n, &w.normed, qkv, inputs);
+                b.qk_norm_rope_write(batch, dims, &self.rope, (q_norm, k_norm), eps, inputs, &mut w.q, pages);
+                b.gated_attention(batch, dims, &w.q, inputs, pages, &mut w.scratch, &mut w.attended);
+                if let Some(rows) = keep {
+                    n = rows.len();
+                    b.keep_rows(rows, &mut w.attended);
+                }
+                b.linear(n, &w.attended, out, &mut w.block);
+            }
+            Mixer::Delta { index, inputs, conv, a_log, dt_bias, norm, out } => {
+                let (dims, slots) = (&self.config.delta, &mut memory.slots[*index]);
+                let projected = &mut w.delta_inputs;
+                b.linear(n, &w.normed, inputs, projected);
+                b.causal_conv1d(batch, dims, conv, projected, slots, &mut w.mixed);
+                let decay = DecayWeights { a_log, dt_bias };
+                b.gated_delta_rule(batch, dims, decay, &w.mixed, projected, slots, &mut w.core);
+                b.gated_rmsnorm(n, dims, norm, eps, projected, &mut w.core);
+                if let Some(rows) = keep {
+                    n = rows.len();
+                    b.keep_rows(rows, &mut w.core);
+                }
+                b.linear(n, &w.core, out, &mut w.block);
+            }
+        }
+        if let Some(rows) = keep {
+            b.keep_rows(rows, &mut w.residual);
+        }
+        b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &layer.ffn_norm, eps, &mut w.normed);
+        match &layer.ffn {
+            Ffn::Dense { gate_up, down } => {
+                b.linear(n, &w.normed, gate_up, &mut w.gate_up);
+                b.silu_mul(n, &w.gate_up, &mut w.act);
+                b.linear(n, &w.act, down, &mut w.block);
+            }
+            Ffn::Moe(moe) => b.moe(n, &w.normed, moe, &mut w.scratch, &mut w.block),
+        }
+        n
     }
 
     /// Logits of up to [`MAX_LOGIT_ROWS`] of the `logit_rows` of the batch that [`Model::forward`] ran last, by their
@@ -258,7 +281,7 @@ impl<B: Backend> Model<B> {
             }
             None => b.linear(rows.len(), &w.head_rows, head, &mut w.logits),
         }
-        b.read(&w.logits, rows.len())
+        b.read(&mut w.logits, rows.len())
     }
 }
 

@@ -135,6 +135,17 @@ pub struct TokenLogprobs {
     pub top: Vec<(u32, f32)>,
 }
 
+/// What a request is answered with.
+#[derive(Debug, Clone)]
+pub enum Wanted {
+    /// Generated tokens.
+    Tokens(SamplingParams),
+    /// Logits after each token of the prompt.
+    Logits,
+    /// Logits of the MTP module's drafts: of the token after each pair of neighbours in the prompt.
+    MtpLogits,
+}
+
 /// A request inside the engine.
 ///
 /// ```text
@@ -151,15 +162,15 @@ pub struct Request {
     pub num_prompt: usize,
     /// Tokens whose keys, values and state are held.
     pub computed_len: usize,
-    /// How it is sampled; `None` for a request that wants the logits of its prompt.
-    pub params: Option<SamplingParams>,
+    /// What it is answered with.
+    pub wanted: Wanted,
     /// Key of its random numbers.
     pub seed: u64,
     /// Its pages, in the order of its tokens.
     pub pages: Vec<PageId>,
     /// Its state, while it runs.
     pub slot: Option<SlotId>,
-    /// Logits of the computed prompt tokens, `[computed_len, vocab]`, where they are wanted.
+    /// Logits of the computed prompt tokens, `[up to num_logit_rows, vocab]`, where they are wanted.
     pub logits: Vec<f32>,
 }
 
@@ -171,6 +182,23 @@ impl Request {
 
     /// Whether the step that computes up to `len` tokens ends with logits to sample.
     pub fn samples_at(&self, len: usize) -> bool {
-        self.params.is_some() && len == self.tokens.len()
+        self.params().is_some() && len == self.tokens.len()
+    }
+
+    /// How it is sampled, if it is.
+    pub fn params(&self) -> Option<&SamplingParams> {
+        match &self.wanted {
+            Wanted::Tokens(params) => Some(params),
+            Wanted::Logits | Wanted::MtpLogits => None,
+        }
+    }
+
+    /// Rows of logits that it is answered with.
+    pub fn num_logit_rows(&self) -> usize {
+        match self.wanted {
+            Wanted::Tokens(_) => 0,
+            Wanted::Logits => self.num_prompt,
+            Wanted::MtpLogits => self.num_prompt.saturating_sub(1),
+        }
     }
 }

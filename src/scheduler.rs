@@ -6,9 +6,9 @@
 
 use std::collections::VecDeque;
 
-use crate::batch::{Batch, BatchSeq, CHUNK_LEN, SlotId};
+use crate::batch::{Batch, BatchSeq, CHUNK_LEN, DraftBatch, SlotId};
 use crate::cache::Cache;
-use crate::request::{Request, RequestId};
+use crate::request::{Request, RequestId, Wanted};
 
 /// Requests and the accounts of their memory.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub struct Scheduler {
 pub struct Step {
     /// The batch; its `seqs` and `requests` go together.
     pub batch: Batch,
+    /// What the MTP module computes after it; empty for most steps.
+    pub drafts: DraftBatch,
     /// Whose sequences they are.
     pub requests: Vec<RequestId>,
     /// The request of each of the batch's `logit_rows`.
@@ -145,10 +147,18 @@ impl Scheduler {
         batch.pages.extend_from_slice(&r.pages);
         batch.token_ids.extend_from_slice(&r.tokens[start..end]);
         batch.positions.extend((start..end).map(|p| [p as u32; 3]));
-        if r.params.is_none() {
-            batch.logit_rows.extend(query_start..query_start + len);
-        } else if r.samples_at(end) {
-            batch.logit_rows.push(query_start + len - 1);
+        let first_row = batch.logit_rows.len();
+        match r.wanted {
+            Wanted::Tokens(_) if !r.samples_at(end) => {}
+            Wanted::Tokens(_) => batch.logit_rows.push(query_start + len - 1),
+            Wanted::Logits => batch.logit_rows.extend(query_start..query_start + len),
+            Wanted::MtpLogits => {
+                // The last token has none after it, and so no draft.
+                let drafted = end.min(r.num_logit_rows()) - start;
+                batch.logit_rows.extend(query_start..query_start + drafted);
+                step.drafts.hidden_rows.extend(first_row..first_row + drafted);
+                push_drafts(r, start, drafted, &mut step.drafts.batch);
+            }
         }
         step.logit_owners.resize(batch.logit_rows.len(), r.id);
         step.requests.push(r.id);
@@ -191,6 +201,21 @@ impl Scheduler {
         }
         self.cache.check_integrity(self.running.iter())
     }
+}
+
+/// The draft of each of a request's tokens `[start, start + len)`.
+fn push_drafts(r: &Request, start: usize, len: usize, batch: &mut Batch) {
+    batch.seqs.push(BatchSeq {
+        query_start: batch.token_ids.len(),
+        query_len: len,
+        cached_len: start,
+        chunked_len: len,
+        slot: SlotId(u32::MAX),
+        page_start: batch.pages.len(),
+    });
+    batch.pages.extend_from_slice(&r.pages);
+    batch.token_ids.extend_from_slice(&r.tokens[start + 1..][..len]);
+    batch.positions.extend((start..start + len).map(|p| [p as u32; 3]));
 }
 
 /// Tokens of a request that run next: all it has left, as far as the prefill budget goes, cut inside the prompt

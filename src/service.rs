@@ -4,13 +4,13 @@
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::backend::Backend;
 use crate::backend::cpu::parallel::claim;
 use crate::engine::{Engine, StepOutput};
-use crate::request::{RequestId, SamplingParams};
+use crate::request::{RequestId, Wanted};
 use crate::{Error, Result};
 
 /// What a caller wants of one prompt.
@@ -18,8 +18,8 @@ use crate::{Error, Result};
 pub struct Job {
     /// Token ids.
     pub prompt: Vec<u32>,
-    /// How to sample; `None` for the logits of the prompt.
-    pub params: Option<SamplingParams>,
+    /// What to answer with.
+    pub wanted: Wanted,
     /// Tells the samples of one prompt apart.
     pub index: u64,
 }
@@ -39,6 +39,8 @@ enum Command {
 pub struct Service {
     commands: Sender<Command>,
     aborted: Arc<Mutex<HashSet<RequestId>>>,
+    /// Why the thread ended, where an error ended it.
+    ended: Arc<OnceLock<Error>>,
 }
 
 /// The requests of one `submit`, and what has become of them.
@@ -76,19 +78,23 @@ impl Service {
         let aborted = Arc::new(Mutex::new(HashSet::new()));
         let (ready, made) = channel();
         let theirs = Arc::clone(&aborted);
+        let ended = Arc::new(OnceLock::new());
+        let their_end = Arc::clone(&ended);
         let thread = std::thread::Builder::new().name("qwen35rs-engine".into());
         let spawned = thread.spawn(move || match catch_unwind(AssertUnwindSafe(make)) {
             Ok(Ok((engine, extra))) => {
                 if ready.send(Ok(extra)).is_ok() {
-                    Worker { engine, inbox, aborted: theirs, owners: Vec::new() }.run();
+                    let owners = Vec::new();
+                    Worker { engine, inbox, aborted: theirs, ended: their_end, owners }.run();
                 }
             }
             Ok(Err(error)) => drop(ready.send(Err(error))),
             Err(panic) => drop(ready.send(Err(panicked(panic.as_ref())))),
         });
         spawned.map_err(|e| Error::Internal(format!("no thread for the engine: {e}")))?;
-        let extra = made.recv().map_err(|_| gone())??;
-        Ok((Self { commands, aborted }, extra))
+        let service = Self { commands, aborted, ended };
+        let extra = made.recv().map_err(|_| service.gone())??;
+        Ok((service, extra))
     }
 
     /// Queues requests, all or none.
@@ -99,9 +105,18 @@ impl Service {
         claim()?;
         let (events, inbox) = channel();
         let (reply, answer) = channel();
-        self.commands.send(Command::Submit { jobs, events, reply }).map_err(|_| gone())?;
-        let ids = answer.recv().map_err(|_| gone())??;
+        self.commands.send(Command::Submit { jobs, events, reply }).map_err(|_| self.gone())?;
+        let ids = answer.recv().map_err(|_| self.gone())??;
         Ok(Generation { open: vec![true; ids.len()], ids, events: inbox, service: self.clone() })
+    }
+
+    /// What callers of a thread that has ended are told.
+    fn gone(&self) -> Error {
+        match self.ended.get() {
+            Some(Error::Cuda { what, advice }) => Error::Cuda { what: what.clone(), advice: advice.clone() },
+            Some(error) => Error::Internal(format!("the engine's thread ended: {error}")),
+            None => Error::Internal("the engine's thread ended; make a new LLM".into()),
+        }
     }
 
     fn abort(&self, ids: impl Iterator<Item = RequestId>) {
@@ -124,7 +139,7 @@ impl Generation {
             let output = match self.events.recv_timeout(timeout) {
                 Ok(output) => output,
                 Err(RecvTimeoutError::Timeout) => return Ok(Event::Timeout),
-                Err(RecvTimeoutError::Disconnected) => return Err(gone()),
+                Err(RecvTimeoutError::Disconnected) => return Err(self.service.gone()),
             };
             // Outputs that were on their way when a request was closed are dropped here.
             let place = self.ids.iter().position(|&id| id == output.id).filter(|&i| self.open[i]);
@@ -158,6 +173,7 @@ struct Worker<B: Backend> {
     engine: Engine<B>,
     inbox: Receiver<Command>,
     aborted: Arc<Mutex<HashSet<RequestId>>>,
+    ended: Arc<OnceLock<Error>>,
     owners: Vec<(RequestId, Sender<StepOutput>)>,
 }
 
@@ -179,7 +195,8 @@ impl<B: Backend> Worker<B> {
                 Ok(Ok(outputs)) => outputs.into_iter().for_each(|output| self.deliver(output)),
                 Ok(Err(Error::Interrupted)) => {}
                 // Dropping the senders tells every caller; the engine's state is not to be trusted.
-                Ok(Err(_)) | Err(_) => return,
+                Ok(Err(error)) => return drop(self.ended.set(error)),
+                Err(_) => return,
             }
         }
     }
@@ -212,9 +229,10 @@ impl<B: Backend> Worker<B> {
         let mut ids = Vec::with_capacity(jobs.len());
         let several = jobs.len() > 1;
         for (i, job) in jobs.iter().enumerate() {
-            let added = match &job.params {
-                Some(params) => self.engine.add(&job.prompt, params, job.index),
-                None => self.engine.add_logits(&job.prompt),
+            let added = match &job.wanted {
+                Wanted::Tokens(params) => self.engine.add(&job.prompt, params, job.index),
+                Wanted::Logits => self.engine.add_logits(&job.prompt),
+                Wanted::MtpLogits => self.engine.add_mtp_logits(&job.prompt),
             };
             match added {
                 Ok(id) => ids.push(id),
@@ -246,10 +264,6 @@ impl<B: Backend> Worker<B> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn gone() -> Error {
-    Error::Internal("the engine's thread ended; make a new LLM".into())
 }
 
 fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {

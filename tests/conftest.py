@@ -1,9 +1,13 @@
 """Fixtures of the Python tests."""
 
+import os
 import signal
 
 import pytest
 import tiny
+
+# What is tested is the CPU, to the bit, also where there is a GPU; `tests/gpu` names its device.
+os.environ["QWEN35RS_DEVICE"] = "cpu"
 
 # A shell that starts this in the background has SIGINT ignored, and so would every process that a test starts: Ctrl-C
 # could not be tested.

@@ -1,6 +1,7 @@
 """`bench tasks`: right and wrong answers are told apart, through the public API."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from qwen35rs import LLM, RequestError, bench, tasks
 from qwen35rs.demo import make_checkpoint
 
@@ -22,6 +24,7 @@ class Answers:
 
     def __init__(self, llm, answers):
         self.tokenizer, self.logits, self.answers, self.prompts = llm.tokenizer, llm.logits, answers, []
+        self.has_mtp = False
 
     def generate(self, prompts, params):
         assert params.temperature == 0
@@ -72,6 +75,35 @@ def test_perplexity_is_that_of_the_logits(llm):
     assert result.perplexity == pytest.approx(np.exp(np.mean(total)), rel=1e-4)
 
 
+class Drafted(Answers):
+    """Of every three tokens of its answers, the module drafted the first."""
+
+    def __init__(self, llm, num_tokens):
+        super().__init__(llm, [])
+        self.has_mtp, self.mtp_logits, self.num_tokens = True, llm.mtp_logits, num_tokens
+
+    def generate(self, prompts, params):
+        outputs = []
+        for prompt, num_tokens in zip(prompts, self.num_tokens, strict=True):
+            ids, first = self.tokenizer.encode(prompt), len(self.tokenizer.encode(prompt))
+            for i in range(num_tokens):  # one at a time, from the last draft
+                draft = int(self.mtp_logits(ids)[-1, : len(self.tokenizer)].argmax())
+                ids.append(draft if i % 3 == 0 else (draft + 1) % len(self.tokenizer))
+            answer = SimpleNamespace(text="", finish_reason="stop", token_ids=ids[first:])
+            outputs.append(SimpleNamespace(outputs=[answer]))
+        return outputs
+
+
+def test_agreement_is_that_of_the_drafts(demo, tmp_path):
+    path = tiny.add_mtp(tmp_path / "model", demo)
+    llm = LLM(path, mtp=True)
+    (result,) = bench.measure(Drafted(llm, [6, 1]), ["talk"], num_items=2)
+    assert result.mtp_agreement == 3 / 7  # every token counts alike
+    (row,) = json.loads(command(path, "--json"))["tasks"].values()
+    assert 0 <= row["mtp_agreement"] <= 1
+    assert re.search(r"perplexity [\d.e+]+   drafts agree +[\d.]+%\n$", command(path))
+
+
 def test_what_is_refused(llm):
     with pytest.raises(
         RequestError, match="task: found 'chess'; allowed: 'arithmetic', 'arithmetic, three digits', "
@@ -82,24 +114,16 @@ def test_what_is_refused(llm):
             bench.measure(llm, num_items=num_items)
 
 
+def command(path, *more):
+    words = ["bench", "tasks", "--model", str(path), "--n", "2", "--task", "talk", *more]
+    return subprocess.check_output([sys.executable, "-m", "qwen35rs", *words], text=True)
+
+
 def test_the_command(demo):
-    command = [
-        sys.executable,
-        "-m",
-        "qwen35rs",
-        "bench",
-        "tasks",
-        "--model",
-        str(demo),
-        "--n",
-        "2",
-        "--task",
-        "talk",
-    ]
-    found = json.loads(subprocess.check_output([*command, "--json"]))
+    found = json.loads(command(demo, "--json"))
     (row,) = found["tasks"].values()
     assert found["num_items"] == 2 and row["num_correct"] == 0 and row["perplexity"] > 50
     assert row["interval"][0] == 0 and 0.6 < row["interval"][1] < 0.7
-    assert subprocess.check_output(command, text=True).startswith(
-        "talk                         0.0%   0.0% to 65.8%"
-    )
+    assert row["mtp_agreement"] is None
+    text = command(demo)
+    assert text.startswith("talk                         0.0%   0.0% to 65.8%") and "draft" not in text

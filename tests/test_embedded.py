@@ -19,7 +19,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=bench.MAX_TOKENS)
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(hub.EMBEDDED)
+    return LLM(hub.EMBEDDED, mtp=True)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,7 @@ def test_the_first_questions(llm, task):
     num_correct, num_items = SLICE[task]
     (result,) = bench.measure(llm, [task], num_items=num_items)
     assert result.num_correct == num_correct
+    assert result.mtp_agreement > 0.97
 
 
 @pytest.mark.slow

@@ -116,7 +116,8 @@ def test_logits_that_cannot_be(llm):
     ("arguments", "error", "words"),
     [
         ({"dtype": "int3"}, RequestError, "dtype: found int3; allowed: auto, float32, bfloat16, float16"),
-        ({"device": "cuda"}, RequestError, "device: found 'cuda'; allowed: 'cpu', 'auto'"),
+        ({"device": "tpu"}, RequestError, 'device: found "tpu"; allowed: "auto", "cpu", "cuda", "cuda:N"'),
+        ({"gpu_memory_utilization": 0}, RequestError, "gpu_memory_utilization: found 0; allowed: above 0"),
         ({"max_model_len": 0}, RequestError, "max_model_len: found 0; allowed: 2 to 2048"),
         ({"max_model_len": -1}, RequestError, "max_model_len: found -1"),
         ({"max_model_len": 4096}, RequestError, "max_model_len: found 4096; allowed: 2 to 2048, the context"),

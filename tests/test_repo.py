@@ -12,7 +12,8 @@ MAX_LINES = 600
 LONG = {"src/tokenizer/unicode.rs"}  # generated tables
 # Where `unsafe` may be, with ARCHITECTURE.md's reasons.
 UNSAFE = (
-    "src/backend/",
+    "src/backend/cpu/",
+    "src/backend/cuda/",
     "src/weights/safetensors.rs",
     "src/tokenizer/window.rs",
     "src/tokenizer/pieces.rs",
@@ -60,6 +61,8 @@ def test_every_file_is_on_the_map():
     files = {f for f in FILES if is_mapped(f)} | {
         f for f in FILES if f.startswith("python/") and is_mapped(f)
     }
+    folders = tuple(name for name in named if name.endswith("/"))
+    files = {f for f in files if not f.startswith(folders)}
     assert sorted(files - named) == [], "in the tree, not in ARCHITECTURE.md"
     assert sorted(f for f in named if not (ROOT / f).exists()) == [], "in ARCHITECTURE.md, not in the tree"
 

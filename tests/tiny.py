@@ -5,6 +5,7 @@ head) are drawn so that printable tokens are likely.
 """
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -150,4 +151,28 @@ def write_checkpoint(
     (directory / "generation_config.json").write_text(json.dumps(generation))
     if tokenizer:
         write_tokenizer(directory)
+    return directory
+
+
+def add_mtp(directory, source):
+    """The checkpoint of `source`, in one file, with a random MTP module whose layer is its last attention layer."""
+    shutil.copytree(source, directory)
+    config = json.loads((source / "config.json").read_text())
+    config.get("text_config", config)["mtp_num_hidden_layers"] = 1
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = read_safetensors(source / "model.safetensors")
+    *_, name = sorted(name for name in tensors if name.endswith("self_attn.q_proj.weight"))
+    layer = name.removesuffix("self_attn.q_proj.weight")
+    for name in [name for name in tensors if name.startswith(layer)]:
+        tensors["mtp.layers.0." + name.removeprefix(layer)] = tensors[name]
+    rng, hidden = np.random.default_rng(7), tensors[layer + "input_layernorm.weight"][1][0]
+    for name, shape, scale in [
+        ("fc", [hidden, 2 * hidden], (2 * hidden) ** -0.5),
+        ("pre_fc_norm_embedding", [hidden], 0.3),
+        ("pre_fc_norm_hidden", [hidden], 0.3),
+        ("norm", [hidden], 0.3),
+    ]:
+        values = (scale * rng.standard_normal(shape)).astype(np.float32)
+        tensors[f"mtp.{name}.weight"] = ("F32", shape, values.tobytes())
+    write_safetensors(directory / "model.safetensors", tensors)
     return directory

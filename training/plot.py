@@ -39,6 +39,7 @@ def main(log: str, picture: str) -> None:
         f"{run['params'] / 1e6:.2f} M parameters, {run['card']}, {run['seconds'] / 60:.1f} min", fontsize=9
     )
     plt.rcParams["svg.hashsalt"] = "qwen35rs"
+    plt.rcParams["svg.fonttype"] = "none"  # letters, not their outlines
     figure.savefig(picture, metadata={"Date": None})
 
 

@@ -117,6 +117,16 @@ def forward(
     return loss, torch.stack([one.detach(), two.detach(), balance.detach()])
 
 
+def as_text(content: dict[str, Any]) -> str:
+    """JSON, an entry of a list on each line."""
+    lines = []
+    for key, value in content.items():
+        entries = isinstance(value, list) and value
+        shown = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if entries else json.dumps(value)
+        lines.append(f"{json.dumps(key)}: {shown}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 class Log:
     """log.json, written anew at every entry, and lines on the standard output."""
 
@@ -125,7 +135,7 @@ class Log:
 
     def add(self, kind: str, entry: dict[str, Any]) -> None:
         self.content[kind].append(entry)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        self.path.write_text(as_text(self.content))
         shown = {k: v for k, v in entry.items() if k not in ("kinds", "num")}
         print(json.dumps(shown), flush=True)
 
@@ -246,7 +256,7 @@ def main() -> None:
     written = checkpoint.write(out, net.lm, net.mtp, text, tokenizer)
     size = (out / "model.safetensors").stat().st_size
     log.content["seconds"] = round(time.time() - begun, 1)
-    log.path.write_text(json.dumps(log.content, indent=1) + "\n")
+    log.path.write_text(as_text(log.content))
     done = "done" if step == args.steps else "stopped"
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     summary = f"{done} at step {step}: {written:,} parameters, {size:,} bytes, {time.time() - begun:.0f} s, {memory:.1f} GiB"

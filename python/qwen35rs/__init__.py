@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._core import ConfigError, OutOfMemoryError, Qwen35Error, RequestError, __version__
+from ._core import ConfigError, CudaError, OutOfMemoryError, Qwen35Error, RequestError, __version__
 
 if TYPE_CHECKING:
     from . import ops
@@ -17,6 +17,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "ConfigError",
+    "CudaError",
     "Delta",
     "Logprob",
     "OutOfMemoryError",

@@ -10,6 +10,7 @@ import numpy.typing as npt
 __all__ = [
     "ChatTemplate",
     "ConfigError",
+    "CudaError",
     "DecodeStream",
     "Delta",
     "Engine",
@@ -20,6 +21,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "check_sampling_params",
+    "find_device",
     "inspect_checkpoint",
     "ops_attention",
     "ops_causal_conv1d",
@@ -37,6 +39,7 @@ class Qwen35Error(Exception): ...
 class ConfigError(Qwen35Error, ValueError): ...
 class RequestError(Qwen35Error, ValueError): ...
 class OutOfMemoryError(Qwen35Error, MemoryError): ...
+class CudaError(Qwen35Error, RuntimeError): ...
 
 # tokenizer
 
@@ -129,6 +132,7 @@ class _SamplingParams(Protocol):
     def logit_bias(self) -> Mapping[int, float] | None: ...
 
 def check_sampling_params(params: _SamplingParams) -> None: ...
+def find_device(name: str) -> str: ...
 
 @final
 class Engine:
@@ -137,20 +141,29 @@ class Engine:
         path: str | PathLike[str],
         tokenizer: Tokenizer | None,
         *,
+        device: str,
         dtype: str,
+        deterministic: bool,
+        mtp: bool | None,
         max_model_len: int | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         kv_cache_bytes: int | None,
+        gpu_memory_utilization: float,
         seed: int,
         progress: Callable[[int, int], object] | None,
     ) -> Engine: ...
     @property
+    def device(self) -> str: ...
+    @property
     def max_model_len(self) -> int: ...
+    @property
+    def has_mtp(self) -> bool: ...
     @property
     def eos_token_ids(self) -> list[int]: ...
     def generate(self, prompts: Sequence[_Ids], params: Sequence[_SamplingParams]) -> Generation: ...
     def logits(self, prompt: _Ids) -> npt.NDArray[np.float32]: ...
+    def mtp_logits(self, prompt: _Ids) -> npt.NDArray[np.float32]: ...
 
 @final
 class Generation:

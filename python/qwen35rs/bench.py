@@ -33,6 +33,9 @@ class TaskResult:
     num_correct: int
     perplexity: float
     """Of the expected answers after their prompts, per token; what follows from the model's logits."""
+    mtp_agreement: float | None = None
+    """Share of the tokens of the model's own answers that the multi-token-prediction module had drafted; None for an
+    `LLM` without it."""
 
     @property
     def accuracy(self) -> float:
@@ -91,7 +94,11 @@ def _measure(llm: LLM, name: str, num_items: int, seed: int) -> TaskResult:
         for item, answer in zip(items, answers, strict=True)
     ]
     loss = [_losses(llm, prompt, item.completion) for prompt, item in zip(prompts, items, strict=True)]
-    return TaskResult(name, num_items, sum(right), float(np.exp(np.concatenate(loss).mean())))
+    agreement = None
+    if llm.has_mtp:
+        drafted = [_drafted(llm, p, answer.token_ids) for p, answer in zip(prompts, answers, strict=True)]
+        agreement = float(np.concatenate(drafted).mean())
+    return TaskResult(name, num_items, sum(right), float(np.exp(np.concatenate(loss).mean())), agreement)
 
 
 def _prompt(llm: LLM, item: tasks.Item) -> str:
@@ -113,3 +120,11 @@ def _losses(llm: LLM, prompt: str, completion: str) -> np.ndarray[Any, np.dtype[
     largest = logits.max(axis=1)
     total = np.log(np.exp(logits - largest[:, None]).sum(axis=1)) + largest
     return np.asarray(total - logits[np.arange(len(after)), after])
+
+
+def _drafted(llm: LLM, prompt: str, said: list[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Whether each token that the model said was the module's first choice, one token earlier."""
+    before = llm.tokenizer.encode(prompt)
+    # Row t is of token t + 2: the first that counts is two before the answer, and the last token has no row.
+    logits = llm.mtp_logits([*before, *said[:-1]])[len(before) - 2 :, : len(llm.tokenizer)]
+    return np.asarray(logits.argmax(axis=1) == said)

@@ -38,20 +38,30 @@ class LLM:
             the small demonstration model that comes with the package; a line on stderr says so.
         tokenizer: another directory or hub name for the tokenizer; the model's own by default. A model
             without one runs on token ids.
-        device: ``"cpu"``, or ``"auto"``, which is the CPU in this version.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: what the environment's QWEN35RS_DEVICE says, else
+            the first GPU where it can be used, else the CPU.
         dtype: how matrices are held: ``"auto"`` as the checkpoint has them (mapped, not copied),
-            ``"float32"``, ``"bfloat16"`` or ``"float16"``. Arithmetic is float32 always.
+            ``"float32"``, ``"bfloat16"`` or ``"float16"``; arithmetic is float32 always. On a GPU matrices and
+            activations are bfloat16, whatever the checkpoint has.
+        deterministic: on a GPU, make the bits of a request independent of what else is in its batches, at the cost of
+            speed. On the CPU they always are.
+        mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
+            has one that can be run. It takes memory, and no part in generating.
         max_model_len: longest prompt plus output, in tokens; the model's context, or what
             ``kv_cache_bytes`` holds of it, by default.
         seed: decides the samples of requests without a seed.
         max_num_seqs: requests that run at once.
         max_num_batched_tokens: prompt tokens of one step, at least 64.
-        kv_cache_bytes: most memory for keys and values; 4 GiB by default, used as it is needed.
+        kv_cache_bytes: most memory for keys and values. By default 4 GiB on the CPU, used as it is needed, and on a
+            GPU what ``gpu_memory_utilization`` leaves.
+        gpu_memory_utilization: share of a GPU's memory that is free once the weights are loaded, for keys and values,
+            states and buffers.
         revision, token: for the hub.
         progress: show a bar while a large checkpoint loads; where the terminal can, by default.
 
-    Raises ConfigError for a checkpoint that cannot be run, FileNotFoundError and kin for one that cannot be
-    read, RequestError for an argument, OutOfMemoryError for limits that do not fit.
+    Raises ConfigError for a checkpoint that cannot be run, or that has no whole module where ``mtp=True`` wants one,
+    FileNotFoundError and kin for one that cannot be read, RequestError for an argument, CudaError for a GPU that is
+    not there, OutOfMemoryError for limits that do not fit.
     """
 
     def __init__(
@@ -61,17 +71,19 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        deterministic: bool = False,
+        mtp: bool | None = False,
         max_model_len: int | None = None,
         seed: int = 0,
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 512,
         kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         revision: str | None = None,
         token: str | bool | None = None,
         progress: bool | None = None,
     ) -> None:
-        if device not in ("cpu", "auto"):
-            raise RequestError(f"device: found {device!r}; allowed: 'cpu', 'auto' (no GPU in this version)")
+        device = _core.find_device(device)
         path = hub.resolve(model, revision=revision, token=token)
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None:
@@ -92,11 +104,15 @@ class LLM:
             self._engine = _core.Engine(
                 path,
                 None if self._tokenizer is None else self._tokenizer._core,
+                device=device,
                 dtype=dtype,
+                deterministic=deterministic,
+                mtp=mtp,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 kv_cache_bytes=kv_cache_bytes,
+                gpu_memory_utilization=gpu_memory_utilization,
                 seed=seed,
                 progress=bar.update,
             )
@@ -115,9 +131,19 @@ class LLM:
         return self._tokenizer
 
     @property
+    def device(self) -> str:
+        """Where it runs: ``"cpu"`` or ``"cuda:N"``."""
+        return self._engine.device
+
+    @property
     def max_model_len(self) -> int:
         """Longest prompt plus output of a request, in tokens."""
         return self._engine.max_model_len
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the multi-token-prediction module is loaded."""
+        return self._engine.has_mtp
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -202,6 +228,18 @@ class LLM:
         Raises RequestError for an empty sequence, one longer than the context, or an unknown id.
         """
         return self._engine.logits(_ids("token_ids", token_ids))
+
+    def mtp_logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """What the multi-token-prediction module drafts over a sequence: float32 ``[num_tokens - 1, vocab]``, padding
+        rows included.
+
+        Row t holds the draft's logits of token t + 2, given tokens up to t + 1: the module reads the model's hidden
+        state after token t and the embedding of token t + 1.
+
+        Raises RequestError for an LLM made without ``mtp=True``, a sequence of fewer than two tokens or longer than the
+        context, or an unknown id.
+        """
+        return self._engine.mtp_logits(_ids("token_ids", token_ids))
 
     def _render(
         self,

@@ -5,12 +5,30 @@
 //! be larger than the op needs; ops touch the leading `n` rows only. No op allocates device memory after
 //! the buffers were made, and none looks at who is asking: a [`Batch`] is all it sees.
 
+mod choice;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+// Text against text: needs no compiler for CUDA.
+#[cfg(test)]
+#[path = "cuda/ffi_tests.rs"]
+mod ffi_tests;
+
+pub use choice::Device;
 
 use crate::Result;
-use crate::batch::Batch;
-use crate::config::{AttentionConfig, DeltaConfig, RopeConfig};
+use crate::batch::{Batch, BatchLimits};
+use crate::config::{AttentionConfig, DeltaConfig, ModelConfig, RopeConfig};
 use crate::weights::{DType, ExpertTensors, Tensor};
+
+/// How an activation buffer is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 everywhere: the residual stream and logits.
+    Full,
+    /// What the device multiplies: f32 on the CPU, bf16 on a GPU.
+    Compute,
+}
 
 /// A device that can run the net.
 pub trait Backend: Send + Sync {
@@ -34,9 +52,9 @@ pub trait Backend: Send + Sync {
     // Making things. Called at start-up only.
 
     /// An activation buffer of zeros.
-    fn buf(&self, rows: usize, width: usize) -> Result<Self::Buf>;
-    /// Scratch for batches of up to `max_tokens`.
-    fn scratch(&self, max_tokens: usize) -> Result<Self::Scratch>;
+    fn buf(&self, rows: usize, width: usize, precision: Precision) -> Result<Self::Buf>;
+    /// Scratch for batches of up to these sizes. One workspace of a model is used at a time.
+    fn scratch(&self, config: &ModelConfig, limits: &BatchLimits) -> Result<Self::Scratch>;
     /// A linear layer from the rows of one or more tensors, one after the other; with `dtype`, stored so.
     fn linear_weight(&self, tensors: &[Tensor], dtype: Option<DType>) -> Result<Self::Linear>;
     /// A linear layer of which [`Backend::embed`] reads rows; the head too, where they are tied.
@@ -53,6 +71,25 @@ pub trait Backend: Send + Sync {
     fn pages(&self, num_pages: usize, dims: &AttentionConfig) -> Result<Self::Pages>;
     /// Slots of one delta layer.
     fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Self::Slots>;
+    /// Bytes of one page of an attention layer.
+    fn page_bytes(&self, dims: &AttentionConfig) -> usize;
+    /// Bytes of one slot of a delta layer.
+    fn slot_bytes(&self, dims: &DeltaConfig) -> usize;
+
+    /// Bytes of memory of its own that can still be allocated; `None` for a device that shares the host's.
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
+    // Steps. Ops may return before they have run.
+
+    /// The batch of the ops that follow: what the device must know of it is sent there, once.
+    fn begin(&self, _batch: &Batch) {}
+
+    /// The first error of any op so far, where ops can fail. Nothing that was read since is to be used then.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
 
     // The ops.
 
@@ -170,11 +207,17 @@ pub trait Backend: Send + Sync {
     /// `out[i] = x[rows[i]]`: gathers the tokens whose logits are wanted.
     fn gather(&self, rows: &[usize], x: &Self::Buf, out: &mut Self::Buf);
 
+    /// `out[rows[i]] = x[i]`, with no row twice: undoes [`Backend::gather`].
+    fn scatter(&self, rows: &[usize], x: &Self::Buf, out: &mut Self::Buf);
+
+    /// `out[t] = left[t] | right[t]`: `[n, a]` and `[n, b]` to `[n, a + b]`.
+    fn concat(&self, n: usize, left: &Self::Buf, right: &Self::Buf, out: &mut Self::Buf);
+
     /// `buf[i] = buf[rows[i]]`, with `rows` ascending.
     fn keep_rows(&self, rows: &[usize], buf: &mut Self::Buf);
 
     /// The leading `rows * width` elements, on the host as f32.
-    fn read<'a>(&self, buf: &'a Self::Buf, rows: usize) -> std::borrow::Cow<'a, [f32]>;
+    fn read<'a>(&self, buf: &'a mut Self::Buf, rows: usize) -> std::borrow::Cow<'a, [f32]>;
 
     /// Zeroes the state and the convolution tail of one slot.
     fn clear_slot(&self, slots: &mut Self::Slots, slot: usize);

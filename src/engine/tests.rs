@@ -13,17 +13,24 @@ use crate::backend::cpu::Cpu;
 use crate::config::ModelConfig;
 use crate::model::Model;
 use crate::request::{FinishReason, RequestId, SamplingParams};
-use crate::weights::{Checkpoint, ModelTensors};
+use crate::weights::{Checkpoint, ModelTensors, MtpTensors};
 
 /// Attention and delta layers, dense and sparse.
-const CHECKPOINTS: [&str; 3] = ["dense_bf16", "moe_bf16", "dense_delta_only"];
+const CHECKPOINTS: [&str; 4] = ["dense_bf16", "moe_bf16", "dense_delta_only", MTP];
+
+/// Has an MTP module, which is loaded here.
+const MTP: &str = "moe_vision_mtp";
 
 pub(crate) fn model(name: &str) -> Model<Cpu> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(name);
     let config = ModelConfig::from_dir(&path).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     let tensors = ModelTensors::resolve(&checkpoint, &config).unwrap();
-    Model::load(&config, tensors, None, Cpu, |_, _| Ok(())).unwrap()
+    let model = Model::load(&config, tensors, None, Cpu, |_, _| Ok(())).unwrap();
+    match MtpTensors::resolve(&checkpoint, &config) {
+        Ok(mtp) => model.with_mtp(mtp, None).unwrap(),
+        Err(_) => model,
+    }
 }
 
 pub(crate) fn limits() -> EngineLimits {
@@ -46,8 +53,7 @@ fn engine_with_eos(name: &str, limits: &EngineLimits, eos: Vec<u32>) -> Engine<C
 /// Bytes of `num_pages` pages of a checkpoint.
 fn page_bytes(name: &str, num_pages: usize) -> usize {
     let model = model(name);
-    let layers = model.config().num_layers_of(crate::config::LayerKind::Attention);
-    num_pages * crate::batch::PAGE_LEN * layers * model.config().attention.kv_width() * 2 * 4
+    num_pages * crate::batch::PAGE_LEN * model.num_kv_layers() * model.config().attention.kv_width() * 2 * 4
 }
 
 /// All that a request gave: tokens, and each log-probability to the bit.
@@ -93,22 +99,24 @@ fn prompt(len: usize, salt: usize) -> Vec<u32> {
     (0..len).map(|i| ((i * 37 + salt * 101 + i * i) % 140) as u32).collect()
 }
 
-/// One request of a random set: prompt length, tokens to generate (none for logits), step it arrives at.
+/// One request of a random set: prompt length, tokens to generate (none for logits, of drafts if it can be), step it
+/// arrives at.
 type Job = (usize, Option<usize>, usize);
 
 fn add(engine: &mut Engine<Cpu>, i: usize, job: &Job) -> RequestId {
     match job.1 {
         Some(n) => engine.add(&prompt(job.0, i), &sampled(i as u64, n), 0).unwrap(),
+        None if job.0 > 1 && engine.model().has_mtp() => engine.add_mtp_logits(&prompt(job.0, i)).unwrap(),
         None => engine.add_logits(&prompt(job.0, i)).unwrap(),
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
     fn a_request_gets_the_same_bits_in_any_company(
-        jobs in prop::collection::vec((1usize..150, prop::option::weighted(0.85, 1usize..40), 0usize..12), 1..6),
+        jobs in prop::collection::vec((1usize..150, prop::option::weighted(0.75, 1usize..40), 0usize..12), 1..6),
         interrupts in prop::collection::vec((0usize..40, 0usize..6), 0..5),
         aborted in prop::option::of(0usize..6),
         which in 0..CHECKPOINTS.len(),
@@ -125,7 +133,7 @@ proptest! {
 
         // Few pages: requests are sent back and computed again.
         let kv_cache_bytes = page_bytes(name, num_pages).max(1);
-        let mut all = engine(name, &EngineLimits { kv_cache_bytes, max_num_batched_tokens, ..limits() });
+        let mut all = engine(name, &EngineLimits { kv_cache_bytes: Some(kv_cache_bytes), max_num_batched_tokens, ..limits() });
         let (mut ids, mut outcomes, mut step) = (BTreeMap::new(), BTreeMap::new(), 0);
         while ids.len() < jobs.len() || !all.is_idle() {
             for (i, job) in jobs.iter().enumerate().filter(|(_, job)| job.2 == step) {
@@ -166,8 +174,10 @@ fn a_pool_too_small_for_all_sends_requests_back() {
     let name = "dense_bf16";
     let run = |num_pages| {
         let kv_cache_bytes = page_bytes(name, num_pages);
-        let mut engine =
-            engine(name, &EngineLimits { kv_cache_bytes, max_num_batched_tokens: 512, ..limits() });
+        let mut engine = engine(
+            name,
+            &EngineLimits { kv_cache_bytes: Some(kv_cache_bytes), max_num_batched_tokens: 512, ..limits() },
+        );
         for i in 0..4 {
             engine.add(&prompt(60, i), &sampled(i as u64, 30), 0).unwrap();
         }
@@ -223,6 +233,34 @@ fn requests_that_cannot_be_served() {
 }
 
 #[test]
+fn drafts_change_nothing_else_and_need_the_module() {
+    let (tokens, vocab) = (prompt(130, 3), 173);
+    let rows = |max_num_batched_tokens| {
+        let mut engine = engine(MTP, &EngineLimits { max_num_batched_tokens, ..limits() });
+        let ids = [engine.add_logits(&tokens), engine.add_mtp_logits(&tokens), engine.add_logits(&tokens)];
+        let outcomes = finish(&mut engine);
+        ids.map(|id| outcomes[&id.unwrap()].1.clone())
+    };
+    let [logits, drafts, again] = rows(64);
+    assert_eq!((logits.len(), drafts.len()), (130 * vocab, 129 * vocab));
+    assert_eq!(logits, again);
+    assert_eq!(rows(512), [logits, drafts.clone(), again]);
+    // A draft depends on nothing after its two tokens.
+    let mut shorter = engine(MTP, &limits());
+    let id = shorter.add_mtp_logits(&tokens[..65]).unwrap();
+    assert_eq!(finish(&mut shorter)[&id].1, drafts[..64 * vocab]);
+
+    let error =
+        |engine: &mut Engine<Cpu>, len| engine.add_mtp_logits(&tokens[..len]).unwrap_err().to_string();
+    assert_eq!(
+        error(&mut shorter, 1),
+        "prompt: found 1 tokens; allowed: 2 to 256 tokens (max_model_len is 256)"
+    );
+    let without = error(&mut engine("dense_bf16", &limits()), 9);
+    assert!(without.starts_with("mtp_logits: found a model that was loaded without"), "{without}");
+}
+
+#[test]
 fn limits_that_cannot_be() {
     let make = |limits: EngineLimits| match Engine::new(model("dense_bf16"), &limits, usize::MAX, Vec::new())
     {
@@ -242,8 +280,8 @@ fn limits_that_cannot_be() {
     assert_eq!(with(|l| l.max_model_len = Some(0)), "max_model_len: found 0; allowed: 2 to 2048");
     let long = with(|l| l.max_model_len = Some(2049));
     assert_eq!(long, "max_model_len: found 2049; allowed: 2 to 2048, the context the checkpoint declares");
-    assert_eq!(with(|l| l.kv_cache_bytes = 1), "kv_cache_bytes: found 1; allowed: at least 24576");
-    let memory = with(|l| l.kv_cache_bytes = 24_576);
+    assert_eq!(with(|l| l.kv_cache_bytes = Some(1)), "kv_cache_bytes: found 1; allowed: at least 24576");
+    let memory = with(|l| l.kv_cache_bytes = Some(24_576));
     assert!(
         memory.starts_with("out of memory: ") && memory.contains("lower max_model_len to 64"),
         "{memory}"

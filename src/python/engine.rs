@@ -12,14 +12,15 @@ use pyo3::prelude::*;
 use super::tokenizer::{Ids, PyTokenizer};
 use super::{enter, to_py};
 use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, Device};
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, EngineLimits, StepOutput};
 use crate::model::Model;
-use crate::request::{FinishReason, SamplingParams};
+use crate::request::{FinishReason, SamplingParams, Wanted};
 use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Checkpoint, DType, ModelTensors};
+use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors};
 use crate::{Error, Result};
 
 /// Most samples of one prompt.
@@ -30,6 +31,7 @@ const SIGNAL_POLL: Duration = Duration::from_millis(20);
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(check_sampling_params, m)?)?;
+    m.add_function(wrap_pyfunction!(find_device, m)?)?;
     m.add_class::<PyEngine>()?;
     m.add_class::<PyGeneration>()?;
     m.add_class::<PyDelta>()
@@ -123,6 +125,16 @@ fn check_sampling_params(params: PySamplingParams) -> PyResult<()> {
     params.resolve(&GenerationConfig::default(), u32::MAX as usize).map(drop).map_err(to_py)
 }
 
+/// `cpu` or `cuda:N`: the device that a name means, which is there and can be used.
+#[pyfunction]
+fn find_device(py: Python<'_>, name: &str) -> PyResult<String> {
+    enter(py, || {
+        let device = Device::parse(name)?;
+        device.require()?;
+        Ok(device.to_string())
+    })
+}
+
 /// A model on a device, with a thread that runs it.
 #[pyclass(name = "Engine", module = "qwen35rs._core", frozen)]
 struct PyEngine {
@@ -133,24 +145,94 @@ struct PyEngine {
     #[pyo3(get)]
     max_model_len: usize,
     #[pyo3(get)]
+    has_mtp: bool,
+    #[pyo3(get)]
     eos_token_ids: Vec<u32>,
+    /// `cpu`, or `cuda:N`.
+    #[pyo3(get)]
+    device: String,
+}
+
+/// The longest request, and whether the MTP module is loaded.
+type Sizes = (usize, bool);
+
+/// What a model is made from.
+struct Load {
+    path: PathBuf,
+    config: ModelConfig,
+    dtype: Option<DType>,
+    /// Whether with its MTP module; `None` for where it can be run.
+    mtp: Option<bool>,
+    limits: EngineLimits,
+    /// Tokens that exist.
+    num_tokens: usize,
+    eos: Vec<u32>,
+    progress: Option<Py<PyAny>>,
+}
+
+impl Load {
+    /// Loads it onto a device; the engine's thread does the work.
+    fn start<B: Backend + 'static>(self, backend: B) -> Result<(Service, Sizes)> {
+        Service::start(move || {
+            let checkpoint = Checkpoint::open(&self.path)?;
+            let tensors = ModelTensors::resolve(&checkpoint, &self.config)?;
+            let report = |done, total| report(&self.progress, done, total);
+            let module = match self.mtp {
+                Some(false) => None,
+                Some(true) => Some(MtpTensors::resolve(&checkpoint, &self.config)?),
+                None => MtpTensors::resolve(&checkpoint, &self.config).ok(),
+            };
+            let mut model = Model::load(&self.config, tensors, self.dtype, backend, report)?;
+            if let Some(module) = module {
+                model = model.with_mtp(module, self.dtype)?;
+            }
+            let has_mtp = model.has_mtp();
+            let engine = Engine::new(model, &self.limits, self.num_tokens, self.eos)?;
+            let max_model_len = engine.max_model_len();
+            Ok((engine, (max_model_len, has_mtp)))
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn start_cuda(
+        self,
+        ordinal: usize,
+        folders: &[PathBuf],
+        deterministic: bool,
+    ) -> Result<(Service, Sizes)> {
+        if let Some(dtype) = self.dtype.filter(|&dtype| dtype != DType::BF16) {
+            let found = if dtype == DType::F32 { "float32" } else { "float16" };
+            return Err(Error::request("dtype", found, "auto, bfloat16 (on a CUDA device)"));
+        }
+        self.start(crate::backend::cuda::Cuda::new(ordinal, folders, deterministic)?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn start_cuda(self, ordinal: usize, _: &[PathBuf], _: bool) -> Result<(Service, Sizes)> {
+        Device::Cuda(ordinal).require().and_then(|()| self.start(Cpu))
+    }
 }
 
 #[pymethods]
 impl PyEngine {
-    /// Loads a checkpoint directory. `progress(done, total)` is called as layers are loaded.
+    /// Loads a checkpoint directory onto a device, with its MTP module where `mtp` says so; `None` for where it can be
+    /// run. `progress(done, total)` is called as layers are loaded.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, device, dtype, deterministic, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
         path: PathBuf,
         tokenizer: Option<Py<PyTokenizer>>,
+        device: &str,
         dtype: &str,
+        deterministic: bool,
+        mtp: Option<bool>,
         max_model_len: Option<usize>,
         max_num_seqs: usize,
         max_num_batched_tokens: usize,
         kv_cache_bytes: Option<usize>,
+        gpu_memory_utilization: f64,
         seed: u64,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
@@ -164,32 +246,31 @@ impl PyEngine {
                 return Err(to_py(Error::request("dtype", other, allowed)));
             }
         };
-        let default = EngineLimits::default();
-        let kv_cache_bytes = kv_cache_bytes.unwrap_or(default.kv_cache_bytes);
-        let limits =
-            EngineLimits { max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, seed };
+        let device = enter(py, || Device::parse(device))?;
+        let limits = EngineLimits {
+            max_model_len,
+            max_num_seqs,
+            max_num_batched_tokens,
+            kv_cache_bytes,
+            gpu_memory_utilization,
+            seed,
+        };
         let text: Option<Arc<Tokenizer>> = tokenizer.as_ref().map(|t| Arc::clone(&t.get().inner));
-        let loaded = enter(py, move || {
+        let folders = py.import("sys")?.getattr("path")?.extract::<Vec<PathBuf>>().unwrap_or_default();
+        enter(py, move || {
             let config = ModelConfig::from_dir(&path)?;
             let defaults = GenerationConfig::from_dir(&path)?;
-            let eos = stop_tokens(&defaults, text.as_deref(), config.vocab);
+            let eos_token_ids = stop_tokens(&defaults, text.as_deref(), config.vocab);
             let num_tokens = text.map_or(config.vocab, |t| t.len());
-            let vocab = config.vocab;
-            let theirs = eos.clone();
-            let make = move || {
-                let checkpoint = Checkpoint::open(&path)?;
-                let tensors = ModelTensors::resolve(&checkpoint, &config)?;
-                let model =
-                    Model::load(&config, tensors, dtype, Cpu, |done, total| report(&progress, done, total))?;
-                let engine = Engine::new(model, &limits, num_tokens, theirs)?;
-                let max_model_len = engine.max_model_len();
-                Ok((engine, max_model_len))
+            let (vocab, eos) = (config.vocab, eos_token_ids.clone());
+            let load = Load { path, config, dtype, mtp, limits, num_tokens, eos, progress };
+            let (service, (max_model_len, has_mtp)) = match device {
+                Device::Cpu => load.start(Cpu)?,
+                Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic)?,
             };
-            let (service, max_model_len) = Service::start(make)?;
-            Ok((service, defaults, vocab, max_model_len, eos))
-        });
-        let (service, defaults, vocab, max_model_len, eos_token_ids) = loaded?;
-        Ok(Self { service, tokenizer, defaults, vocab, max_model_len, eos_token_ids })
+            let device = device.to_string();
+            Ok(Self { service, tokenizer, defaults, vocab, max_model_len, has_mtp, eos_token_ids, device })
+        })
     }
 
     /// Queues `n` samples of each prompt. `params` is one `SamplingParams` per prompt.
@@ -213,7 +294,8 @@ impl PyEngine {
                         let skip = params.skip_special_tokens;
                         RequestText::new(t, params.stop.clone(), params.include_stop_str_in_output, skip)
                     }));
-                    jobs.push(Job { prompt: prompt.0.clone(), params: Some(resolved.clone()), index });
+                    let wanted = Wanted::Tokens(resolved.clone());
+                    jobs.push(Job { prompt: prompt.0.clone(), wanted, index });
                 }
             }
             let stops = jobs.iter().map(|j| stops_of(j, &self.eos_token_ids)).collect();
@@ -224,15 +306,27 @@ impl PyEngine {
 
     /// float32 logits of every token of a prompt, `[num_tokens, vocab]`.
     fn logits<'py>(&self, py: Python<'py>, prompt: Ids) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let num_tokens = prompt.0.len();
-        let job = Job { prompt: prompt.0, params: None, index: 0 };
+        self.rows(py, prompt, Wanted::Logits)
+    }
+
+    /// float32 logits of the MTP module's drafts over a prompt, `[num_tokens - 1, vocab]`.
+    fn mtp_logits<'py>(&self, py: Python<'py>, prompt: Ids) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        self.rows(py, prompt, Wanted::MtpLogits)
+    }
+}
+
+impl PyEngine {
+    /// The rows of logits that a prompt is answered with.
+    fn rows<'py>(&self, py: Python<'py>, prompt: Ids, wanted: Wanted) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let job = Job { prompt: prompt.0, wanted, index: 0 };
         let mut generation = enter(py, || self.service.submit(vec![job]))?;
         loop {
             match enter(py, || generation.wait(SIGNAL_POLL))? {
                 Event::Timeout => py.check_signals()?,
                 Event::Output(_, output) => {
+                    let num_rows = output.logits.len() / self.vocab;
                     let flat = numpy::PyArray1::from_vec(py, output.logits);
-                    return flat.reshape([num_tokens, self.vocab]);
+                    return flat.reshape([num_rows, self.vocab]);
                 }
                 Event::Done => return Err(to_py(Error::Internal("logits were lost".into()))),
             }
@@ -254,7 +348,7 @@ fn stop_tokens(defaults: &GenerationConfig, tokenizer: Option<&Tokenizer>, vocab
 }
 
 fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
-    let Some(params) = &job.params else { return Vec::new() };
+    let Wanted::Tokens(params) = &job.wanted else { return Vec::new() };
     let own = if params.ignore_eos { &[] } else { eos };
     own.iter().chain(&params.stop_token_ids).copied().collect()
 }

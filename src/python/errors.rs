@@ -1,6 +1,6 @@
 //! The exception classes, and which error becomes which.
 
-use pyo3::exceptions::{PyException, PyKeyboardInterrupt, PyMemoryError, PyValueError};
+use pyo3::exceptions::{PyException, PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
@@ -12,6 +12,7 @@ struct Classes {
     config: Py<PyType>,
     request: Py<PyType>,
     memory: Py<PyType>,
+    cuda: Py<PyType>,
 }
 
 fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
@@ -49,6 +50,11 @@ fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
                 "Not enough memory; says which setting to lower.",
                 py.get_type::<PyMemoryError>(),
             )?,
+            cuda: derived(
+                "CudaError",
+                "A GPU that is not there, cannot be used, or failed; says which.",
+                py.get_type::<PyRuntimeError>(),
+            )?,
             base,
         })
     })
@@ -65,6 +71,7 @@ pub(crate) fn to_py(error: Error) -> PyErr {
             Error::Config { .. } | Error::File { .. } | Error::Tensor { .. } => &classes.config,
             Error::Request { .. } | Error::Template(_) => &classes.request,
             Error::OutOfMemory { .. } => &classes.memory,
+            Error::Cuda { .. } => &classes.cuda,
             Error::Internal(_) | Error::Model(_) => &classes.base,
             Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
             Error::Io { path, source } => {
@@ -82,5 +89,6 @@ pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("Qwen35Error", &classes.base)?;
     m.add("ConfigError", &classes.config)?;
     m.add("RequestError", &classes.request)?;
-    m.add("OutOfMemoryError", &classes.memory)
+    m.add("OutOfMemoryError", &classes.memory)?;
+    m.add("CudaError", &classes.cuda)
 }

@@ -7,14 +7,14 @@ use proptest::prelude::*;
 use super::{Scheduler, Step};
 use crate::batch::{CHUNK_LEN, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
-use crate::request::{Request, RequestId, SamplingParams};
+use crate::request::{Request, RequestId, SamplingParams, Wanted};
 
 /// One request of a trace.
 #[derive(Debug, Clone)]
 struct Arrival {
     at: usize,
     num_prompt: usize,
-    /// Tokens to generate; none for a request that wants logits.
+    /// Tokens to generate; none for a request that wants logits, those of drafts where the prompt's length is even.
     num_output: Option<usize>,
     /// Step at which the caller gives up, if it does.
     abort_at: Option<usize>,
@@ -65,7 +65,11 @@ fn request(id: u64, arrival: &Arrival) -> Request {
         tokens: (0..arrival.num_prompt as u32).map(|t| t + 1000 * id as u32).collect(),
         num_prompt: arrival.num_prompt,
         computed_len: 0,
-        params: arrival.num_output.map(|_| SamplingParams::default()),
+        wanted: match arrival.num_output {
+            Some(_) => Wanted::Tokens(SamplingParams::default()),
+            None if arrival.num_prompt.is_multiple_of(2) => Wanted::MtpLogits,
+            None => Wanted::Logits,
+        },
         seed: 0,
         pages: Vec::new(),
         slot: None,
@@ -87,6 +91,7 @@ fn check_step(s: &Scheduler, step: &Step, trace: &Trace) {
     assert!(batch.num_tokens() <= trace.max_prefill + trace.max_seqs);
 
     let (mut next_token, mut next_page, mut rows) = (0, 0, Vec::new());
+    let mut draft_seqs = step.drafts.batch.seqs.iter();
     for (id, seq) in step.requests.iter().zip(&batch.seqs) {
         let r = s.running(*id).expect("a request of the step runs");
         assert_eq!((seq.query_start, seq.page_start), (next_token, next_page));
@@ -106,16 +111,30 @@ fn check_step(s: &Scheduler, step: &Step, trace: &Trace) {
         // A slot that starts a sequence is cleared, and no other is.
         assert_eq!(step.new_slots.contains(&seq.slot), start == 0);
         let last = next_token + seq.query_len - 1;
-        match &r.params {
-            None => rows.extend((next_token..=last).map(|row| (row, *id))),
-            Some(_) if end == r.tokens.len() => rows.push((last, *id)),
-            Some(_) => {}
+        match &r.wanted {
+            Wanted::Tokens(_) if end == r.tokens.len() => rows.push((last, *id)),
+            Wanted::Tokens(_) => {}
+            Wanted::Logits => rows.extend((next_token..=last).map(|row| (row, *id))),
+            Wanted::MtpLogits => {
+                // Every token that has one after it, each beside that one, in the same places of the same pages.
+                let len = seq.query_len.min(r.num_prompt - 1 - start);
+                let drafts = draft_seqs.next().expect("drafts of the request");
+                assert_eq!((drafts.query_len, drafts.cached_len), (len, start));
+                let tokens = drafts.query_start..drafts.query_start + len;
+                assert_eq!(step.drafts.batch.token_ids[tokens.clone()], r.tokens[start + 1..][..len]);
+                assert_eq!(step.drafts.batch.positions[tokens.clone()], positions[..len]);
+                assert_eq!(step.drafts.batch.pages[drafts.page_start..][..r.pages.len()], r.pages[..]);
+                let hidden = &step.drafts.hidden_rows[tokens];
+                assert!(hidden.iter().copied().eq(rows.len()..rows.len() + len));
+                rows.extend((next_token..next_token + len).map(|row| (row, *id)));
+            }
         }
         (next_token, next_page) = (next_token + seq.query_len, next_page + r.pages.len());
     }
     assert_eq!((next_token, next_page), (batch.token_ids.len(), batch.pages.len()));
     let owned: Vec<_> = batch.logit_rows.iter().copied().zip(step.logit_owners.iter().copied()).collect();
     assert_eq!(owned, rows);
+    assert!(draft_seqs.next().is_none());
 }
 
 /// Plays a trace to its end, as the engine would, and gives the order in which requests were first run.
@@ -183,7 +202,7 @@ fn play(trace: &Trace) -> Vec<RequestId> {
         assert_eq!(s.check_integrity(), Ok(()));
         for (&row, &id) in step.batch.logit_rows.iter().zip(&step.logit_owners) {
             let Some(r) = s.running_mut(id) else { continue };
-            if r.params.is_some() {
+            if r.params().is_some() {
                 r.tokens.push(row as u32);
                 if Some(r.output().len()) == live[&id].num_output {
                     s.remove(id);
@@ -192,7 +211,7 @@ fn play(trace: &Trace) -> Vec<RequestId> {
             } else {
                 // One "logit" per token: itself, so that a restart that forgets to clear them shows.
                 r.logits.push(step.batch.token_ids[row] as f32);
-                if r.logits.len() == r.num_prompt {
+                if r.logits.len() == r.num_logit_rows() {
                     let r = s.remove(id).expect("runs");
                     assert!(r.logits.iter().zip(&r.tokens).all(|(&l, &t)| l == t as f32));
                     live.remove(&id);

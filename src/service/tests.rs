@@ -8,7 +8,7 @@ use super::{Event, Generation, Job, Service};
 use crate::Error;
 use crate::engine::Engine;
 use crate::engine::tests::{limits, model};
-use crate::request::SamplingParams;
+use crate::request::{SamplingParams, Wanted};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -19,7 +19,11 @@ fn service() -> Service {
 
 fn job(i: u64, max_tokens: usize) -> Job {
     let params = SamplingParams { seed: Some(i), max_tokens: Some(max_tokens), ..SamplingParams::default() };
-    Job { prompt: (0..10 + i as u32 * 7).map(|t| t % 150).collect(), params: Some(params), index: i }
+    Job {
+        prompt: (0..10 + i as u32 * 7).map(|t| t % 150).collect(),
+        wanted: Wanted::Tokens(params),
+        index: i,
+    }
 }
 
 /// The tokens of each request.

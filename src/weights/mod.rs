@@ -3,6 +3,7 @@
 mod checkpoint;
 mod dtype;
 mod hash;
+mod mtp;
 mod names;
 pub mod safetensors;
 
@@ -59,8 +60,23 @@ pub struct ModelTensors {
     pub layers: Vec<LayerTensors>,
     /// The vision tower, kept aside: its names and shapes are not checked.
     pub vision: Vec<Tensor>,
-    /// The multi-token-prediction module, kept aside: its names and shapes are not checked.
+    /// The multi-token-prediction module, kept aside: [`MtpTensors::resolve`] checks it, where it is wanted.
     pub mtp: Vec<Tensor>,
+}
+
+/// The multi-token-prediction (MTP) module, which drafts the token after the next.
+#[derive(Debug, Clone)]
+pub struct MtpTensors {
+    /// `[hidden, 2 * hidden]`: the half of the embedding, then that of the hidden state.
+    pub fc: Tensor,
+    /// `[hidden]`
+    pub pre_fc_norm_embedding: Tensor,
+    /// `[hidden]`
+    pub pre_fc_norm_hidden: Tensor,
+    /// Attention and the model's kind of feed-forward block.
+    pub layer: LayerTensors,
+    /// `[hidden]`
+    pub norm: Tensor,
 }
 
 /// One decoder layer.

@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// `language_model.model.` come from a library that adds one to the norm weights, so they are not taken.
 const PREFIXES: [&str; 2] = ["model.language_model.", "model."];
 const VISION_PREFIXES: [&str; 2] = ["model.visual.", "visual."];
-const MTP_PREFIX: &str = "mtp.";
+pub(super) const MTP_PREFIX: &str = "mtp.";
 const LM_HEAD: &str = "lm_head.weight";
 
 impl ModelTensors {
@@ -28,7 +28,7 @@ impl ModelTensors {
     pub fn resolve(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Self> {
         let has_embedding = |prefix: &&&str| checkpoint.contains(&format!("{prefix}embed_tokens.weight"));
         let prefix = PREFIXES.iter().find(has_embedding).unwrap_or(&PREFIXES[0]);
-        let mut resolver = Resolver { checkpoint, taken: HashSet::new(), problems: Vec::new() };
+        let mut resolver = Resolver::new(checkpoint);
         let tensors = resolver.model(config, prefix);
         let (vision, mtp) = resolver.leftovers();
         match (tensors, resolver.into_error()) {
@@ -114,7 +114,7 @@ impl MixerTensors {
 }
 
 /// Takes tensors one by one; notes what is wrong and goes on, so that all problems are counted.
-struct Resolver<'a> {
+pub(super) struct Resolver<'a> {
     checkpoint: &'a Checkpoint,
     taken: HashSet<String>,
     problems: Vec<Problem>,
@@ -126,13 +126,17 @@ struct Problem {
     expected: String,
 }
 
-impl Resolver<'_> {
+impl<'a> Resolver<'a> {
+    pub(super) fn new(checkpoint: &'a Checkpoint) -> Self {
+        Self { checkpoint, taken: HashSet::new(), problems: Vec::new() }
+    }
+
     fn note(&mut self, name: String, found: impl Into<String>, expected: impl Into<String>) {
         self.problems.push(Problem { name, found: found.into(), expected: expected.into() });
     }
 
     /// The tensor of this name, if it is there with this shape and a dtype that loads.
-    fn take(&mut self, name: String, shape: &[usize]) -> Option<Tensor> {
+    pub(super) fn take(&mut self, name: String, shape: &[usize]) -> Option<Tensor> {
         let Some(tensor) = self.checkpoint.get(&name) else {
             self.note(name, "nothing", format!("shape {shape:?}"));
             return None;
@@ -182,7 +186,12 @@ impl Resolver<'_> {
         Some((!tied).then_some(head))
     }
 
-    fn layer(&mut self, config: &ModelConfig, kind: LayerKind, prefix: &str) -> Option<LayerTensors> {
+    pub(super) fn layer(
+        &mut self,
+        config: &ModelConfig,
+        kind: LayerKind,
+        prefix: &str,
+    ) -> Option<LayerTensors> {
         let hidden = config.hidden;
         let input_layernorm = self.take(format!("{prefix}input_layernorm.weight"), &[hidden]);
         let post_attention_layernorm =
@@ -307,16 +316,22 @@ impl Resolver<'_> {
                 vision.push(tensor.clone());
             } else if tensor.name.starts_with(MTP_PREFIX) {
                 mtp.push(tensor.clone());
-            } else if !self.taken.contains(&tensor.name) {
-                let found = format!("{} {:?}", tensor.dtype, tensor.shape);
-                self.note(tensor.name.clone(), found, "no such tensor in this model");
+            } else {
+                self.note_unless_taken(tensor);
             }
         }
         (vision, mtp)
     }
 
+    pub(super) fn note_unless_taken(&mut self, tensor: &Tensor) {
+        if !self.taken.contains(&tensor.name) {
+            let found = format!("{} {:?}", tensor.dtype, tensor.shape);
+            self.note(tensor.name.clone(), found, "no such tensor in this model");
+        }
+    }
+
     /// The first problem, with the number of the others.
-    fn into_error(self) -> Option<Error> {
+    pub(super) fn into_error(self) -> Option<Error> {
         let more = self.problems.len().saturating_sub(1);
         let Problem { name, found, mut expected } = self.problems.into_iter().next()?;
         if more > 0 {

@@ -17,7 +17,7 @@ fn file(header: &str, data: &[u8]) -> Vec<u8> {
 }
 
 /// A file of tensors, one after the other, with bytes that tell them apart.
-fn tensors(list: &[(&str, DType, Vec<usize>)]) -> Vec<u8> {
+pub(super) fn tensors(list: &[(&str, DType, Vec<usize>)]) -> Vec<u8> {
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
     for (i, (name, dtype, shape)) in list.iter().enumerate() {
@@ -209,7 +209,7 @@ fn check_any(bytes: &[u8]) -> Result<(), TestCaseError> {
 }
 
 /// A directory with these files.
-fn dir(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+pub(super) fn dir(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for (name, bytes) in files {
         std::fs::write(dir.path().join(name), bytes).unwrap();
@@ -360,7 +360,7 @@ fn fingerprints_see_what_they_say() {
 // ---------------------------------------------------------------------------------------------------
 // Names
 
-fn config(moe: bool, tied: bool) -> ModelConfig {
+pub(super) fn config(moe: bool, tied: bool) -> ModelConfig {
     let mut text = json!({
         "model_type": if moe { "qwen3_5_moe_text" } else { "qwen3_5_text" },
         "vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2, "full_attention_interval": 2,
@@ -377,10 +377,10 @@ fn config(moe: bool, tied: bool) -> ModelConfig {
     ModelConfig::from_value(&text).unwrap()
 }
 
-type Entry = (String, DType, Vec<usize>);
+pub(super) type Entry = (String, DType, Vec<usize>);
 
 /// Every tensor of `config`, under a prefix.
-fn entries(prefix: &str, moe: bool, fused: bool) -> Vec<Entry> {
+pub(super) fn entries(prefix: &str, moe: bool, fused: bool) -> Vec<Entry> {
     use DType::{BF16, F32};
     let mut list = vec![];
     let mut add = |name: String, dtype: DType, shape: &[usize]| list.push((name, dtype, shape.to_vec()));

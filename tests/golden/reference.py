@@ -196,7 +196,8 @@ def read_safetensors(path):
 
 
 def read_checkpoint(directory):
-    """The text configuration and the text model's tensors, under their names without any prefix."""
+    """The text configuration and the tensors of the text model, under their names without any prefix, and of its MTP
+    module."""
     directory = Path(directory)
     config = json.loads((directory / "config.json").read_text())
     tied = config.get("tie_word_embeddings", False)
@@ -204,7 +205,7 @@ def read_checkpoint(directory):
     tensors = {}
     for file in sorted(directory.glob("*.safetensors")):
         for name, values in read_safetensors(file).items():
-            if not name.startswith(("mtp.", "model.visual.")):
+            if not name.startswith("model.visual."):
                 tensors[name.removeprefix("model.").removeprefix("language_model.")] = values
     return config, tensors
 
@@ -218,16 +219,35 @@ class Net:
 
     def __call__(self, token_ids):
         self.router_gaps.clear()
+        return self.hidden(token_ids) @ self.head().T
+
+    def mtp_logits(self, token_ids):
+        """The MTP module's drafts [tokens - 1, vocab]: row t is of token t + 2."""
+        after = self.weight("embed_tokens.weight")[np.asarray(token_ids)[1:]]
+        halves = [
+            self.norm(after, "mtp.pre_fc_norm_embedding.weight"),
+            self.norm(self.hidden(token_ids)[:-1], "mtp.pre_fc_norm_hidden.weight"),
+        ]
+        x = np.concatenate(halves, axis=1) @ self.weight("mtp.fc.weight").T
+        x = self.layer("mtp.layers.0.", "full_attention", x)
+        return self.norm(x, "mtp.norm.weight") @ self.head().T
+
+    def hidden(self, token_ids):
+        """[tokens, hidden], after the final norm."""
         x = self.weight("embed_tokens.weight")[np.asarray(token_ids)]
         for layer, kind in enumerate(self.layer_types()):
-            mixer = self.full_attention if kind == "full_attention" else self.delta_net
-            prefix = f"layers.{layer}."
-            x = x + mixer(prefix, self.norm(x, prefix + "input_layernorm.weight"))
-            x = x + self.feed_forward(
-                prefix + "mlp.", self.norm(x, prefix + "post_attention_layernorm.weight")
-            )
-        head = "embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight"
-        return self.norm(x, "norm.weight") @ self.weight(head).T
+            x = self.layer(f"layers.{layer}.", kind, x)
+        return self.norm(x, "norm.weight")
+
+    def head(self):
+        return self.weight("embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight")
+
+    def layer(self, prefix, kind, x):
+        mixer = self.full_attention if kind == "full_attention" else self.delta_net
+        x = x + mixer(prefix, self.norm(x, prefix + "input_layernorm.weight"))
+        return x + self.feed_forward(
+            prefix + "mlp.", self.norm(x, prefix + "post_attention_layernorm.weight")
+        )
 
     def weight(self, name):
         return self.tensors[name].astype(np.float64)

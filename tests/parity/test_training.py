@@ -41,6 +41,9 @@ def net():
     with torch.no_grad():
         for p in net.parameters():  # as a file in bf16 has them
             p.copy_(p.bfloat16())
+        for name, p in net.mtp.named_parameters():
+            if "norm" in name:  # begin at zero
+                p.normal_(std=0.3).copy_(p.bfloat16())
     yield net
     network.set_row(None)
 
@@ -91,6 +94,20 @@ def test_the_checkpoint_is_read_by_both(net, items, tokenizer, tmp_path):
             suppress_tokens=list(range(len(ours.tokenizer), theirs.config.vocab_size)),  # padding
         )
         assert found == wanted[0, len(ids) :].tolist()
+
+
+def test_the_engine_drafts_what_the_module_does(net, items, tokenizer, tmp_path):
+    checkpoint.write(tmp_path, net.lm, net.mtp, checkpoint.text_config(**SMALL), tokenizer)
+    llm = LLM(tmp_path, mtp=True)
+    for one in items[::3]:
+        ids, weights, first = mix.Encoder(tokenizer)(one)
+        tokens, _, positions = place(mix.pack([(ids, weights, first)], len(ids) + 1, 0), CPU)
+        with torch.no_grad():
+            h, m, _ = net.hidden(tokens, positions)
+            said, drafted = (net.lm.lm_head(x)[: len(ids) - 1].numpy() for x in (h, m))
+        for ours, theirs in ((llm.logits(ids)[:-1], said), (llm.mtp_logits(ids), drafted)):
+            assert abs(ours - theirs).max() < 2e-4 * abs(theirs).max()
+    network.set_row(None)
 
 
 def test_the_backward_step_in_pytorch():

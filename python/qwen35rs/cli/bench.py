@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Json, Model
+from .options import Device, Json, Model
 from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
@@ -31,6 +31,7 @@ def tasks(
         list[str] | None, typer.Option("--task", help="Only this task; may be repeated.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="Which questions; the same seed, the same questions.")] = 0,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Ask held-out questions whose answers can be checked.
@@ -43,18 +44,21 @@ def tasks(
     Arithmetic, recall from long texts, operations on words, tool calls,
     JSON, small talk; greedy, in the chat format, with and without
     thinking. Prints the share that was right with its 95 % confidence
-    interval, and the perplexity of the expected answers.
+    interval, and the perplexity of the expected answers; and where the
+    checkpoint has a multi-token-prediction module, how often the model
+    said what the module had drafted.
     """
     from ..bench import TaskResult, measure
 
-    llm = load(model)
+    llm = load(model, device=device, mtp=None)
     start = time.perf_counter()
 
     def show(result: TaskResult) -> None:
         low, high = result.interval
+        drafts = "" if result.mtp_agreement is None else f"   drafts agree {result.mtp_agreement:.1%}"
         write(
             f"{result.task:<26}{result.accuracy:>7.1%}   {low:.1%} to {high:.1%}"
-            f"   perplexity {result.perplexity:.4g}\n"
+            f"   perplexity {result.perplexity:.4g}{drafts}\n"
         )
 
     results = measure(llm, task, num_items=n, seed=seed, done=None if json else show)
@@ -76,4 +80,5 @@ def _row(result: Any) -> dict[str, Any]:
         "interval": list(result.interval),
         "num_correct": result.num_correct,
         "perplexity": result.perplexity,
+        "mtp_agreement": result.mtp_agreement,
     }

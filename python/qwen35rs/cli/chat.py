@@ -10,7 +10,7 @@ import typer
 
 from .._core import Qwen35Error, RequestError
 from . import options
-from .options import Dtype, Json, MaxModelLen, Model
+from .options import Device, Dtype, Json, MaxModelLen, Model
 from .terminal import DIM, FAILED, error_line, guarded, load, note, write, write_json
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def chat(
     presence_penalty: options.Presence = None,
     frequency_penalty: options.Frequency = None,
     repetition_penalty: options.Repetition = None,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     json: Json = False,
@@ -67,7 +68,7 @@ def chat(
         repetition_penalty=repetition_penalty,
     )
     first = [] if system is None else [{"role": "system", "content": options.check_text("system", system)}]
-    llm = load(model, dtype=dtype, max_model_len=max_model_len)
+    llm = load(model, device=device, dtype=dtype, max_model_len=max_model_len)
     llm.tokenizer.chat_template  # noqa: B018  a missing tokenizer or a bad template is refused here
     session = _Session(llm, params, first, not no_thinking, json)
     if not session.run():

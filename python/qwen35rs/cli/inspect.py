@@ -122,8 +122,8 @@ def _sizes(found: dict[str, Any]) -> dict[str, str]:
     rows["tensors"] = f"{found['num_tensors']:,}, {gib(found['tensor_bytes'])}" + layout.get(
         found["expert_layout"], f", experts {found['expert_layout']}"
     )
-    rows["vision tower"] = _tensors(found["num_vision_tensors"])
-    rows["MTP module"] = _tensors(found["num_mtp_tensors"])
+    rows["vision tower"] = _tensors(found["num_vision_tensors"], "not loaded: this version runs text")
+    rows["MTP module"] = _tensors(found["num_mtp_tensors"], "loaded with LLM(..., mtp=True)")
     return rows
 
 
@@ -146,8 +146,8 @@ def cache(sizes: dict[str, int]) -> dict[str, str]:
     }
 
 
-def _tensors(number: int) -> str:
-    return f"{number:,} tensors (not loaded: this version runs text)" if number else "none in the files"
+def _tensors(number: int, loaded: str) -> str:
+    return f"{number:,} tensors ({loaded})" if number else "none in the files"
 
 
 def _formats(found: dict[str, Any]) -> Table:

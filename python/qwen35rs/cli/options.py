@@ -49,6 +49,9 @@ Logprobs = Annotated[
     int | None, _sampling("--logprobs", "With --json: log-probabilities of the chosen and the best K tokens.")
 ]
 
+Device = Annotated[
+    str, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:1, ...", rich_help_panel=_LOADING)
+]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -145,12 +145,13 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def load(model: str | None, *, dtype: str = "auto", max_model_len: int | None = None) -> LLM:
-    """The model of a command, the embedded one if none is named; says so if its weights are random."""
+def load(model: str | None, **options: Any) -> LLM:
+    """The model of a command, the embedded one if none is named; says so if its weights are random. `options` are
+    those of `LLM`."""
     from ..demo import NOTICE, is_demo
     from ..llm import LLM
 
-    llm = LLM(model, dtype=dtype, max_model_len=max_model_len)
+    llm = LLM(model, **options)
     if is_demo(llm.path):
         note(f"note: {model} has {NOTICE}")
     return llm

@@ -27,9 +27,9 @@ use self::linear::Linear;
 use self::moe::Moe;
 use self::parallel::Shared;
 use self::screen::Screen;
-use super::{Backend, DecayWeights, MoeTensors, Rope};
-use crate::batch::{Batch, BatchSeq, PAGE_LEN};
-use crate::config::{AttentionConfig, DeltaConfig};
+use super::{Backend, DecayWeights, MoeTensors, Precision, Rope};
+use crate::batch::{Batch, BatchLimits, BatchSeq, PAGE_LEN};
+use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
 use crate::weights::{DType, ExpertTensors, Tensor};
 use crate::{Error, Result};
 
@@ -81,6 +81,11 @@ fn product(dims: &[usize]) -> Option<usize> {
     dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
 }
 
+/// Elements of a slot's state and of its tail.
+fn slot_parts(dims: &DeltaConfig) -> (usize, usize) {
+    (dims.num_v_heads * dims.k_dim * dims.v_dim, (dims.conv_kernel - 1) * dims.conv_channels())
+}
+
 impl Backend for Cpu {
     type Buf = Buf;
     type Linear = Linear;
@@ -91,11 +96,11 @@ impl Backend for Cpu {
     type Slots = Slots;
     type Scratch = moe::Scratch;
 
-    fn buf(&self, rows: usize, width: usize) -> Result<Buf> {
+    fn buf(&self, rows: usize, width: usize, _precision: Precision) -> Result<Buf> {
         Ok(Buf { data: zeros(product(&[rows, width]), "activations")?, width })
     }
 
-    fn scratch(&self, _max_tokens: usize) -> Result<moe::Scratch> {
+    fn scratch(&self, _config: &ModelConfig, _limits: &BatchLimits) -> Result<moe::Scratch> {
         Ok(moe::Scratch::default())
     }
 
@@ -151,14 +156,22 @@ impl Backend for Cpu {
     }
 
     fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Slots> {
-        let state_len = dims.num_v_heads * dims.k_dim * dims.v_dim;
-        let tail_len = (dims.conv_kernel - 1) * dims.conv_channels();
+        let (state_len, tail_len) = slot_parts(dims);
         Ok(Slots {
             state: zeros(product(&[num_slots, state_len]), "recurrent states")?,
             tail: zeros(product(&[num_slots, tail_len]), "convolution tails")?,
             state_len,
             tail_len,
         })
+    }
+
+    fn page_bytes(&self, dims: &AttentionConfig) -> usize {
+        2 * 4 * PAGE_LEN * dims.kv_width()
+    }
+
+    fn slot_bytes(&self, dims: &DeltaConfig) -> usize {
+        let (state_len, tail_len) = slot_parts(dims);
+        4 * (state_len + tail_len)
     }
 
     fn embed(&self, batch: &Batch, table: &Linear, out: &mut Buf) {
@@ -416,6 +429,21 @@ impl Backend for Cpu {
         }
     }
 
+    fn scatter(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
+        for (i, &row) in rows.iter().enumerate() {
+            out.data[row * out.width..(row + 1) * out.width].copy_from_slice(x.row(i));
+        }
+    }
+
+    fn concat(&self, n: usize, left: &Buf, right: &Buf, out: &mut Buf) {
+        debug_assert!(left.width + right.width == out.width);
+        for (t, out) in out.data.chunks_exact_mut(out.width).take(n).enumerate() {
+            let (a, b) = out.split_at_mut(left.width);
+            a.copy_from_slice(left.row(t));
+            b.copy_from_slice(right.row(t));
+        }
+    }
+
     fn keep_rows(&self, rows: &[usize], buf: &mut Buf) {
         debug_assert!(rows.is_sorted());
         for (i, &row) in rows.iter().enumerate() {
@@ -423,7 +451,7 @@ impl Backend for Cpu {
         }
     }
 
-    fn read<'a>(&self, buf: &'a Buf, rows: usize) -> Cow<'a, [f32]> {
+    fn read<'a>(&self, buf: &'a mut Buf, rows: usize) -> Cow<'a, [f32]> {
         Cow::Borrowed(&buf.data[..rows * buf.width])
     }
 

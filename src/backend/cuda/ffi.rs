@@ -1,0 +1,222 @@
+//! `cuda/launch.h`, by hand; its comments say what each launcher computes. A test holds this page to the header.
+
+use std::ffi::{c_char, c_int, c_void};
+
+/// `cudaStream_t`
+pub type Stream = *mut c_void;
+/// bf16, opaque.
+pub type Bf16 = u16;
+
+/// `q35_batch`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Batch {
+    pub num_tokens: i32,
+    pub num_seqs: i32,
+    pub max_query_len: i32,
+    pub max_kv_len: i32,
+    pub token_ids: *const i32,
+    pub positions: *const i32,
+    pub seq_of: *const i32,
+    pub query_start: *const i32,
+    pub query_len: *const i32,
+    pub cached_len: *const i32,
+    pub chunked_len: *const i32,
+    pub slot: *const i32,
+    pub page_start: *const i32,
+    pub pages: *const i32,
+}
+
+/// `q35_delta_dims`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct DeltaDims {
+    pub num_k_heads: i32,
+    pub num_v_heads: i32,
+    pub k_dim: i32,
+    pub v_dim: i32,
+    pub conv_kernel: i32,
+}
+
+/// `q35_attention_dims`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct AttentionDims {
+    pub num_q_heads: i32,
+    pub num_kv_heads: i32,
+    pub head_dim: i32,
+}
+
+/// `q35_moe_dims`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct MoeDims {
+    pub hidden: i32,
+    pub num_experts: i32,
+    pub top_k: i32,
+    pub width: i32,
+    pub shared_width: i32,
+}
+
+/// `q35_moe_weights`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct MoeWeights {
+    pub router: *const Bf16,
+    pub gate_up: *const Bf16,
+    pub down: *const Bf16,
+    pub shared_gate_up: *const Bf16,
+    pub shared_down: *const Bf16,
+    pub shared_gate: *const Bf16,
+}
+
+#[allow(dead_code)] // two are for the tests under `tests/gpu` and for benchmarks
+unsafe extern "C" {
+    pub fn q35_embed(stream: Stream, batch: Batch, table: *const Bf16, hidden: c_int, out: *mut f32)
+    -> c_int;
+    pub fn q35_rmsnorm_residual(
+        stream: Stream,
+        n: c_int,
+        hidden: c_int,
+        delta: *const Bf16,
+        residual: *mut f32,
+        w: *const f32,
+        eps: f32,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_gather(
+        stream: Stream,
+        rows: *const i32,
+        num_rows: c_int,
+        x: *const c_void,
+        row_bytes: i64,
+        out: *mut c_void,
+    ) -> c_int;
+    pub fn q35_silu_mul(
+        stream: Stream,
+        n: c_int,
+        width: c_int,
+        gate_up: *const Bf16,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_gated_rmsnorm(
+        stream: Stream,
+        n: c_int,
+        v_heads: c_int,
+        v_dim: c_int,
+        w: *const f32,
+        eps: f32,
+        projected: *const Bf16,
+        stride: c_int,
+        z_start: c_int,
+        core: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_to_bf16(stream: Stream, n: i64, x: *const f32, out: *mut Bf16) -> c_int;
+    pub fn q35_to_f32(stream: Stream, n: i64, x: *const Bf16, out: *mut f32) -> c_int;
+    pub fn q35_fill_normal(stream: Stream, n: i64, seed: u64, scale: f32, out: *mut Bf16) -> c_int;
+    pub fn q35_causal_conv1d(
+        stream: Stream,
+        batch: Batch,
+        dims: DeltaDims,
+        weight: *const f32,
+        projected: *const Bf16,
+        stride: c_int,
+        tails: *mut Bf16,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_delta_workspace(max_tokens: c_int, max_seqs: c_int, dims: DeltaDims) -> i64;
+    pub fn q35_gated_delta_rule(
+        stream: Stream,
+        batch: Batch,
+        dims: DeltaDims,
+        a_log: *const f32,
+        dt_bias: *const f32,
+        mixed: *const Bf16,
+        projected: *const Bf16,
+        stride: c_int,
+        ba_start: c_int,
+        states: *mut f32,
+        workspace: *mut f32,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_qk_norm_rope_write(
+        stream: Stream,
+        batch: Batch,
+        dims: AttentionDims,
+        q_norm: *const f32,
+        k_norm: *const f32,
+        eps: f32,
+        inv_freq: *const f32,
+        axis: *const u8,
+        num_freqs: c_int,
+        rope_scale: f32,
+        projected: *const Bf16,
+        stride: c_int,
+        q: *mut Bf16,
+        k_pages: *mut Bf16,
+        v_pages: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_attention_workspace(
+        max_tokens: c_int,
+        max_seqs: c_int,
+        max_kv_len: c_int,
+        dims: AttentionDims,
+    ) -> i64;
+    pub fn q35_gated_attention(
+        stream: Stream,
+        batch: Batch,
+        dims: AttentionDims,
+        q: *const Bf16,
+        projected: *const Bf16,
+        stride: c_int,
+        k_pages: *const Bf16,
+        v_pages: *const Bf16,
+        workspace: *mut f32,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_linear(
+        stream: Stream,
+        n: c_int,
+        num_in: c_int,
+        out_dim: c_int,
+        x: *const Bf16,
+        w: *const Bf16,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_linear_f32(
+        stream: Stream,
+        n: c_int,
+        num_in: c_int,
+        out_dim: c_int,
+        x: *const Bf16,
+        w: *const Bf16,
+        out: *mut f32,
+    ) -> c_int;
+    pub fn q35_route(
+        stream: Stream,
+        n: c_int,
+        num_experts: c_int,
+        top_k: c_int,
+        logits: *const f32,
+        weights: *mut f32,
+        experts: *mut i32,
+    ) -> c_int;
+    pub fn q35_moe_workspace(max_tokens: c_int, dims: MoeDims) -> i64;
+    pub fn q35_moe(
+        stream: Stream,
+        n: c_int,
+        dims: MoeDims,
+        weights: MoeWeights,
+        x: *const Bf16,
+        workspace: *mut c_void,
+        out: *mut Bf16,
+    ) -> c_int;
+
+    /// Of the CUDA runtime.
+    pub fn cudaGetErrorString(error: c_int) -> *const c_char;
+}

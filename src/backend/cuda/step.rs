@@ -1,0 +1,183 @@
+//! What a step needs on the device besides weights and activations: the batch, uploaded once, and scratch memory. All of
+//! it is allocated for the largest batch.
+
+use std::sync::Arc;
+
+use super::device::{Device, Memory, Pinned};
+use super::{attention_dims, delta_dims, ffi};
+use crate::backend::Rope;
+use crate::batch::{Batch, BatchLimits};
+use crate::config::{FfnConfig, ModelConfig};
+use crate::{Error, Result};
+
+/// Rows that a launcher may be given at least (see [`super::Cuda`]).
+pub(super) const MIN_WIDE_ROWS: usize = 17;
+
+pub(super) struct Step {
+    limits: BatchLimits,
+    staging: Pinned,
+    ints: Memory,
+    /// The batch on the device, from [`Step::begin`].
+    pub batch: ffi::Batch,
+    logit_rows: Vec<usize>,
+    logit_rows_at: *const i32,
+    rows_staging: Pinned,
+    rows: Memory,
+    /// Room for the rows of any activation.
+    pub gathered: Memory,
+    pub delta: Memory,
+    pub attention: Memory,
+    pub moe: Memory,
+    pub inv_freq: Memory,
+    pub axis: Memory,
+}
+
+// SAFETY: the raw pointers are device addresses inside memory that it owns.
+unsafe impl Send for Step {}
+
+impl Step {
+    pub fn new(device: &Arc<Device>, config: &ModelConfig, limits: &BatchLimits) -> Result<Self> {
+        let tokens = limits.max_tokens.max(MIN_WIDE_ROWS);
+        // token_ids, positions and seq_of; seven lists of the sequences; logit_rows.
+        let num_ints = 6 * tokens + 7 * limits.max_seqs + limits.max_pages;
+        let (max_tokens, max_seqs) = (tokens as i32, limits.max_seqs as i32);
+        let elements = |n: i64, bytes: usize| usize::try_from(n).ok()?.checked_mul(bytes);
+        let (delta, attention) = (delta_dims(&config.delta), attention_dims(&config.attention));
+        let max_len = i32::try_from(limits.max_len).unwrap_or(i32::MAX);
+        // SAFETY: these only compute.
+        let (delta_len, attention_len) = unsafe {
+            (
+                ffi::q35_delta_workspace(max_tokens, max_seqs, delta),
+                ffi::q35_attention_workspace(max_tokens, max_seqs, max_len, attention),
+            )
+        };
+        let moe_bytes = match config.ffn {
+            FfnConfig::Dense { .. } => 0,
+            FfnConfig::Moe { num_experts, top_k, expert_width, shared_width } => {
+                let [hidden, num_experts, top_k, width, shared_width] =
+                    [config.hidden, num_experts, top_k, expert_width, shared_width].map(|n| n as i32);
+                let dims = ffi::MoeDims { hidden, num_experts, top_k, width, shared_width };
+                // SAFETY: only computes.
+                unsafe { ffi::q35_moe_workspace(max_tokens, dims) }
+            }
+        };
+        let row_bytes =
+            (4 * config.hidden).max(2 * config.attention.q_width()).max(2 * config.delta.value_width());
+        let rope = Rope::new(&config.rope);
+        let upload = |bytes: &[u8]| -> Result<Memory> {
+            let mut host = Pinned::new(device, bytes.len())?;
+            host.as_mut_slice().copy_from_slice(bytes);
+            let memory = device.alloc(Some(bytes.len()), "frequencies")?;
+            memory.write(0, &host, bytes.len())?;
+            host.wait()?;
+            Ok(memory)
+        };
+        let inv_freq: Vec<u8> = rope.inv_freq.iter().flat_map(|x| x.to_ne_bytes()).collect();
+        let null = std::ptr::null();
+        Ok(Self {
+            limits: *limits,
+            staging: Pinned::new(device, 4 * num_ints)?,
+            ints: device.alloc(Some(4 * num_ints), "the batch")?,
+            batch: ffi::Batch {
+                num_tokens: 0,
+                num_seqs: 0,
+                max_query_len: 0,
+                max_kv_len: 0,
+                token_ids: null,
+                positions: null,
+                seq_of: null,
+                query_start: null,
+                query_len: null,
+                cached_len: null,
+                chunked_len: null,
+                slot: null,
+                page_start: null,
+                pages: null,
+            },
+            logit_rows: Vec::with_capacity(tokens),
+            logit_rows_at: null,
+            rows_staging: Pinned::new(device, 4 * tokens)?,
+            rows: device.alloc(Some(4 * tokens), "row numbers")?,
+            gathered: device.alloc(tokens.checked_mul(row_bytes), "activations")?,
+            delta: device.alloc(elements(delta_len, 4), "workspace of the delta rule")?,
+            attention: device.alloc(elements(attention_len, 4), "workspace of attention")?,
+            moe: device.alloc(elements(moe_bytes, 1), "workspace of the experts")?,
+            inv_freq: upload(&inv_freq)?,
+            axis: upload(&rope.axis)?,
+        })
+    }
+
+    /// Puts a batch on the device, in one copy.
+    pub fn begin(&mut self, batch: &Batch) -> Result<()> {
+        let (n, limits) = (batch.num_tokens(), &self.limits);
+        let fits = n <= limits.max_tokens
+            && batch.seqs.len() <= limits.max_seqs
+            && batch.pages.len() <= limits.max_pages
+            && batch.logit_rows.len() <= limits.max_tokens;
+        if !fits {
+            return Err(Error::Internal(format!(
+                "a batch of {n} tokens, {} sequences and {} pages; buffers are for {limits:?}",
+                batch.seqs.len(),
+                batch.pages.len()
+            )));
+        }
+        self.staging.wait()?;
+        let mut ints = Ints { bytes: self.staging.as_mut_slice(), len: 0, base: self.ints.ptr() };
+        let seqs = &batch.seqs;
+        let longest =
+            |len: fn(&crate::batch::BatchSeq) -> usize| seqs.iter().map(len).max().unwrap_or(0) as i32;
+        self.batch = ffi::Batch {
+            num_tokens: n as i32,
+            num_seqs: seqs.len() as i32,
+            max_query_len: longest(|s| s.query_len),
+            max_kv_len: longest(|s| s.cached_len + s.query_len),
+            token_ids: ints.push(batch.token_ids.iter().map(|&id| id as i32)),
+            positions: ints.push(batch.positions.iter().flatten().map(|&p| p as i32)),
+            seq_of: ints
+                .push(seqs.iter().enumerate().flat_map(|(i, s)| std::iter::repeat_n(i as i32, s.query_len))),
+            query_start: ints.push(seqs.iter().map(|s| s.query_start as i32)),
+            query_len: ints.push(seqs.iter().map(|s| s.query_len as i32)),
+            cached_len: ints.push(seqs.iter().map(|s| s.cached_len as i32)),
+            chunked_len: ints.push(seqs.iter().map(|s| s.chunked_len as i32)),
+            slot: ints.push(seqs.iter().map(|s| s.slot.0 as i32)),
+            page_start: ints.push(seqs.iter().map(|s| s.page_start as i32)),
+            pages: ints.push(batch.pages.iter().map(|p| p.0 as i32)),
+        };
+        self.logit_rows_at = ints.push(batch.logit_rows.iter().map(|&row| row as i32));
+        let len = 4 * ints.len;
+        self.logit_rows.clone_from(&batch.logit_rows);
+        self.ints.write(0, &self.staging, len)
+    }
+
+    /// Row numbers on the device: those of the batch's logits are there already.
+    pub fn rows(&mut self, rows: &[usize]) -> Result<*const i32> {
+        if rows == self.logit_rows {
+            return Ok(self.logit_rows_at);
+        }
+        self.rows_staging.wait()?;
+        let mut ints = Ints { bytes: self.rows_staging.as_mut_slice(), len: 0, base: self.rows.ptr() };
+        let at = ints.push(rows.iter().map(|&row| row as i32));
+        let len = 4 * ints.len;
+        self.rows.write(0, &self.rows_staging, len)?;
+        Ok(at)
+    }
+}
+
+/// Lists of int32, one after the other.
+struct Ints<'a> {
+    bytes: &'a mut [u8],
+    len: usize,
+    base: *const i32,
+}
+
+impl Ints<'_> {
+    /// Appends a list; returns its address on the device.
+    fn push(&mut self, list: impl Iterator<Item = i32>) -> *const i32 {
+        let at = self.base.wrapping_add(self.len);
+        for (item, place) in list.zip(self.bytes[4 * self.len..].chunks_exact_mut(4)) {
+            place.copy_from_slice(&item.to_ne_bytes());
+            self.len += 1;
+        }
+        at
+    }
+}

@@ -1,0 +1,82 @@
+//! The multi-token-prediction module: drafts token t + 2 from the hidden state of token t and from token t + 1, through
+//! one decoder layer with pages of its own. It is loaded only where it is asked for, and runs after a forward.
+
+use super::{Layer, Memory, Model, Workspace};
+use crate::backend::Backend;
+use crate::batch::DraftBatch;
+use crate::config::LayerKind;
+use crate::weights::{DType, MtpTensors};
+use crate::{Error, Result};
+
+/// Its weights; embedding and head are the model's.
+pub(super) struct Mtp<B: Backend> {
+    embedding_norm: B::Vector,
+    hidden_norm: B::Vector,
+    /// `[hidden, 2 * hidden]`, over embedding and hidden state
+    fc: B::Linear,
+    pub(super) layer: Layer<B>,
+    norm: B::Vector,
+}
+
+impl<B: Backend> Model<B> {
+    /// Loads the module too, `dtype` as in [`Model::load`]. Memory and workspaces made afterwards have room for it.
+    ///
+    /// # Errors
+    /// Whatever the backend says of memory.
+    pub fn with_mtp(mut self, tensors: MtpTensors, dtype: Option<DType>) -> Result<Self> {
+        let (config, b) = (&self.config, &self.backend);
+        // Its pages come after those of the model's layers.
+        let index = config.num_layers_of(LayerKind::Attention);
+        self.mtp = Some(Mtp {
+            embedding_norm: b.vector(&tensors.pre_fc_norm_embedding, 1.0)?,
+            hidden_norm: b.vector(&tensors.pre_fc_norm_hidden, 1.0)?,
+            fc: b.linear_weight(&[tensors.fc], dtype)?,
+            layer: Layer::load(tensors.layer, index, config, dtype, b)?,
+            norm: b.vector(&tensors.norm, 1.0)?,
+        });
+        Ok(self)
+    }
+
+    /// Whether the module is loaded.
+    pub fn has_mtp(&self) -> bool {
+        self.mtp.is_some()
+    }
+
+    /// Layers that hold keys and values, the module's included.
+    pub fn num_kv_layers(&self) -> usize {
+        self.config.num_layers_of(LayerKind::Attention) + usize::from(self.has_mtp())
+    }
+
+    /// Runs the module over the hidden states that [`Model::forward`] left, and puts its own in their place: for those
+    /// rows [`Model::logits`] then gives the drafts. Each token's keys and values must be written in the order of its
+    /// sequence, as in a forward. `poll` is called once, before anything is done, and may end the step.
+    ///
+    /// # Errors
+    /// What `poll` returned; `Internal` where the module is not loaded.
+    pub fn forward_mtp(
+        &self,
+        drafts: &DraftBatch,
+        memory: &mut Memory<B>,
+        w: &mut Workspace<B>,
+        poll: impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        let mtp = self.mtp.as_ref().ok_or_else(|| Error::Internal("drafts without the MTP module".into()))?;
+        let (batch, rows, eps, b) = (&drafts.batch, &drafts.hidden_rows, self.config.rms_eps, &self.backend);
+        let n = batch.num_tokens();
+        poll()?;
+        // The layer below works in `normed`, so what the forward left there waits in `hidden`.
+        std::mem::swap(&mut w.normed, &mut w.hidden);
+        b.begin(batch);
+        b.embed(batch, &self.embed, &mut w.residual);
+        b.rmsnorm_residual(n, None, &mut w.residual, &mtp.embedding_norm, eps, &mut w.block);
+        b.gather(rows, &w.hidden, &mut w.residual);
+        b.rmsnorm_residual(n, None, &mut w.residual, &mtp.hidden_norm, eps, &mut w.normed);
+        b.concat(n, &w.block, &w.normed, &mut w.pair);
+        b.linear(n, &w.pair, &mtp.fc, &mut w.residual);
+        self.layer(&mtp.layer, true, batch, None, memory, w);
+        b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &mtp.norm, eps, &mut w.normed);
+        b.scatter(rows, &w.normed, &mut w.hidden);
+        std::mem::swap(&mut w.normed, &mut w.hidden);
+        b.check()
+    }
+}

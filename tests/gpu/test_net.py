@@ -1,0 +1,170 @@
+"""The whole net on a GPU against the CPU: the goldens, the embedded model, and requests in any company.
+
+A GPU multiplies bf16 and rounds activations to it, so that tokens may differ where two are as good as equal: what is
+bounded is how much worse, by the CPU's logits, the GPU's choice is, and how far log-probabilities are apart.
+"""
+
+from functools import cache
+from itertools import islice
+
+import numpy as np
+import pytest
+from golden.cases import CASES, Golden
+from qwen35rs import LLM, RequestError, SamplingParams, bench, hub, tasks
+
+pytestmark = pytest.mark.gpu
+
+
+@cache
+def load(path, device, **limits):
+    return LLM(path, device=device, **limits)
+
+
+def log_softmax(logits):
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def compare(got, want):
+    """How far logits are: root-mean-square difference over that of `want`, the worst regret of a chosen token, in
+    log-probability by `want`, and the mean difference of the log-probabilities of the tokens that `want` holds likely."""
+    a, b = log_softmax(got), log_softmax(want)
+    error = got.astype(np.float64) - want
+    regret = b.max(-1) - b[np.arange(len(b)), got.argmax(-1)]
+    likely = b > np.log(1e-3)
+    return np.sqrt((error**2).mean() / want.std() ** 2), regret.max(), np.abs(a - b)[likely].mean()
+
+
+def greedy(llm, prompts, num_tokens, **params):
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, **params)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    return [out.outputs[0] for out in outputs]
+
+
+def questions(num):
+    """Prompts of the task suite, and their expected answers, as token ids."""
+    tokenizer, found = load(hub.EMBEDDED, "cpu").tokenizer, []
+    for task in tasks.SUITE:
+        for item in islice(tasks.items(task, seed=3), num):
+            prompt = tokenizer.apply_chat_template(
+                item.messages, tools=item.tools, enable_thinking=item.thinking, add_generation_prompt=True
+            )
+            found.append((prompt, tokenizer.encode(item.completion)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ goldens
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_of_the_goldens(name):
+    path = str(Golden(name).path)
+    for prompt in Golden(name).prompts:
+        got, want = (load(path, device).logits(prompt.sequence) for device in ("cuda", "cpu"))
+        assert got.shape == want.shape and np.isfinite(got).all()
+        # Random weights: logits are flat, and every rounding shows. Transformers' own bf16 runs are as far.
+        distance, regret, logprob = compare(got, want)
+        assert distance < 0.06 and regret < 0.15 and logprob < 0.03, (distance, regret, logprob)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if Golden(name).prompts[0].logits_bf16 is not None])
+def test_as_near_as_other_bf16_arithmetic(name):
+    """Not more than twice as far from float32 arithmetic as Transformers' own bf16 run."""
+    llm = load(str(Golden(name).path), "cuda")
+    for prompt in Golden(name).prompts:
+        ours = compare(llm.logits(prompt.sequence)[prompt.rows], prompt.logits)[0]
+        theirs = compare(prompt.logits_bf16, prompt.logits)[0]
+        assert ours <= 2 * theirs, (ours, theirs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_generated_token_is_as_good_as_the_best(name):
+    """Token by token (the decode kernels), judged by the CPU's logits of the same sequence."""
+    path = str(Golden(name).path)
+    for prompt in Golden(name).prompts:
+        (out,) = greedy(load(path, "cuda"), [prompt.tokens], 24, ignore_eos=True)
+        sequence = prompt.tokens + list(out.token_ids)
+        rows = log_softmax(load(path, "cpu").logits(sequence[:-1])[len(prompt.tokens) - 1 :])
+        regret = rows.max(-1) - rows[np.arange(len(out.token_ids)), list(out.token_ids)]
+        assert regret.max() < 0.15, regret
+
+
+# -------------------------------------------------------------------------------------- the embedded model
+
+
+def test_logits_of_the_embedded_model():
+    for prompt, expected in questions(4):
+        got, want = (load(hub.EMBEDDED, d).logits(prompt + expected) for d in ("cuda", "cpu"))
+        rows = slice(len(prompt) - 1, -1)
+        distance, regret, logprob = compare(got[rows], want[rows])
+        assert distance < 0.03 and regret < 0.2 and logprob < 0.02, (distance, regret, logprob)
+
+
+def test_answers_of_the_embedded_model():
+    """The same text for at least 95 % of the questions."""
+    prompts = [prompt for prompt, _ in questions(16)]
+    got, want = (greedy(load(hub.EMBEDDED, d), prompts, bench.MAX_TOKENS) for d in ("cuda", "cpu"))
+    same = [a.token_ids == b.token_ids for a, b in zip(got, want, strict=True)]
+    assert np.mean(same) >= 0.95, f"{len(same) - sum(same)} of {len(same)} differ"
+
+
+def test_drafts_of_the_embedded_model():
+    for prompt, expected in questions(1):
+        got, want = (load(hub.EMBEDDED, d, mtp=True).mtp_logits(prompt + expected) for d in ("cuda", "cpu"))
+        distance, _, logprob = compare(got[len(prompt) :], want[len(prompt) :])
+        assert distance < 0.05 and logprob < 0.05, (distance, logprob)
+
+
+# ---------------------------------------------------------------------------------------------- any company
+
+
+def deterministic(**limits):
+    return load(hub.EMBEDDED, "cuda", deterministic=True, **limits)
+
+
+def test_a_prompt_in_pieces():
+    """64 tokens a step or 512: the same tokens, and with `deterministic` the same bits."""
+    long = [max((p for p, _ in questions(2)), key=len), questions(1)[0][0]]
+    for prompt in long:
+        whole, pieces = (deterministic(max_num_batched_tokens=n).logits(prompt) for n in (512, 64))
+        assert np.array_equal(whole, pieces)
+        whole, pieces = (
+            load(hub.EMBEDDED, "cuda", max_num_batched_tokens=n).logits(prompt) for n in (512, 64)
+        )
+        distance, regret, logprob = compare(pieces, whole)
+        assert distance < 0.03 and regret < 0.2 and logprob < 0.02, (distance, regret, logprob)
+
+
+def test_alone_and_among_32():
+    """With `deterministic` the same tokens and, to the bit, the same log-probabilities; without it the same tokens but
+    where two are as good as equal."""
+    prompts = [prompt for prompt, _ in questions(4)][:32]
+    llm = deterministic(max_num_seqs=32)
+    together = greedy(llm, prompts, 48, logprobs=3)
+    for prompt, out in zip(prompts, together, strict=True):
+        (alone,) = greedy(llm, [prompt], 48, logprobs=3)
+        assert alone.token_ids == out.token_ids and alone.logprobs == out.logprobs
+    llm = load(hub.EMBEDDED, "cuda")
+    together = greedy(llm, prompts, 48)
+    same = [
+        greedy(llm, [p], 48)[0].token_ids == out.token_ids for p, out in zip(prompts, together, strict=True)
+    ]
+    assert np.mean(same) >= 0.9
+
+
+def test_preemption():
+    """Too few pages for all: requests are sent back and computed again."""
+    prompts = [prompt for prompt, _ in questions(4) if len(prompt) < 200][:12]
+    config = {"max_model_len": 512, "max_num_seqs": 8}
+    few, many = (deterministic(kv_cache_bytes=n, **config) for n in (1_000_000, 1 << 30))
+    got, want = (greedy(llm, prompts, 200, ignore_eos=True) for llm in (few, many))
+    # Tokens that are computed again go through attention side by side, which sums in another order.
+    same = [a.token_ids == b.token_ids for a, b in zip(got, want, strict=True)]
+    assert np.mean(same) >= 0.9
+
+
+def test_limits():
+    llm = LLM(hub.EMBEDDED, device="cuda", gpu_memory_utilization=0.2)
+    assert llm.device == "cuda:0" and llm.max_model_len == load(hub.EMBEDDED, "cpu").max_model_len
+    with pytest.raises(RequestError, match="dtype: found float32; allowed: auto, bfloat16"):
+        LLM(hub.EMBEDDED, device="cuda", dtype="float32")

@@ -129,7 +129,8 @@ fn find_nvcc() -> Option<PathBuf> {
 fn find_runtime(nvcc: &Path) -> Result<PathBuf, String> {
     let real = nvcc.canonicalize().unwrap_or_else(|_| nvcc.to_path_buf());
     let roots = [nvcc, &real].into_iter().filter_map(|n| n.parent()?.parent());
-    let places = ["lib", "lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"];
+    let places =
+        ["lib", "lib64", "lib/x86_64-linux-gnu", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"];
     roots
         .flat_map(|root| places.map(|place| root.join(place).join("libcudart_static.a")))
         .find(|file| file.is_file())

@@ -22,6 +22,7 @@ const INSTALL: &str = "the `cuda` feature needs nvcc of CUDA 13: set NVCC or CUD
 const ENTRIES: &str = "import sys, sysconfig
 for entry in dict.fromkeys([*sys.path, *map(sysconfig.get_path, ('purelib', 'platlib'))]): print(entry)";
 
+#[allow(clippy::print_stderr)] // a build script says so what is wrong
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {

@@ -4,7 +4,7 @@ A GPU multiplies bf16 and rounds activations to it, so that tokens may differ wh
 bounded is how much worse, by the CPU's logits, the GPU's choice is, and how far log-probabilities are apart.
 """
 
-from functools import cache
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -17,7 +17,7 @@ from qwen35rs import LLM, RequestError, SamplingParams, bench, hub, tasks
 pytestmark = pytest.mark.gpu
 
 
-@cache
+@lru_cache(4)  # a device is not endless
 def load(path, device, **limits):
     return LLM(path, device=device, **limits)
 

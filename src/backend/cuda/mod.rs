@@ -5,6 +5,7 @@
 //! cuBLASLt's own where it is used. With `deterministic`, every product takes the kernel for many rows.
 
 mod blas;
+mod buffers;
 mod device;
 mod ffi;
 mod step;
@@ -16,7 +17,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::blas::Blas;
-use self::device::{Device, Memory, Pinned};
+use self::buffers::{
+    Buf, Moe, Pages, Slots, Vector, attention_dims, bytes_of, delta_dims, is_run, product, slot_parts,
+};
+use self::device::Device;
 use self::step::{MIN_WIDE_ROWS, Step};
 use self::weights::{Linear, Uploader};
 use super::cpu::linear::to_f32;
@@ -39,61 +43,6 @@ pub struct Cuda {
 struct State {
     step: Option<Step>,
     error: Option<Error>,
-}
-
-/// Activations `[rows, width]`.
-pub struct Buf {
-    memory: Memory,
-    rows: usize,
-    width: usize,
-    precision: Precision,
-    /// Where it is read to.
-    host: Option<Pinned>,
-}
-
-impl Buf {
-    fn row_bytes(&self) -> usize {
-        self.width * bytes_of(self.precision)
-    }
-
-    /// The leading rows, on the host, once everything that was launched has run.
-    fn fetch(&mut self, device: &Arc<Device>, rows: usize) -> Result<&Pinned> {
-        let bytes = rows * self.row_bytes();
-        let host = match &mut self.host {
-            Some(host) => host,
-            none => none.insert(Pinned::new(device, self.memory.bytes())?),
-        };
-        self.memory.read(host, bytes)?;
-        Ok(host)
-    }
-}
-
-/// A small f32 parameter.
-pub struct Vector(Memory);
-
-/// The weights of one sparse block.
-pub struct Moe {
-    dims: ffi::MoeDims,
-    router: Linear,
-    gate_up: Linear,
-    down: Linear,
-    shared_gate_up: Linear,
-    shared_down: Linear,
-    shared_gate: Linear,
-}
-
-/// Keys and values of one attention layer, each bf16 `[num_pages, num_kv_heads, PAGE_LEN, head_dim]`.
-pub struct Pages {
-    k: Memory,
-    v: Memory,
-}
-
-/// States f32 `[num_slots, V, k_dim, v_dim]` and convolution tails bf16 `[num_slots, kernel - 1, C]`.
-pub struct Slots {
-    state: Memory,
-    tail: Memory,
-    state_bytes: usize,
-    tail_bytes: usize,
 }
 
 /// Sees that device `ordinal` is there and can be used.
@@ -528,14 +477,16 @@ impl Backend for Cuda {
             // SAFETY: rows of x, as many as fit `to`.
             let code =
                 unsafe { ffi::q35_gather(stream, at, num as c_int, x.memory.ptr(), row_bytes as i64, to) };
-            // SAFETY: as many elements as were gathered.
+            let from = &step.gathered;
             Ok(match (code, x.precision, out.precision) {
-                (0, Precision::Compute, Precision::Full) => unsafe {
-                    ffi::q35_to_f32(stream, elements, step.gathered.ptr(), out.memory.ptr())
-                },
-                (0, Precision::Full, Precision::Compute) => unsafe {
-                    ffi::q35_to_bf16(stream, elements, step.gathered.ptr(), out.memory.ptr())
-                },
+                (0, Precision::Compute, Precision::Full) => {
+                    // SAFETY: as many elements as were gathered.
+                    unsafe { ffi::q35_to_f32(stream, elements, from.ptr(), out.memory.ptr()) }
+                }
+                (0, Precision::Full, Precision::Compute) => {
+                    // SAFETY: as above.
+                    unsafe { ffi::q35_to_bf16(stream, elements, from.ptr(), out.memory.ptr()) }
+                }
                 _ => code,
             })
         });
@@ -604,45 +555,5 @@ impl Backend for Cuda {
         if let Err(error) = clear() {
             self.state().error.get_or_insert(error);
         }
-    }
-}
-
-fn bytes_of(precision: Precision) -> usize {
-    match precision {
-        Precision::Full => 4,
-        Precision::Compute => 2,
-    }
-}
-
-/// Bytes of a slot's state and of its tail.
-fn slot_parts(dims: &DeltaConfig) -> (usize, usize) {
-    let state = 4 * dims.num_v_heads * dims.k_dim * dims.v_dim;
-    (state, 2 * (dims.conv_kernel - 1) * dims.conv_channels())
-}
-
-fn product(dims: &[usize]) -> Option<usize> {
-    dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
-}
-
-/// Whether rows follow one another.
-fn is_run(rows: &[usize]) -> bool {
-    rows.windows(2).all(|pair| pair[0] + 1 == pair[1])
-}
-
-fn delta_dims(dims: &DeltaConfig) -> ffi::DeltaDims {
-    ffi::DeltaDims {
-        num_k_heads: dims.num_k_heads as i32,
-        num_v_heads: dims.num_v_heads as i32,
-        k_dim: dims.k_dim as i32,
-        v_dim: dims.v_dim as i32,
-        conv_kernel: dims.conv_kernel as i32,
-    }
-}
-
-fn attention_dims(dims: &AttentionConfig) -> ffi::AttentionDims {
-    ffi::AttentionDims {
-        num_q_heads: dims.num_q_heads as i32,
-        num_kv_heads: dims.num_kv_heads as i32,
-        head_dim: dims.head_dim as i32,
     }
 }

@@ -1,0 +1,105 @@
+//! What the CUDA backend holds on its device: activations, parameters, pages, slots; and their sizes.
+
+use std::sync::Arc;
+
+use super::device::{Device, Memory, Pinned};
+use super::ffi;
+use super::weights::Linear;
+use crate::Result;
+use crate::backend::Precision;
+use crate::config::{AttentionConfig, DeltaConfig};
+
+/// Activations `[rows, width]`.
+pub struct Buf {
+    pub(super) memory: Memory,
+    pub(super) rows: usize,
+    pub(super) width: usize,
+    pub(super) precision: Precision,
+    /// Where it is read to.
+    pub(super) host: Option<Pinned>,
+}
+
+impl Buf {
+    pub(super) fn row_bytes(&self) -> usize {
+        self.width * bytes_of(self.precision)
+    }
+
+    /// The leading rows, on the host, once everything that was launched has run.
+    pub(super) fn fetch(&mut self, device: &Arc<Device>, rows: usize) -> Result<&Pinned> {
+        let bytes = rows * self.row_bytes();
+        let host = match &mut self.host {
+            Some(host) => host,
+            none => none.insert(Pinned::new(device, self.memory.bytes())?),
+        };
+        self.memory.read(host, bytes)?;
+        Ok(host)
+    }
+}
+
+/// A small f32 parameter.
+pub struct Vector(pub(super) Memory);
+
+/// The weights of one sparse block.
+pub struct Moe {
+    pub(super) dims: ffi::MoeDims,
+    pub(super) router: Linear,
+    pub(super) gate_up: Linear,
+    pub(super) down: Linear,
+    pub(super) shared_gate_up: Linear,
+    pub(super) shared_down: Linear,
+    pub(super) shared_gate: Linear,
+}
+
+/// Keys and values of one attention layer, each bf16 `[num_pages, num_kv_heads, PAGE_LEN, head_dim]`.
+pub struct Pages {
+    pub(super) k: Memory,
+    pub(super) v: Memory,
+}
+
+/// States f32 `[num_slots, V, k_dim, v_dim]` and convolution tails bf16 `[num_slots, kernel - 1, C]`.
+pub struct Slots {
+    pub(super) state: Memory,
+    pub(super) tail: Memory,
+    pub(super) state_bytes: usize,
+    pub(super) tail_bytes: usize,
+}
+
+pub(super) fn bytes_of(precision: Precision) -> usize {
+    match precision {
+        Precision::Full => 4,
+        Precision::Compute => 2,
+    }
+}
+
+/// Bytes of a slot's state and of its tail.
+pub(super) fn slot_parts(dims: &DeltaConfig) -> (usize, usize) {
+    let state = 4 * dims.num_v_heads * dims.k_dim * dims.v_dim;
+    (state, 2 * (dims.conv_kernel - 1) * dims.conv_channels())
+}
+
+pub(super) fn product(dims: &[usize]) -> Option<usize> {
+    dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+}
+
+/// Whether rows follow one another.
+pub(super) fn is_run(rows: &[usize]) -> bool {
+    rows.windows(2).all(|pair| pair[0] + 1 == pair[1])
+}
+
+pub(super) fn delta_dims(dims: &DeltaConfig) -> ffi::DeltaDims {
+    ffi::DeltaDims {
+        num_k_heads: dims.num_k_heads as i32,
+        num_v_heads: dims.num_v_heads as i32,
+        k_dim: dims.k_dim as i32,
+        v_dim: dims.v_dim as i32,
+        conv_kernel: dims.conv_kernel as i32,
+    }
+}
+
+pub(super) fn attention_dims(dims: &AttentionConfig) -> ffi::AttentionDims {
+    ffi::AttentionDims {
+        num_q_heads: dims.num_q_heads as i32,
+        num_kv_heads: dims.num_kv_heads as i32,
+        head_dim: dims.head_dim as i32,
+    }
+}

@@ -182,7 +182,17 @@ def test_a_truncated_checkpoint(checkpoint, tmp_path):
     shutil.copytree(checkpoint, path)
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[:-100])
-    with pytest.raises(ConfigError, match="^tensor "):
+    with pytest.raises(ConfigError, match=r"m/model\.safetensors: truncated, shorter than its header says: "):
+        LLM(path)
+
+
+@pytest.mark.timeout(20)
+def test_a_special_file_is_not_opened(checkpoint, tmp_path):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not a regular file"):
         LLM(path)
 
 

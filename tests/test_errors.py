@@ -196,6 +196,17 @@ def test_a_special_file_is_not_opened(checkpoint, tmp_path):
         LLM(path)
 
 
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ messages[0].content | shout }}", "{{ shout(messages) }}"]
+)
+def test_a_broken_chat_template(checkpoint, tmp_path, template):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    (path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match="template"):
+        LLM(path).chat([{"role": "user", "content": "a"}], GREEDY)
+
+
 def test_weights_that_are_not_numbers(tmp_path):
     path = tiny.write_checkpoint(tmp_path / "m")
     tensors = tiny.read_safetensors(path / "model.safetensors")

@@ -82,6 +82,9 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
     let generation = unless_refused(GenerationConfig::from_dir(dir), &mut refused)?;
     let tensors = match &config {
         Some(config) => unless_refused(ModelTensors::resolve(&checkpoint, config), &mut refused)?,
+    if let (Some(config), Some(generation)) = (&config, &generation) {
+        unless_refused(generation.check(config), &mut refused)?;
+    }
         None => None,
     };
     let mut dtypes: BTreeMap<_, DTypeShare> = BTreeMap::new();

@@ -1,5 +1,6 @@
 """What cannot be served is refused with its own class, and with words that name the value and what is allowed."""
 
+import json
 import math
 import os
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from qwen35rs import LLM, ConfigError, OutOfMemoryError, Qwen35Error, RequestError, SamplingParams
+from qwen35rs import LLM, ConfigError, OutOfMemoryError, Qwen35Error, RequestError, SamplingParams, _core
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -194,6 +195,25 @@ def test_a_special_file_is_not_opened(checkpoint, tmp_path):
     os.mkfifo(path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model\.safetensors: not a regular file"):
         LLM(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_beams", 4, "num_beams: found 4; allowed: 1; this version does not implement it"),
+        ("suppress_tokens", [1], "suppress_tokens: found [1]; allowed: null; this version"),
+        ("max_length", 30, "max_length: found 30; allowed: null, or the context of 2048 tokens"),
+        ("eos_token_id", [1, 9999], f"eos_token_id: found 9999; allowed: token ids, 0 to {tiny.VOCAB - 1}"),
+    ],
+)
+def test_generation_that_is_not_implemented(checkpoint, tmp_path, key, value, words):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    (path / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigError) as caught:
+        LLM(path)
+    assert f"generation_config.{words}" in str(caught.value)
+    assert json.loads(_core.inspect_checkpoint(path, False))["refused"] == str(caught.value)
 
 
 @pytest.mark.parametrize(

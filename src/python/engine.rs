@@ -176,6 +176,7 @@ impl PyEngine {
         enter(py, move || {
             let config = ModelConfig::from_dir(&path)?;
             let defaults = GenerationConfig::from_dir(&path)?;
+            defaults.check(&config)?;
             let eos = stop_tokens(&defaults, text.as_deref(), config.vocab);
             let num_tokens = text.map_or(config.vocab, |t| t.len());
             let vocab = config.vocab;

@@ -400,6 +400,7 @@ def test_plan(demo):
     schemes = {r["scheme"] for r in as_json("plan", "9b", "--gpu", "l40s")["rows"]}
     assert schemes == {"bf16", "fp8", "int4", "int4-experts", "nvfp4", "mixed"}
     assert "does not fit" in ok("plan", "397b", "--gpu", "4090", "--cards", 1, "--scheme", "bf16")
+    assert "loaded with LLM(..., mtp=True)" in ok("inspect", DATA / "moe_vision_mtp")
     for path in (demo, f"{demo}/config.json"):
         assert as_json("plan", path)["config"]["hidden"] == 128
     # A context shorter than the default.

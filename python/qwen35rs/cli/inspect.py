@@ -123,7 +123,10 @@ def _sizes(found: dict[str, Any]) -> dict[str, str]:
         found["expert_layout"], f", experts {found['expert_layout']}"
     )
     rows["vision tower"] = _tensors(found["num_vision_tensors"], "not loaded: this version runs text")
-    rows["MTP module"] = _tensors(found["num_mtp_tensors"], "loaded with LLM(..., mtp=True)")
+    why = found["mtp_refused"]
+    rows["MTP module"] = _tensors(
+        found["num_mtp_tensors"], f"refused: {why}" if why else "loaded with LLM(..., mtp=True)"
+    )
     return rows
 
 

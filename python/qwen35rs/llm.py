@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,8 +40,10 @@ class LLM:
         tokenizer: another directory or hub name for the tokenizer; the model's own by default. A model
             without one runs on token ids.
         device: ``"cpu"``, or ``"auto"``, which is the CPU in this version.
-        dtype: how matrices are held: ``"auto"`` as the checkpoint has them (mapped, not copied),
-            ``"float32"``, ``"bfloat16"`` or ``"float16"``. Arithmetic is float32 always.
+        dtype: how matrices are held: ``"auto"`` as the checkpoint has them, ``"float32"``, ``"bfloat16"`` or
+            ``"float16"``. bfloat16 is packed at load, without loss, into three quarters of its bytes; matrices of
+            the other types, and the embedding, stay in the mapped file where it has them in that type. Arithmetic is
+            float32 always.
         mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
             has one that can be run. It takes memory, and no part in generating.
         max_model_len: longest prompt plus output, in tokens; the model's context, or what
@@ -108,7 +111,10 @@ class LLM:
         self.model = "embedded" if model is None else os.fspath(model)
         self.path = path
         if model is None and sys.stderr is not None:
-            print(NOTICE, file=sys.stderr, flush=True)
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # a full disk, a closed file: a note is worth no error
+                print(NOTICE, file=sys.stderr, flush=True)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -257,6 +263,10 @@ class LLM:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, (Sequence, np.ndarray)):
+            raise RequestError(
+                f"prompt: found {_short(prompt)}; allowed: text, a flat sequence of token ids, or a mapping of either"
+            )
         return None, _ids("prompt", prompt)
 
     def _run(
@@ -346,11 +356,13 @@ def _ids(name: str, ids: Any) -> list[int]:
         array = np.asarray(None)
     if array.size == 0 and array.ndim == 1:
         return []
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    if array.ndim == 1 and array.dtype.kind in "Of" and all(isinstance(i, (int, np.integer)) for i in ids):
+        array = array.astype(object)  # integers of more than 64 bits
+    elif array.ndim != 1 or array.dtype.kind not in "iu":
         raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
     if array.min() < 0 or array.max() >= 2**32:
-        bad = next(int(i) for i in array if not 0 <= i < 2**32)
-        raise RequestError(f"{name}: found {bad}; allowed: token ids from 0")
+        bad = next(int(i) for i in ids if not 0 <= i < 2**32)
+        raise RequestError(f"{name}: found {bad}; allowed: token ids, 0 to {2**32 - 1}")
     ids_list: list[int] = array.tolist()
     return ids_list
 

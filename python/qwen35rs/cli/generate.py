@@ -114,7 +114,7 @@ def _read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     if prompts:
         return [options.check_text(f"prompt {i}", text) for i, text in enumerate(prompts, 1)]
     if file is not None:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        data = options.stdin_bytes().read() if file == "-" else Path(file).read_bytes()
         # Only line feeds separate: other separators of unicode may be part of a prompt.
         lines = [line.rstrip("\r") for line in options.read_text(file, data).split("\n")]
         found = [line for line in lines if line.strip()]

@@ -221,6 +221,14 @@ def test_ctrl_c(demo):
     args = ["generate", "--model", demo, "Hello", "--max-tokens", "200000", "--ignore-eos"]
     for flag in [[], ["--json"]]:
         with subprocess.Popen(
+def test_generate_opens_the_reasoning(demo):
+    args = ["generate", "--model", demo, "--chat", "Hello", "--max-tokens", 4, "--temperature", 0]
+    text = as_json(*args)["outputs"][0]["samples"][0]["text"]
+    assert ok(*args) == f"<think>\n{text}\n"
+    assert ok(*args, "--n", 2).count(" ===\n<think>\n") == 2
+    assert not ok(*args, "--no-thinking").startswith("<think>")
+
+
             [*SCRIPT, *args, *flag], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as child:
             child.stderr.readline()  # the note on noise: it is loaded

@@ -21,7 +21,7 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Directory of a checkpoint, or a name on the hub; the embedded model by default.",
             show_default=False,
         ),

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::plan::{CacheBytes, ParamCounts, cache_bytes, param_counts};
-use crate::weights::{Checkpoint, Depth, ExpertTensors, FfnTensors, ModelTensors};
+use crate::weights::{Checkpoint, Depth, ExpertTensors, FfnTensors, ModelTensors, MtpTensors};
 use crate::{Error, Result};
 
 /// A checkpoint directory, described.
@@ -38,6 +38,8 @@ pub struct Inspection {
     pub num_vision_tensors: usize,
     /// Tensors of an MTP module.
     pub num_mtp_tensors: usize,
+    /// Why `mtp=True` is refused; absent if it is not.
+    pub mtp_refused: Option<String>,
     /// `fused`, `per_expert` or `mixed`; absent in a dense model or where the tensors do not match.
     pub expert_layout: Option<&'static str>,
     /// Bytes of weights read for one token, as stored. Absent where the tensors do not match.
@@ -80,10 +82,17 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
     let mut refused = None;
     let config = unless_refused(ModelConfig::from_dir(dir), &mut refused)?;
     let generation = unless_refused(GenerationConfig::from_dir(dir), &mut refused)?;
+    if let (Some(config), Some(generation)) = (&config, &generation) {
+        unless_refused(generation.check(config), &mut refused)?;
+    }
     let tensors = match &config {
         Some(config) => unless_refused(ModelTensors::resolve(&checkpoint, config), &mut refused)?,
         None => None,
     };
+    let mut mtp_refused = refused.clone();
+    if let Some(config) = &config {
+        unless_refused(MtpTensors::resolve(&checkpoint, config), &mut mtp_refused)?;
+    }
     let mut dtypes: BTreeMap<_, DTypeShare> = BTreeMap::new();
     for tensor in checkpoint.iter() {
         let empty = DTypeShare { dtype: tensor.dtype.name(), num_tensors: 0, num_elements: 0, bytes: 0 };
@@ -115,6 +124,7 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
         dtypes,
         num_vision_tensors: starting(&["model.visual.", "visual."]),
         num_mtp_tensors: starting(&["mtp."]),
+        mtp_refused,
         expert_layout: tensors.as_ref().and_then(expert_layout),
         weight_bytes_per_token: tensors.as_ref().zip(config.as_ref()).map(|(t, c)| t.bytes_per_token(c)),
         fingerprint: checkpoint.fingerprint(depth),

@@ -110,8 +110,14 @@ def test_what_is_refused(llm):
     ):
         bench.measure(llm, ["chess"])
     for num_items in (0, 10**9):
-        with pytest.raises(RequestError, match=f"num_items: found {num_items}; allowed: 1 to 100000"):
+        with pytest.raises(
+            RequestError, match=f"num_items: found {num_items}; allowed: an integer from 1 to"
+        ):
             bench.measure(llm, num_items=num_items)
+    with pytest.raises(RequestError, match=r"num_items: found 1\.5; allowed: an integer"):
+        bench.measure(llm, num_items=1.5)
+    with pytest.raises(RequestError, match="task: found 'chess'; allowed: "):
+        bench.measure(llm, "chess")
 
 
 def command(path, *more):

@@ -64,6 +64,30 @@ def test_help_of_a_command_has_an_example_and_json(name):
     assert f"qwen35rs {name} " in text and "--json" in text
 
 
+def test_the_examples_of_the_help_run(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen35rs.vocabulary.has_real_ranks", lambda: False)
+    (tmp_path / "prompts.txt").write_text("Hello\n")
+    examples = []
+    for command in app.registered_commands:
+        lines = [line.strip() for line in command.callback.__doc__.splitlines()]
+        examples += [line for line in lines if line.startswith("qwen35rs ")]
+    assert len(examples) > 12
+    for example in sorted(examples, key=lambda line: not line.startswith("qwen35rs demo")):
+        args = shlex.split(example.partition(" > ")[0])[1:]
+        if args[0] in ("generate", "chat"):
+            args += ["--max-tokens", "2"]
+        assert ok(*args, input="Hello\n"), example
+
+
+def test_the_help_is_whole():
+    text = " ".join(ok("plan", "--help").replace("│", " ").split())
+    for default in ("RTX 4090, ", "the fewest of 1, 2, 4, 8 that do]", "bf16, fp8, int4; ", "8192]"):
+        assert f"[default: {default}" in text
+    assert "[OPTIONS] [MODEL]" in ok("inspect", "--help")
+    assert all(len(line.rstrip()) < 80 for line in app.registered_callback.callback.__doc__.splitlines())
+
+
 def test_usage_errors_are_2(demo):
     for args in [
         ["nope"],
@@ -195,6 +219,14 @@ def test_streams_and_stdin_of_a_process(demo):
         rest = child.stdout.read()
     want = LLM(demo).generate("Hello", SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))[0]
     assert child.returncode == 0 and (first + rest).decode() == want.text + "\n"
+
+
+def test_generate_opens_the_reasoning(demo):
+    args = ["generate", "--model", demo, "--chat", "Hello", "--max-tokens", 4, "--temperature", 0]
+    text = as_json(*args)["outputs"][0]["samples"][0]["text"]
+    assert ok(*args) == f"<think>\n{text}\n"
+    assert ok(*args, "--n", 2).count(" ===\n<think>\n") == 2
+    assert not ok(*args, "--no-thinking").startswith("<think>")
 
 
 def test_a_reader_that_leaves_is_no_error(demo):
@@ -368,6 +400,7 @@ def test_inspect(demo):
         assert part in text
     assert "refused" not in text
     assert "not loaded" in ok("inspect", DATA / "moe_vision_mtp")
+    assert "loaded with LLM(..., mtp=True)" in ok("inspect", DATA / "moe_vision_mtp")
     assert "dense, width" in ok("inspect", DATA / "dense_r1")
 
 
@@ -412,9 +445,11 @@ def test_demo(tmp_path):
     assert found["vocab"] == "bytes" and "noise" in found["notice"]
     text = ok("demo", where, "--vocab", "bytes")  # an earlier demo is written again
     assert "random checkpoint" in text and "noise" in text
-    command = re.search(r"^  (qwen35rs generate .*)$", text, re.MULTILINE).group(1)
-    assert f"'{where}'" in command
-    assert ok("generate", "--model", where, "Hello")
+    printed = re.findall(r"^  (qwen35rs .*)$", text, re.MULTILINE)
+    assert printed == found["next"] and len(printed) == 3
+    for command in printed:
+        assert f"'{where}'" in command
+        assert ok(*shlex.split(command)[1:], input="Hello\n")
 
 
 def test_demo_without_the_real_vocabulary(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """What cannot be served is refused with its own class, and with words that name the value and what is allowed."""
 
+import contextlib
+import json
 import math
 import os
 import shutil
@@ -7,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from qwen35rs import LLM, ConfigError, OutOfMemoryError, Qwen35Error, RequestError, SamplingParams
+from qwen35rs import LLM, ConfigError, OutOfMemoryError, Qwen35Error, RequestError, SamplingParams, _core
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -28,14 +30,16 @@ def test_classes_of_errors():
         ("", "prompt: found 0 tokens; allowed: 1 to 2047 tokens"),
         ([[1] * 2048], "prompt: found 2048 tokens; allowed: 1 to 2047 tokens (max_model_len is 2048)"),
         ([[1, tiny.VOCAB]], f"prompt_token_ids: found {tiny.VOCAB}; allowed: token ids below {tiny.VOCAB}"),
-        ([[1, -1]], "prompt: found -1; allowed: token ids from 0"),
-        ([[1, 2**40]], f"prompt: found {2**40}; allowed: token ids from 0"),
+        ([[1, -1]], "prompt: found -1; allowed: token ids, 0 to 4294967295"),
+        ([[1, 2**40]], f"prompt: found {2**40}; allowed: token ids, 0 to 4294967295"),
+        ([2**70], f"prompt: found {2**70}; allowed: token ids, 0 to 4294967295"),
+        (["a", None], "prompt: found None; allowed: text, a flat sequence of token ids, or a mapping"),
         ([[True, False]], "prompt: found [True, False]; allowed: a flat sequence of token ids"),
         ([True, False], "prompt: found [True, False]; allowed: a flat sequence of token ids"),
         ([[1.5]], "prompt: found [1.5]; allowed: a flat sequence of token ids"),
         ([["a", "b"]], "prompt: found ['a', 'b']; allowed: a flat sequence of token ids"),
         ([[[1, 2], [3]]], "prompt: found [[1, 2], [3]]; allowed: a flat sequence of token ids"),
-        ([None], "prompt: found None; allowed: a flat sequence of token ids"),
+        ([None], "prompt: found None; allowed: text, a flat sequence of token ids, or a mapping"),
         (
             {"prompt": "a", "prompt_token_ids": [1]},
             "prompt: found keys ['prompt', 'prompt_token_ids']; allowed: one",
@@ -75,6 +79,11 @@ def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm):
         ("logprobs", -1, "logprobs: found -1; allowed: at least 0"),
         ("logprobs", 5000, "logprobs: found 5000; allowed: 0 to 1024"),
         ("stop", "", "stop: found an empty string"),
+        ("stop", 5, "stop: found 5; allowed: list[str]"),
+        ("stop", "a\ud800", r"stop: found ['a\ud800']; allowed: text without lone surrogates"),
+        ("seed", 2**70, f"seed: found {2**70}; allowed: integers of 64 bits"),
+        ("stop_token_ids", [2**70], "]; allowed: integers of 64 bits"),
+        ("ignore_eos", 3, "ignore_eos: found 3; allowed: bool"),
         ("stop_token_ids", [-1], "stop_token_ids: found -1; allowed: token ids"),
         ("logit_bias", {-1: 1.0}, "logit_bias: found -1; allowed: token ids"),
         ("logit_bias", {1: math.nan}, "logit_bias: found NaN; allowed: finite numbers"),
@@ -183,8 +192,67 @@ def test_a_truncated_checkpoint(checkpoint, tmp_path):
     shutil.copytree(checkpoint, path)
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[:-100])
-    with pytest.raises(ConfigError, match="^tensor "):
+    with pytest.raises(ConfigError, match=r"m/model\.safetensors: truncated, shorter than its header says: "):
         LLM(path)
+
+
+@pytest.mark.timeout(20)
+def test_a_special_file_is_not_opened(checkpoint, tmp_path):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not a regular file"):
+        LLM(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_beams", 4, "num_beams: found 4; allowed: 1; this version does not implement it"),
+        ("suppress_tokens", [1], "suppress_tokens: found [1]; allowed: null; this version"),
+        ("max_length", 30, "max_length: found 30; allowed: null, or the context of 2048 tokens"),
+        ("eos_token_id", [1, 9999], f"eos_token_id: found 9999; allowed: token ids, 0 to {tiny.VOCAB - 1}"),
+    ],
+)
+def test_generation_that_is_not_implemented(checkpoint, tmp_path, key, value, words):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    (path / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigError) as caught:
+        LLM(path)
+    assert f"generation_config.{words}" in str(caught.value)
+    assert json.loads(_core.inspect_checkpoint(path, False))["refused"] == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ messages[0].content | shout }}", "{{ shout(messages) }}"]
+)
+def test_a_broken_chat_template(checkpoint, tmp_path, template):
+    path = tmp_path / "m"
+    shutil.copytree(checkpoint, path)
+    (path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match="template"):
+        LLM(path).chat([{"role": "user", "content": "a"}], GREEDY)
+
+
+def test_ids_that_no_vocabulary_has(llm):
+    for call in (
+        lambda: llm.tokenizer.decode([2**70]),
+        lambda: llm.tokenizer.decode([1, -(2**70)]),
+        lambda: llm.tokenizer.token_bytes(2**70),
+    ):
+        with pytest.raises(RequestError, match=r"^token id: found -?1180591620717411303424; allowed: "):
+            call()
+
+
+def test_a_note_that_cannot_be_written(monkeypatch, tmp_path):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        assert LLM().model == "embedded"
+        with contextlib.suppress(OSError):
+            full.close()
+        assert LLM().model == "embedded"
 
 
 def test_weights_that_are_not_numbers(tmp_path):

@@ -1,5 +1,6 @@
 """The multi-token-prediction module: its drafts against the definition in float64, and what is said without it."""
 
+import json
 import shutil
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import tiny
 from golden import reference
 from golden.cases import DATA, Golden
-from qwen35rs import LLM, ConfigError, RequestError
+from qwen35rs import LLM, ConfigError, RequestError, _core
+from qwen35rs.cli import app
+from typer.testing import CliRunner
 
 # Published with one, its experts one by one beside a model's that are fused; dense; with fused experts.
 SOURCES = ["moe_vision_mtp", "dense_bf16", "dense_r1", "moe_bf16"]
@@ -101,8 +104,12 @@ def test_a_module_that_is_not_whole(tmp_path):
     ]:
         there = shutil.copytree(path, tmp_path / f"with {len(tensors)}")
         tiny.write_safetensors(there / "model.safetensors", tensors)
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=words) as caught:
             LLM(there, mtp=True)
+        found = json.loads(_core.inspect_checkpoint(there, False))
+        assert (found["refused"], found["mtp_refused"]) == (None, str(caught.value))
+        row = CliRunner().invoke(app, ["inspect", str(there)]).stdout
+        assert "loaded with" not in row and ("none in the files" if tensors is bare else "(refused: ") in row
         for mtp in (False, None):
             assert not LLM(there, mtp=mtp).has_mtp, "the model needs none"
 

@@ -53,7 +53,7 @@ class TaskResult:
 
 def measure(
     llm: LLM,
-    names: Iterable[str] | None = None,
+    names: str | Iterable[str] | None = None,
     *,
     num_items: int = 100,
     seed: int = 0,
@@ -62,19 +62,19 @@ def measure(
     """Asks held-out questions, greedily.
 
     Args:
-        names: tasks of ``qwen35rs.tasks.SUITE``; all by default.
+        names: tasks of ``qwen35rs.tasks.SUITE``, or one of them; all by default.
         num_items: questions of each.
         seed: which questions; the same seed, the same questions.
         done: called with each task's result as soon as it is there.
 
     Raises RequestError for an unknown task, no questions or too many, or a model whose context is too short for one.
     """
-    wanted = list(tasks.SUITE if names is None else names)
+    wanted = [names] if isinstance(names, str) else list(tasks.SUITE if names is None else names)
     for name in wanted:
         if name not in tasks.SUITE:
             raise RequestError(f"task: found {name!r}; allowed: {', '.join(map(repr, tasks.SUITE))}")
-    if not 1 <= num_items <= MAX_ITEMS:
-        raise RequestError(f"num_items: found {num_items}; allowed: 1 to {MAX_ITEMS}")
+    if not isinstance(num_items, (int, np.integer)) or not 1 <= num_items <= MAX_ITEMS:
+        raise RequestError(f"num_items: found {num_items!r}; allowed: an integer from 1 to {MAX_ITEMS}")
     results = []
     for name in wanted:
         results.append(_measure(llm, name, num_items, seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,9 +41,10 @@ class LLM:
             without one runs on token ids.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: what the environment's QWEN35RS_DEVICE says, else
             the first GPU where it can be used, else the CPU.
-        dtype: how matrices are held: ``"auto"`` as the checkpoint has them (mapped, not copied),
-            ``"float32"``, ``"bfloat16"`` or ``"float16"``; arithmetic is float32 always. On a GPU matrices and
-            activations are bfloat16, whatever the checkpoint has.
+        dtype: how matrices are held: ``"auto"`` as the checkpoint has them, ``"float32"``, ``"bfloat16"`` or
+            ``"float16"``. On the CPU bfloat16 is packed at load, without loss, into three quarters of its bytes;
+            matrices of the other types, and the embedding, stay in the mapped file where it has them in that type;
+            arithmetic is float32 always. On a GPU matrices and activations are bfloat16, whatever the checkpoint has.
         deterministic: on a GPU, make the bits of a request independent of what else is in its batches, at the cost of
             speed. On the CPU they always are.
         mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
@@ -119,7 +121,10 @@ class LLM:
         self.model = "embedded" if model is None else os.fspath(model)
         self.path = path
         if model is None and sys.stderr is not None:
-            print(NOTICE, file=sys.stderr, flush=True)
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # a full disk, a closed file: a note is worth no error
+                print(NOTICE, file=sys.stderr, flush=True)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -273,6 +278,10 @@ class LLM:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, (Sequence, np.ndarray)):
+            raise RequestError(
+                f"prompt: found {_short(prompt)}; allowed: text, a flat sequence of token ids, or a mapping of either"
+            )
         return None, _ids("prompt", prompt)
 
     def _run(
@@ -362,11 +371,13 @@ def _ids(name: str, ids: Any) -> list[int]:
         array = np.asarray(None)
     if array.size == 0 and array.ndim == 1:
         return []
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    if array.ndim == 1 and array.dtype.kind in "Of" and all(isinstance(i, (int, np.integer)) for i in ids):
+        array = array.astype(object)  # integers of more than 64 bits
+    elif array.ndim != 1 or array.dtype.kind not in "iu":
         raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
     if array.min() < 0 or array.max() >= 2**32:
-        bad = next(int(i) for i in array if not 0 <= i < 2**32)
-        raise RequestError(f"{name}: found {bad}; allowed: token ids from 0")
+        bad = next(int(i) for i in ids if not 0 <= i < 2**32)
+        raise RequestError(f"{name}: found {bad}; allowed: token ids, 0 to {2**32 - 1}")
     ids_list: list[int] = array.tolist()
     return ids_list
 

@@ -77,5 +77,9 @@ class SamplingParams:
             if field is None:
                 raise
             value = getattr(self, name)
-            allowed = "integers of 64 bits" if isinstance(value, int) else field.type
+            allowed = field.type
+            if isinstance(error.__cause__, OverflowError):
+                allowed = "integers of 64 bits"
+            elif isinstance(error.__cause__, UnicodeEncodeError):
+                allowed = "text without lone surrogates"
             raise _core.RequestError(f"{name}: found {value!r:.80}; allowed: {allowed}") from None

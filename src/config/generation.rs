@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use super::fields::Fields;
-use super::read_error;
+use super::{ModelConfig, read_error};
 use crate::{Error, Result};
 
 /// What a checkpoint says about generation. Absent keys stay `None`, and the caller's defaults apply.
@@ -35,6 +36,80 @@ pub struct GenerationConfig {
     pub frequency_penalty: Option<f64>,
     /// Most tokens to generate.
     pub max_new_tokens: Option<usize>,
+    /// Most tokens of prompt and output, where that is the limit. Not implemented: see [`GenerationConfig::check`].
+    #[serde(skip)]
+    max_length: Option<usize>,
+}
+
+/// What Transformers takes for no `max_length` at all.
+const DEFAULT_MAX_LENGTH: usize = 20;
+
+/// A value of Transformers that has no effect.
+enum Neutral {
+    /// Absent, `null`, or an empty list, object or string.
+    Nothing,
+    /// This number too.
+    Number(f64),
+    /// `false` too.
+    False,
+}
+
+/// Keys that change what is generated and that are not implemented, with the value that has no effect.
+const UNSUPPORTED: [(&str, Neutral); 28] = [
+    ("num_beams", Neutral::Number(1.0)),
+    ("num_beam_groups", Neutral::Number(1.0)),
+    ("diversity_penalty", Neutral::Number(0.0)),
+    ("constraints", Neutral::Nothing),
+    ("force_words_ids", Neutral::Nothing),
+    ("typical_p", Neutral::Number(1.0)),
+    ("top_h", Neutral::Nothing),
+    ("epsilon_cutoff", Neutral::Number(0.0)),
+    ("eta_cutoff", Neutral::Number(0.0)),
+    ("penalty_alpha", Neutral::Number(0.0)),
+    ("dola_layers", Neutral::Nothing),
+    ("guidance_scale", Neutral::Number(1.0)),
+    ("encoder_repetition_penalty", Neutral::Number(1.0)),
+    ("no_repeat_ngram_size", Neutral::Number(0.0)),
+    ("encoder_no_repeat_ngram_size", Neutral::Number(0.0)),
+    ("bad_words_ids", Neutral::Nothing),
+    ("sequence_bias", Neutral::Nothing),
+    ("suppress_tokens", Neutral::Nothing),
+    ("begin_suppress_tokens", Neutral::Nothing),
+    ("forced_bos_token_id", Neutral::Nothing),
+    ("forced_eos_token_id", Neutral::Nothing),
+    ("exponential_decay_length_penalty", Neutral::Nothing),
+    ("min_length", Neutral::Number(0.0)),
+    ("min_new_tokens", Neutral::Number(0.0)),
+    ("max_time", Neutral::Nothing),
+    ("stop_strings", Neutral::Nothing),
+    ("watermarking_config", Neutral::Nothing),
+    ("token_healing", Neutral::False),
+];
+
+impl Neutral {
+    fn covers(&self, value: &Value) -> bool {
+        let empty = match value {
+            Value::Null => true,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            Value::String(text) => text.is_empty(),
+            Value::Bool(_) | Value::Number(_) => false,
+        };
+        match self {
+            Neutral::Nothing => empty,
+            Neutral::Number(neutral) => empty || value.as_f64() == Some(*neutral),
+            Neutral::False => empty || value == &Value::Bool(false),
+        }
+    }
+
+    fn allowed(&self) -> String {
+        let only = match self {
+            Neutral::Nothing => "null".to_string(),
+            Neutral::Number(neutral) => neutral.to_string(),
+            Neutral::False => "false".to_string(),
+        };
+        format!("{only}; this version does not implement it")
+    }
 }
 
 impl GenerationConfig {
@@ -42,7 +117,7 @@ impl GenerationConfig {
     ///
     /// # Errors
     /// `Io` if the file is there and cannot be read, `File` if it is not JSON, `Config` for a value of a
-    /// wrong type or out of range.
+    /// wrong type or out of range, or one that asks for what is not implemented.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("generation_config.json");
         match std::fs::read_to_string(&path) {
@@ -55,7 +130,8 @@ impl GenerationConfig {
     /// Reads the text of a `generation_config.json`. `origin` is the file that errors name.
     ///
     /// # Errors
-    /// `File` if the text is not JSON, `Config` for a value of a wrong type or out of range.
+    /// `File` if the text is not JSON, `Config` for a value of a wrong type or out of range, or one that asks for
+    /// what is not implemented.
     pub fn from_json(text: &str, origin: &Path) -> Result<Self> {
         let value = serde_json::from_str(text).map_err(|e| Error::file(origin, format!("not JSON: {e}")))?;
         let fields = Fields::new("generation_config", &value)?;
@@ -67,6 +143,14 @@ impl GenerationConfig {
             Some(0.0) => Err(fields.refuse(key, format!("a number above 0, at most {max}"))),
             other => Ok(other),
         };
+        for (key, neutral) in &UNSUPPORTED {
+            if fields.get(key).is_some_and(|value| !neutral.covers(value)) {
+                return Err(fields.refuse(key, neutral.allowed()));
+            }
+        }
+        // The prompt counts too, so it is no limit of new tokens; Transformers reads it where there is none of those.
+        let max_new_tokens = fields.integer("max_new_tokens", 1, u64::from(u32::MAX))?;
+        let max_length = fields.integer("max_length", 0, u64::from(u32::MAX))?;
         Ok(GenerationConfig {
             eos_token_ids: fields.token_ids("eos_token_id")?.unwrap_or_default(),
             pad_token_id: id("pad_token_id")?,
@@ -79,8 +163,34 @@ impl GenerationConfig {
             repetition_penalty: positive("repetition_penalty", 1e6)?,
             presence_penalty: fields.number_in("presence_penalty", -1e6, 1e6)?,
             frequency_penalty: fields.number_in("frequency_penalty", -1e6, 1e6)?,
-            max_new_tokens: fields.integer("max_new_tokens", 1, u64::from(u32::MAX))?,
+            max_new_tokens,
+            max_length: max_length.filter(|&n| max_new_tokens.is_none() && n != DEFAULT_MAX_LENGTH),
         })
+    }
+
+    /// Checks what only the model can tell.
+    ///
+    /// # Errors
+    /// `Config` for a stop token outside the vocabulary, and for a `max_length` below the context.
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+        let (vocab, context) = (config.vocab, config.max_context());
+        if let Some(id) = self.eos_token_ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::config(
+                "generation_config.eos_token_id",
+                id,
+                format!("token ids, 0 to {}", vocab - 1),
+            ));
+        }
+        match self.max_length {
+            Some(n) if n < context => Err(Error::config(
+                "generation_config.max_length",
+                n,
+                format!(
+                    "null, or the context of {context} tokens and more; max_new_tokens limits the output"
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the file asks for the most likely token at every step.

@@ -447,10 +447,69 @@ fn generation_defaults() {
             }
         }
     }
+    // What has no effect in Transformers passes, and so does what only keeps books.
+    for neutral in [
+        r#"{"num_beams": 1, "typical_p": 1.0, "min_length": 0, "guidance_scale": null, "suppress_tokens": []}"#,
+        r#"{"transformers_version": "5", "use_cache": true, "_from_model_config": true, "max_length": 20}"#,
+    ] {
+        assert_eq!(read(neutral).unwrap(), GenerationConfig::default());
+    }
+    for (key, value, allowed) in [
+        ("num_beams", "4", "1; "),
+        ("typical_p", "0.9", "1; "),
+        ("epsilon_cutoff", "0.001", "0; "),
+        ("eta_cutoff", "0.001", "0; "),
+        ("no_repeat_ngram_size", "3", "0; "),
+        ("encoder_no_repeat_ngram_size", "3", "0; "),
+        ("min_new_tokens", "5", "0; "),
+        ("min_length", "5", "0; "),
+        ("guidance_scale", "1.5", "1; "),
+        ("penalty_alpha", "0.6", "0; "),
+        ("diversity_penalty", "0.5", "0; "),
+        ("suppress_tokens", "[1]", "null; "),
+        ("begin_suppress_tokens", "[1]", "null; "),
+        ("bad_words_ids", "[[1]]", "null; "),
+        ("stop_strings", "[\"a\"]", "null; "),
+        ("stop_strings", "\"a\"", "null; "),
+        ("forced_eos_token_id", "0", "null; "),
+        ("forced_bos_token_id", "0", "null; "),
+        ("sequence_bias", "[[[1],2.0]]", "null; "),
+        ("exponential_decay_length_penalty", "[1,1.1]", "null; "),
+        ("token_healing", "true", "false; "),
+    ] {
+        match read(&format!("{{\"{key}\": {value}}}")) {
+            Err(Error::Config { field, found, allowed: words }) => {
+                assert_eq!((field, found.as_str()), (format!("generation_config.{key}"), value));
+                assert!(words.starts_with(allowed), "{key}: {words}");
+            }
+            other => panic!("{key} {value}: {other:?}"),
+        }
+    }
     assert!(matches!(read("["), Err(Error::File { .. })));
     assert!(matches!(read("[]"), Err(Error::Config { .. })));
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(GenerationConfig::from_dir(dir.path()).unwrap(), GenerationConfig::default());
+}
+
+#[test]
+fn generation_against_the_model() {
+    let model = read(&moe()).unwrap();
+    let check = |text: &str| {
+        GenerationConfig::from_json(text, Path::new("generation_config.json")).unwrap().check(&model)
+    };
+    let (last, context) = (model.vocab - 1, model.max_context());
+    check(&format!(r#"{{"eos_token_id": [0, {last}], "max_length": {context}}}"#)).unwrap();
+    check(r#"{"max_length": 30, "max_new_tokens": 5}"#).unwrap();
+    let error = |text: &str| check(text).unwrap_err().to_string();
+    assert_eq!(
+        error(&format!(r#"{{"eos_token_id": [0, {}]}}"#, model.vocab)),
+        format!("generation_config.eos_token_id: found {}; allowed: token ids, 0 to {last}", model.vocab)
+    );
+    let found = error(r#"{"max_length": 30}"#);
+    assert!(
+        found.starts_with("generation_config.max_length: found 30; allowed: null, or the context"),
+        "{found}"
+    );
 }
 
 fn any_json() -> impl Strategy<Value = Value> {

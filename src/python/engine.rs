@@ -260,6 +260,7 @@ impl PyEngine {
         enter(py, move || {
             let config = ModelConfig::from_dir(&path)?;
             let defaults = GenerationConfig::from_dir(&path)?;
+            defaults.check(&config)?;
             let eos_token_ids = stop_tokens(&defaults, text.as_deref(), config.vocab);
             let num_tokens = text.map_or(config.vocab, |t| t.len());
             let (vocab, eos) = (config.vocab, eos_token_ids.clone());

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
 
 use numpy::PyArray1;
-use pyo3::exceptions::PyIndexError;
+use pyo3::exceptions::{PyIndexError, PyOverflowError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -356,10 +356,14 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Id {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        let id: i64 = object.extract()?;
-        u32::try_from(id)
-            .map(Id)
-            .map_err(|_| to_py(Error::request("token id", id, "an id of the vocabulary")))
+        let refuse = |found: String| to_py(Error::request("token id", found, "an id of the vocabulary"));
+        match object.extract::<i64>() {
+            Ok(id) => u32::try_from(id).map(Id).map_err(|_| refuse(id.to_string())),
+            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
+                Err(refuse(object.str()?.to_string()))
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

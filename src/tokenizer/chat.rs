@@ -34,8 +34,8 @@ impl ChatTemplate {
     /// `tokenizer_config.json` (of several, the one named `default`), else the built-in one.
     ///
     /// # Errors
-    /// `Io` if a file is there and cannot be read, `File` if it is not what its name says, `Template` if
-    /// the template does not compile.
+    /// `Io` if a file is there and cannot be read, `File` if it is not what its name says or if its template does
+    /// not compile.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let config_path = dir.join("tokenizer_config.json");
         let config = match read_if_there(&config_path)? {
@@ -43,11 +43,13 @@ impl ChatTemplate {
                 .map_err(|e| Error::file(&config_path, format!("not JSON: {e}")))?,
             None => Json::Null,
         };
-        let source = match read_if_there(&dir.join("chat_template.jinja"))? {
-            Some(text) => Some(text),
-            None => template_entry(&config, &config_path)?,
+        let own_path = dir.join("chat_template.jinja");
+        let (source, path) = match read_if_there(&own_path)? {
+            Some(text) => (Some(text), own_path),
+            None => (template_entry(&config, &config_path)?, config_path),
         };
-        let mut template = Self::from_str(source.as_deref().unwrap_or(QWEN3_5))?;
+        let mut template = Self::compile(source.as_deref().unwrap_or(QWEN3_5))
+            .map_err(|e| Error::file(path, format!("the chat template does not compile: {e}")))?;
         template.special_tokens = special_tokens(&config);
         Ok(template)
     }
@@ -55,12 +57,15 @@ impl ChatTemplate {
     /// Compiles a template's text.
     ///
     /// # Errors
-    /// `Template` if it does not compile.
+    /// `Config` if it does not compile.
     #[allow(clippy::should_implement_trait)] // the trait has no room for this error's meaning
     pub fn from_str(source: &str) -> Result<Self> {
-        let mut env = environment().map_err(template_error)?;
-        env.add_template_owned(NAME, source.to_string())
-            .map_err(|e| Error::Template(format!("does not compile: {e}")))?;
+        Self::compile(source).map_err(|e| Error::config("chat_template", e, "a template that compiles"))
+    }
+
+    fn compile(source: &str) -> Result<Self, minijinja::Error> {
+        let mut env = environment()?;
+        env.add_template_owned(NAME, source.to_string())?;
         Ok(ChatTemplate { env: Arc::new(env), source: source.into(), special_tokens: Arc::new([]) })
     }
 
@@ -358,7 +363,22 @@ fn template_error(error: minijinja::Error) -> Error {
         }
         source = inner.source();
     }
-    Error::Template(error.to_string())
+    // The template is at fault here, whatever the conversation is.
+    let broken = matches!(
+        error.kind(),
+        ErrorKind::SyntaxError
+            | ErrorKind::UnknownFilter
+            | ErrorKind::UnknownTest
+            | ErrorKind::UnknownFunction
+            | ErrorKind::TemplateNotFound
+            | ErrorKind::UnknownBlock
+    );
+    match broken {
+        true => {
+            Error::config("chat_template", error, "filters, tests and functions of the published templates")
+        }
+        false => Error::Template(error.to_string()),
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -125,6 +126,12 @@ impl Checkpoint {
     /// Whether the checkpoint has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    /// The first name at or after `start`, in order of bytes.
+    pub(super) fn name_from(&self, start: &str) -> Option<&str> {
+        let mut after = self.tensors.range::<str, _>((Bound::Included(start), Bound::Unbounded));
+        after.next().map(|(name, _)| name.as_str())
     }
 
     /// Every tensor, by name.

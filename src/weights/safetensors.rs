@@ -43,11 +43,12 @@ pub struct TensorInfo {
 /// # Errors
 /// `Io` if the file cannot be opened or mapped, `File` or `Tensor` as in [`parse_header`].
 pub fn open(path: &Path) -> Result<Vec<Tensor>> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
+    // Asked before it is opened: opening a FIFO waits for a writer.
+    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if !meta.is_file() {
-        return Err(Error::file(path, "not a file"));
+        return Err(Error::file(path, "not a regular file"));
     }
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
     // SAFETY: the map is read-only, and checkpoints are not written to while they are in use. Should
     // another program shorten the file, reads past its new end raise SIGBUS; no memory is corrupted.
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
@@ -102,7 +103,7 @@ pub fn parse_header(bytes: &[u8], path: &Path) -> Result<Vec<TensorInfo>> {
     };
     let mut tensors = Vec::with_capacity(entries.len());
     for (name, entry) in entries {
-        tensors.push(check_entry(name, entry, 8 + length, data.len())?);
+        tensors.push(check_entry(name, entry, 8 + length, data.len(), path)?);
     }
     tensors.sort_by_key(|t| (t.range.start, t.range.end));
     check_coverage(&tensors, 8 + length, bytes.len(), path)?;
@@ -110,7 +111,7 @@ pub fn parse_header(bytes: &[u8], path: &Path) -> Result<Vec<TensorInfo>> {
 }
 
 /// Checks one entry by itself. `start` is where the data begins in the file.
-fn check_entry(name: String, entry: Entry, start: usize, data_len: usize) -> Result<TensorInfo> {
+fn check_entry(name: String, entry: Entry, start: usize, data_len: usize, path: &Path) -> Result<TensorInfo> {
     let wrong = |found: String, expected: String| Error::Tensor { name: name.clone(), found, expected };
     let Some(dtype) = DType::from_name(&entry.dtype) else {
         let names: Vec<_> = DType::ALL.iter().map(|(_, name, _)| *name).collect();
@@ -125,9 +126,17 @@ fn check_entry(name: String, entry: Entry, start: usize, data_len: usize) -> Res
         return Err(wrong(found, "a whole number of bytes".to_string()));
     }
     let [from, to] = entry.data_offsets;
-    if from > to || to > data_len as u64 {
-        let found = format!("bytes {from}..{to}");
-        return Err(wrong(found, format!("bytes inside the {data_len} that follow the header")));
+    if from > to {
+        return Err(wrong(format!("bytes {from}..{to}"), "an end that is not before the start".to_string()));
+    }
+    if to > data_len as u64 {
+        return Err(Error::file(
+            path,
+            format!(
+                "truncated, shorter than its header says: {name} has bytes {from}..{to}, and {data_len} bytes \
+                 follow the header"
+            ),
+        ));
     }
     if to - from != bits / 8 {
         let expected = format!("{} bytes for {dtype} {:?}", bits / 8, entry.shape);

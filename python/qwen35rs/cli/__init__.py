@@ -51,8 +51,9 @@ def qwen35rs(
 
     \b
     A model is the directory of a checkpoint, or a name on the Hugging
-    Face hub; where none is named, the small one of the package runs. Results go to stdout, notes and errors to stderr; every
-    command has --json. Exit codes: 0 done, 1 error, 2 usage, 130 Ctrl-C.
+    Face hub; where none is named, the small one of the package runs.
+    Results go to stdout, notes and errors to stderr; every command has
+    --json. Exit codes: 0 done, 1 error, 2 usage, 130 Ctrl-C.
     """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,8 +54,10 @@ def chat(
     \b
     Ctrl-C stops an answer, Ctrl-D ends; /clear, /exit and /help are
     commands. Over a pipe each line is a message, reasoning is printed
-    between <think> and </think>, and --json prints a line for each turn.
+    between <think> and </think>, and --json prints a line for each turn;
+    the exit code is 1 if a line could not be answered.
     """
+    options.stdin_bytes()  # a closed one is refused before a model is loaded
     params = options.sampling(
         stop,
         max_tokens=max_tokens,
@@ -91,22 +94,33 @@ class _Session:
         if self.talks:
             note(f"{self.llm.model}: {self.llm.max_model_len:,} tokens of context. {_HELP}")
             self._edit_lines()
-        while (line := self._read()) is not None:
-            command = line.strip()
-            if command in ("/exit", "/quit"):
-                break
-            if command == "/clear":
-                self.messages = list(self.first)
-                note("note: the conversation is forgotten")
-            elif command == "/help":
-                note(_HELP)
-            elif command:
-                try:
+        while True:
+            try:
+                line = self._read()
+                if line is None or line.strip() in ("/exit", "/quit"):
+                    return good or self.talks
+                if not self._command(line):
                     self._answer(options.check_text("message", line))
-                except Qwen35Error as error:
-                    error_line(error)
-                    good = False
-        return good or self.talks
+            except Qwen35Error as error:
+                error_line(error)
+                good = False
+
+    def _command(self, line: str) -> bool:
+        """Whether a line is no message; does what it says. Raises RequestError for an unknown command."""
+        command = line.strip()
+        if command == "/clear":
+            self.messages = list(self.first)
+            note("note: the conversation is forgotten")
+        elif command == "/help":
+            note(_HELP)
+        elif re.match(r"/[A-Za-z]+(\s|$)", line):
+            raise RequestError(
+                f"command: found {command.split()[0]}; allowed: /clear, /exit, /quit, /help; "
+                "a line that starts with a space is a message"
+            )
+        else:
+            return not command
+        return True
 
     def _edit_lines(self) -> None:
         try:
@@ -126,7 +140,7 @@ class _Session:
                 write("\n")
                 note("(Ctrl-D or /exit ends)")
                 return ""
-        data = sys.stdin.buffer.readline()
+        data = options.stdin_bytes().readline()
         return options.read_text("stdin", data).rstrip("\r\n") if data else None
 
     def _answer(self, text: str) -> None:

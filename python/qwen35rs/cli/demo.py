@@ -37,7 +37,8 @@ def demo(
 
     \b
     qwen35rs demo ./demo
-    qwen35rs generate ./demo "Hello"
+    qwen35rs generate "Hello" -m ./demo
+    qwen35rs chat -m ./demo
 
     \b
     The net is the family's: sparse experts, three delta-rule layers to
@@ -60,7 +61,11 @@ def demo(
         experts_per_token=experts_per_token,
     )
     where = shlex.quote(directory)
-    following = [f'qwen35rs generate {where} "Hello"', f"qwen35rs chat {where}", f"qwen35rs inspect {where}"]
+    following = [
+        f'qwen35rs generate "Hello" -m {where}',
+        f"qwen35rs chat -m {where}",
+        f"qwen35rs inspect {where}",
+    ]
     if json:
         write_json(
             {
@@ -76,4 +81,5 @@ def demo(
     write(
         f"{directory}: {count(made.num_params)} parameters, {gib(made.num_bytes)}, vocabulary: {made.vocab}\n"
     )
-    write(f"This is a random checkpoint: its text is noise. Next:\n\n  {following[0]}\n")
+    lines = "".join(f"  {command}\n" for command in following)
+    write(f"This is a random checkpoint: its text is noise. Next:\n\n{lines}")

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..sampling import SamplingParams
 
 
+_OPEN = "<think>\n"
+
+
 @guarded
 def generate(
     prompts: Annotated[
@@ -104,7 +107,9 @@ def generate(
         ids = [llm.tokenizer.encode(text) for text in shown]
     if logprobs is not None and not json:
         note("note: --logprobs shows in --json only")
-    run = _Run(llm, ids, params, show=not json)
+    # A template that opens the reasoning leaves the tag in the prompt; the text shown begins with it.
+    opened = bool(chat) and all(text.endswith(_OPEN) for text in shown)
+    run = _Run(llm, ids, params, show=not json, before=_OPEN if opened else "")
     if json:
         write_json(_report(llm.model, texts, ids, run, load_s))
     elif sys.stderr.isatty():
@@ -115,7 +120,7 @@ def _read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     if prompts:
         return [options.check_text(f"prompt {i}", text) for i, text in enumerate(prompts, 1)]
     if file is not None:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        data = options.stdin_bytes().read() if file == "-" else Path(file).read_bytes()
         # Only line feeds separate: other separators of unicode may be part of a prompt.
         lines = [line.rstrip("\r") for line in options.read_text(file, data).split("\n")]
         found = [line for line in lines if line.strip()]
@@ -153,12 +158,14 @@ class _Sample:
 class _Run:
     """All prompts at once, and what came of them."""
 
-    def __init__(self, llm: LLM, ids: list[list[int]], params: SamplingParams, show: bool) -> None:
+    def __init__(
+        self, llm: LLM, ids: list[list[int]], params: SamplingParams, show: bool, before: str
+    ) -> None:
         self.samples = [
             _Sample(logprobs=None if params.logprobs is None else []) for _ in range(len(ids) * params.n)
         ]
         self.num_samples = params.n
-        printer = _Printer(self.samples, params.n) if show else None
+        printer = _Printer(self.samples, params.n, before) if show else None
         started = time.perf_counter()
         for delta in llm._engine.generate(ids, [params] * len(ids)):
             sample = self.samples[delta.index]
@@ -184,8 +191,8 @@ class _Run:
 class _Printer:
     """Shows samples in order: the first unfinished one as it comes, the others when their turn is there."""
 
-    def __init__(self, samples: list[_Sample], n: int) -> None:
-        self.samples, self.n = samples, n
+    def __init__(self, samples: list[_Sample], n: int, before: str) -> None:
+        self.samples, self.n, self.before = samples, n, before
         self.at = 0
         self.num_written: int | None = None  # characters of the sample at `at`; None before its heading
 
@@ -196,6 +203,7 @@ class _Printer:
                 return
             if self.num_written is None:
                 self._heading()
+                write(self.before)
                 self.num_written = 0
             write(sample.shown[self.num_written :])
             self.num_written = len(sample.shown)

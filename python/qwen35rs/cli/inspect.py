@@ -21,7 +21,7 @@ def inspect(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Directory of a checkpoint, or a name on the hub; the embedded model by default.",
             show_default=False,
         ),
@@ -123,7 +123,10 @@ def _sizes(found: dict[str, Any]) -> dict[str, str]:
         found["expert_layout"], f", experts {found['expert_layout']}"
     )
     rows["vision tower"] = _tensors(found["num_vision_tensors"], "not loaded: this version runs text")
-    rows["MTP module"] = _tensors(found["num_mtp_tensors"], "loaded with LLM(..., mtp=True)")
+    why = found["mtp_refused"]
+    rows["MTP module"] = _tensors(
+        found["num_mtp_tensors"], f"refused: {why}" if why else "loaded with LLM(..., mtp=True)"
+    )
     return rows
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
@@ -97,6 +98,13 @@ def check_text(name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise RequestError(f"{name}: found bytes that are not UTF-8 at character {error.start}") from None
     return text
+
+
+def stdin_bytes() -> BinaryIO:
+    """Stdin. Raises RequestError where the caller closed it."""
+    if sys.stdin is None:
+        raise RequestError("stdin: found it closed; allowed: an open file, a pipe or a terminal")
+    return sys.stdin.buffer
 
 
 def read_text(name: str, data: bytes) -> str:

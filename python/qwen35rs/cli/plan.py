@@ -36,23 +36,23 @@ def plan(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Card, such as 4090, h100 or 'RTX PRO 6000'; may be repeated. [default: {', '.join(GPUS)}]"
+            help=f"Card, such as 4090, h100 or 'RTX PRO 6000'; may be repeated. \\[default: {', '.join(GPUS)}]"
         ),
     ] = None,
     cards: Annotated[
         list[int] | None,
-        typer.Option(help="Number of cards; may be repeated. [default: the fewest of 1, 2, 4, 8 that do]"),
+        typer.Option(help="Number of cards; may be repeated. \\[default: the fewest of 1, 2, 4, 8 that do]"),
     ] = None,
     scheme: Annotated[
         list[str] | None,
         typer.Option(
             help="bf16, fp8, int4, int4-experts, nvfp4, nvfp4-experts or mixed; may be repeated. "
-            "[default: bf16, fp8, int4; all of them for a --gpu]"
+            "\\[default: bf16, fp8, int4; all of them for a --gpu]"
         ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(help=f"Tokens of each sequence. [default: {CONTEXT}]"),
+        typer.Option(help=f"Tokens of each sequence. \\[default: {CONTEXT}]"),
     ] = None,
     fp8_kv: Annotated[bool, typer.Option("--fp8-kv", help="Keys and values in fp8.")] = False,
     vision: Annotated[bool, typer.Option("--vision", help="Hold the vision tower.")] = False,

@@ -5,6 +5,7 @@ Text of the user or of the model is never read as markup.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -75,13 +76,14 @@ def error_line(error: Exception) -> None:
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr."""
+    """Prints a line on stderr, where that can be written to."""
     line = " ".join(text.splitlines()).translate(_PICTURES)
     line = line.encode("utf-8", "replace").decode("utf-8")
     sys.stdout.flush()
-    encoding = sys.stderr.encoding or "utf-8"
-    sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # a full disk, a reader that left, a closed file
+        encoding = sys.stderr.encoding or "utf-8"
+        sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stderr.flush()
 
 
 def write(text: str, style: str = "") -> None:

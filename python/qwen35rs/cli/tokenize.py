@@ -47,7 +47,7 @@ def tokenize(
     """
     if text is not None and token_ids is not None:
         raise typer.BadParameter("give a text or --token-ids")
-    if text is None and token_ids is None and sys.stdin.isatty():
+    if text is None and token_ids is None and (sys.stdin is None or sys.stdin.isatty()):
         raise RequestError("text: found none; allowed: an argument, or text on stdin")
     from ..tokenizer import Tokenizer
 

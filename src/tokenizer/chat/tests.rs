@@ -358,7 +358,8 @@ fn a_directory_names_its_template() {
     std::fs::write(path.join("chat_template.jinja"), "C").unwrap();
     assert_eq!(source(path).unwrap(), "C");
     std::fs::write(path.join("chat_template.jinja"), "{% if %}").unwrap();
-    assert!(matches!(source(path), Err(Error::Template(_))));
+    assert!(matches!(source(path), Err(Error::File { path, .. }) if path.ends_with("chat_template.jinja")));
+    assert!(matches!(ChatTemplate::from_str("{% if %}"), Err(Error::Config { .. })));
     std::fs::write(&config, "{").unwrap();
     assert!(matches!(source(path), Err(Error::File { .. })));
 }

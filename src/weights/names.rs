@@ -282,7 +282,7 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    /// The routed experts: fused if both stacks are there, else one by one if anything of one expert is.
+    /// The routed experts: one by one if anything of a single expert is there, else fused.
     fn experts(
         &mut self,
         prefix: &str,
@@ -290,20 +290,17 @@ impl<'a> Resolver<'a> {
         width: usize,
         hidden: usize,
     ) -> Option<ExpertTensors> {
-        let stacked = ["gate_up_proj", "down_proj"].map(|name| format!("{prefix}{name}"));
-        let has_stacks = stacked.iter().all(|name| self.checkpoint.contains(name));
         // Digits come before letters.
         let first =
             self.checkpoint.name_from(&format!("{prefix}0")).and_then(|name| name.strip_prefix(prefix));
         let has_single = first.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
-        if has_single && !has_stacks {
+        if has_single {
             let triples: Vec<_> =
                 (0..num_experts).map(|e| self.triple(&format!("{prefix}{e}."), width, hidden)).collect();
             return triples.into_iter().collect::<Option<_>>().map(ExpertTensors::PerExpert);
         }
-        let [gate_up_proj, down_proj] = stacked;
-        let gate_up_proj = self.take(gate_up_proj, &[num_experts, 2 * width, hidden]);
-        let down_proj = self.take(down_proj, &[num_experts, hidden, width]);
+        let gate_up_proj = self.take(format!("{prefix}gate_up_proj"), &[num_experts, 2 * width, hidden]);
+        let down_proj = self.take(format!("{prefix}down_proj"), &[num_experts, hidden, width]);
         Some(ExpertTensors::Fused { gate_up_proj: gate_up_proj?, down_proj: down_proj? })
     }
 

@@ -22,7 +22,6 @@ const INSTALL: &str = "the `cuda` feature needs nvcc of CUDA 13: set NVCC or CUD
 const ENTRIES: &str = "import sys, sysconfig
 for entry in dict.fromkeys([*sys.path, *map(sysconfig.get_path, ('purelib', 'platlib'))]): print(entry)";
 
-#[allow(clippy::print_stderr)] // a build script says so what is wrong
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
@@ -33,9 +32,9 @@ fn main() {
         println!("cargo:rerun-if-env-changed={name}");
     }
     if let Err(error) = build() {
-        // One line per line of the reason: cargo shows a panic's text with its own noise around it.
-        eprintln!("\nerror: {error}\n");
-        std::process::exit(1);
+        for line in error.lines() {
+            println!("cargo::error={line}");
+        }
     }
 }
 

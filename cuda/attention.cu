@@ -1,8 +1,7 @@
 // Attention layers: norm and rotation of queries and keys, attention with odd head sizes, and the launchers. Attention
 // with the family's sizes is in attention_prefill.cu and attention_decode.cu.
-#include "tile.cuh"
+#include "attention.cuh"
 
-namespace q35 {
 namespace {
 
 // ------------------------------------------------------------------------------- norm, rotation, write to the pages
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(32 * HEAD_WARPS) qk_norm_rope_write_kernel(Rop
         unpack8(words, x);
 #pragma unroll
         for (int i = 0; i < 8; i++) squares += x[i] * x[i];
-        const float scale = 1.0f / sqrtf(warp_sum(squares) / float(d) + args.eps);
+        const float scale = 1.0f / sqrtf(lane_sum(squares) / float(d) + args.eps);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] = active ? x[i] * scale * norm[start + i] : 0.0f;
         // The lanes of the first half trade with those of the second; the others trade with themselves.
@@ -79,13 +78,10 @@ __global__ void __launch_bounds__(32 * HEAD_WARPS) qk_norm_rope_write_kernel(Rop
         const int angle = lane < distance ? start : start - half;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const float y = __shfl_sync(0xffffffffu, x[i], partner);
+            const float y = __shfl_sync(ALL_LANES, x[i], partner);
             if (lane < 2 * distance) x[i] = x[i] * cosines[angle + i] + sign * y * sines[angle + i];
         }
-        if (active) {
-            *reinterpret_cast<uint4 *>(to + start) =
-                make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-        }
+        if (active) store8(to + start, x);
     } else {
         if (is_value) {
             for (int i = lane; i < d; i += 32) to[i] = from[i];
@@ -96,7 +92,7 @@ __global__ void __launch_bounds__(32 * HEAD_WARPS) qk_norm_rope_write_kernel(Rop
             const float x = __bfloat162float(from[i]);
             squares += x * x;
         }
-        const float scale = 1.0f / sqrtf(warp_sum(squares) / float(d) + args.eps);
+        const float scale = 1.0f / sqrtf(lane_sum(squares) / float(d) + args.eps);
         auto normed = [&](int i) { return __bfloat162float(from[i]) * scale * norm[i]; };
         for (int i = lane; i < half; i += 32) {
             const float a = normed(i), b = normed(i + half);
@@ -139,7 +135,7 @@ __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(AttentionArgs a
             const int column = lane + 32 * i;
             if (column < d) dot += q[i] * __bfloat162float(args.k[at + column]);
         }
-        const float score = warp_sum(dot) * args.scale;
+        const float score = lane_sum(dot) * args.scale;
         const float highest = fmaxf(top, score), safe = highest == -INFINITY ? 0.0f : highest;
         const float fade = exp2f(top - safe), weight = exp2f(score - safe);
         top = highest;
@@ -162,7 +158,7 @@ __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(AttentionArgs a
 
 cudaError_t plain(cudaStream_t stream, const AttentionArgs &args) {
     const int64_t tasks = int64_t(args.batch.num_tokens) * args.q_heads;
-    const int64_t blocks = (tasks + PLAIN_WARPS - 1) / PLAIN_WARPS;
+    const int64_t blocks = ceil_div(tasks, PLAIN_WARPS);
     if (blocks > INT32_MAX || args.head_dim > 1024) return cudaErrorInvalidValue;
     if (args.head_dim <= 256) {
         plain_kernel<8><<<unsigned(blocks), 32 * PLAIN_WARPS, 0, stream>>>(args);
@@ -187,9 +183,6 @@ bool fits(const AttentionArgs &args) {
 }
 
 }  // namespace
-}  // namespace q35
-
-using namespace q35;
 
 extern "C" int q35_qk_norm_rope_write(void *stream, q35_batch batch, q35_attention_dims dims, const float *q_norm,
                                       const float *k_norm, float eps, const float *inv_freq, const uint8_t *axis,
@@ -198,16 +191,16 @@ extern "C" int q35_qk_norm_rope_write(void *stream, q35_batch batch, q35_attenti
     if (batch.num_tokens == 0) return cudaSuccess;
     const int d = dims.head_dim;
     if (2 * num_freqs > d) return cudaErrorInvalidValue;
-    const RopeArgs args{batch,  dims.num_q_heads, dims.num_kv_heads, d,          num_freqs,         stride,
-                        q_norm, k_norm,           inv_freq,          axis,       eps,               rope_scale,
-                        native(projected),        native(q),         native(k_pages), native(v_pages)};
+    const RopeArgs args{batch,  dims.num_q_heads, dims.num_kv_heads, d,                num_freqs,       stride,
+                        q_norm, k_norm,           inv_freq,          axis,             eps,             rope_scale,
+                        as_bf16(projected),       as_bf16(q),        as_bf16(k_pages), as_bf16(v_pages)};
     const int heads = dims.num_q_heads + 2 * dims.num_kv_heads;
     const dim3 grid(unsigned(batch.num_tokens), unsigned(ceil_div(heads, HEAD_WARPS)));
     const size_t shared = 2 * sizeof(float) * size_t(num_freqs);
     if (grid.y > 65535 || shared > 48 * 1024) return cudaErrorInvalidValue;
     const bool vector = d % 8 == 0 && d <= 256 && num_freqs % 8 == 0 && stride % 8 == 0 && aligned(projected, 16) &&
                         aligned(q, 16) && aligned(k_pages, 16) && aligned(v_pages, 16);
-    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+    const cudaStream_t on = as_stream(stream);
     if (vector) {
         qk_norm_rope_write_kernel<true><<<grid, 32 * HEAD_WARPS, shared, on>>>(args);
     } else {
@@ -233,12 +226,12 @@ extern "C" int q35_gated_attention(void *stream, q35_batch batch, q35_attention_
                              dims.head_dim,
                              stride,
                              log2e / sqrtf(float(dims.head_dim)),
-                             native(q),
-                             native(projected),
-                             native(k_pages),
-                             native(v_pages),
-                             native(out)};
-    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+                             as_bf16(q),
+                             as_bf16(projected),
+                             as_bf16(k_pages),
+                             as_bf16(v_pages),
+                             as_bf16(out)};
+    const cudaStream_t on = as_stream(stream);
     if (!fits(args)) return plain(on, args);
     if (batch.max_query_len > MAX_DECODE_LEN) {
         const cudaError_t status = attention_prefill(on, args);

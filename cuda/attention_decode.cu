@@ -1,7 +1,6 @@
 // Attention of sequences with few new tokens: their keys are split over blocks, and the results merged.
-#include "tile.cuh"
+#include "attention.cuh"
 
-namespace q35 {
 namespace {
 
 constexpr int DECODE_WARPS = 4, DECODE_THREADS = 32 * DECODE_WARPS, DECODE_ROWS = 16, DECODE_KEYS = 16, STAGES = 2;
@@ -123,51 +122,19 @@ __device__ void decode_tile(const AttentionArgs &args, const Partials &partials,
         float s[2][4] = {};
 #pragma unroll 8
         for (int k = 0; k < D; k += 16) {
-            unsigned a[4], b[4];
+            uint32_t a[4], b[4];
             load_matrices(a, q_row + k);
             load_matrices(b, k_row + k);
-            mma(s[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-            mma(s[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+            mma(s[0], a, b);
+            mma(s[1], a, b + 2);
         }
         const int key0 = begin + tile * DECODE_KEYS;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float highest = top[i];
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float &x = s[n][2 * i + j];
-                    const int key = key0 + 8 * n + lane % 4 * 2 + j;
-                    x = key <= position[i] ? x * args.scale : -INFINITY;
-                    highest = fmaxf(highest, x);
-                }
-            }
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-            const float safe = highest == -INFINITY ? 0.0f : highest;
-            const float fade = exp2f(top[i] - safe);
-            top[i] = highest;
-            sum[i] *= fade;
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    s[n][2 * i + j] = exp2f(s[n][2 * i + j] - safe);
-                    sum[i] += s[n][2 * i + j];
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                out[n][2 * i] *= fade;
-                out[n][2 * i + 1] *= fade;
-            }
-        }
-        const unsigned a0 = pack(s[0][0], s[0][1]), a1 = pack(s[0][2], s[0][3]);
-        const unsigned a2 = pack(s[1][0], s[1][1]), a3 = pack(s[1][2], s[1][3]);
+        softmax_step<2, D>(args, s, key0, position, top, sum, out);
+        const uint32_t a0 = pack2(s[0][0], s[0][1]), a1 = pack2(s[0][2], s[0][3]);
+        const uint32_t a2 = pack2(s[1][0], s[1][1]), a3 = pack2(s[1][2], s[1][3]);
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
-            unsigned b[4];
+            uint32_t b[4];
             load_matrices_transposed(b, v_row + n * 16);
             mma(out[2 * n], a0, a1, a2, a3, b[0], b[1]);
             mma(out[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
@@ -178,8 +145,8 @@ __device__ void decode_tile(const AttentionArgs &args, const Partials &partials,
 
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
         if (lane % 4 == 0) warp_scales[warp][lane / 4 + 8 * i] = make_float2(top[i], sum[i]);
     }
     copy_wait<0>();
@@ -263,7 +230,7 @@ __global__ void __launch_bounds__(D) decode_merge_kernel(AttentionArgs args, Par
     if (query_len > MAX_DECODE_LEN || index >= query_len) return;
     const int len = batch.cached_len[seq] + index + 1;
     const int64_t segment = segment_len(len, max_segments(args.kv_heads));
-    const int num = int((len + segment - 1) / segment), t = threadIdx.x;
+    const int num = int(ceil_div(len, segment)), t = threadIdx.x;
     const int64_t at = partials.at(seq, index, 0, args.q_heads) + head;
     if (t < num) scales[t] = partials.scales[at + int64_t(t) * args.q_heads];
     __syncthreads();
@@ -343,5 +310,3 @@ cudaError_t attention_decode(cudaStream_t stream, const AttentionArgs &args, flo
         default: return cudaErrorInvalidValue;
     }
 }
-
-}  // namespace q35

@@ -1,8 +1,7 @@
 // Attention of sequences with many new tokens: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over pages, the query
 // heads of a key head packed into the rows of a tile; own code.
-#include "tile.cuh"
+#include "attention.cuh"
 
-namespace q35 {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS, KEYS = Q35_PAGE_LEN;
@@ -34,18 +33,18 @@ __device__ bool find_tile(const q35_batch &batch, int group, int index, int &seq
         int end = tiles;  // of the tiles of this lane's sequence and those before it
 #pragma unroll
         for (int i = 1; i < 32; i *= 2) {
-            const int before = __shfl_up_sync(0xffffffffu, end, i);
+            const int before = __shfl_up_sync(ALL_LANES, end, i);
             if (lane >= i) end += before;
         }
-        const unsigned past = __ballot_sync(0xffffffffu, index < end);
+        const unsigned past = __ballot_sync(ALL_LANES, index < end);
         if (past != 0) {
             const int found = __ffs(past) - 1;
             seq = first + found;
             // The last tiles of a sequence see the most keys, so they start first.
-            tile = __shfl_sync(0xffffffffu, end, found) - 1 - index;
+            tile = __shfl_sync(ALL_LANES, end, found) - 1 - index;
             return true;
         }
-        index -= __shfl_sync(0xffffffffu, end, 31);
+        index -= __shfl_sync(ALL_LANES, end, 31);
     }
     return false;
 }
@@ -104,14 +103,14 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
         float s[KEYS / 8][4] = {};
 #pragma unroll 4
         for (int k = 0; k < D; k += 16) {
-            unsigned a[4];
+            uint32_t a[4];
             load_matrices(a, q_row + k);
 #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) {
-                unsigned b[4];
+                uint32_t b[4];
                 load_matrices(b, k_row + n * 16 * (D + 8) + k);
-                mma(s[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-                mma(s[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+                mma(s[2 * n], a, b);
+                mma(s[2 * n + 1], a, b + 2);
             }
         }
         __syncthreads();  // nobody reads the keys any more
@@ -120,50 +119,18 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
         }
         copy_commit();
 
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float highest = top[i];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float &x = s[n][2 * i + j];
-                    const int key = key0 + 8 * n + lane % 4 * 2 + j;
-                    x = key <= position[i] ? x * args.scale : -INFINITY;
-                    highest = fmaxf(highest, x);
-                }
-            }
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-            const float safe = highest == -INFINITY ? 0.0f : highest;
-            const float fade = exp2f(top[i] - safe);
-            top[i] = highest;
-            sum[i] *= fade;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    s[n][2 * i + j] = exp2f(s[n][2 * i + j] - safe);
-                    sum[i] += s[n][2 * i + j];
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                out[n][2 * i] *= fade;
-                out[n][2 * i + 1] *= fade;
-            }
-        }
+        softmax_step<KEYS / 8, D>(args, s, key0, position, top, sum, out);
 
         copy_wait<1>();  // all but the next keys: the values are there
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++) {
-            const unsigned a0 = pack(s[2 * k][0], s[2 * k][1]), a1 = pack(s[2 * k][2], s[2 * k][3]);
-            const unsigned a2 = pack(s[2 * k + 1][0], s[2 * k + 1][1]);
-            const unsigned a3 = pack(s[2 * k + 1][2], s[2 * k + 1][3]);
+            const uint32_t a0 = pack2(s[2 * k][0], s[2 * k][1]), a1 = pack2(s[2 * k][2], s[2 * k][3]);
+            const uint32_t a2 = pack2(s[2 * k + 1][0], s[2 * k + 1][1]);
+            const uint32_t a3 = pack2(s[2 * k + 1][2], s[2 * k + 1][3]);
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
-                unsigned b[4];
+                uint32_t b[4];
                 load_matrices_transposed(b, v_row + k * 16 * (D + 8) + n * 16);
                 mma(out[2 * n], a0, a1, a2, a3, b[0], b[1]);
                 mma(out[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
@@ -174,8 +141,8 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
 
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
+        sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
         if (position[i] < 0) continue;
         const int row = row0 + 16 * warp + lane / 4 + 8 * i;
         const int64_t token = first + row / group;
@@ -188,7 +155,7 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
             const int column = 8 * n + lane % 4 * 2;
             const float a = out[n][2 * i] * inverse * sigmoid(__bfloat162float(gate[column]));
             const float b = out[n][2 * i + 1] * inverse * sigmoid(__bfloat162float(gate[column + 1]));
-            *reinterpret_cast<unsigned *>(to + column) = pack(a, b);
+            *reinterpret_cast<uint32_t *>(to + column) = pack2(a, b);
         }
     }
 }
@@ -222,5 +189,3 @@ cudaError_t attention_prefill(cudaStream_t stream, const AttentionArgs &args) {
         default: return cudaErrorInvalidValue;
     }
 }
-
-}  // namespace q35

@@ -144,9 +144,8 @@ __device__ __forceinline__ float4 axpy(float s, float4 a, float4 b) {
 }
 
 __device__ __forceinline__ float4 add_lanes(float4 a, int step) {
-    const unsigned all = 0xffffffffu;
-    return a + make_float4(__shfl_xor_sync(all, a.x, step), __shfl_xor_sync(all, a.y, step),
-                           __shfl_xor_sync(all, a.z, step), __shfl_xor_sync(all, a.w, step));
+    return a + make_float4(__shfl_xor_sync(ALL_LANES, a.x, step), __shfl_xor_sync(ALL_LANES, a.y, step),
+                           __shfl_xor_sync(ALL_LANES, a.z, step), __shfl_xor_sync(ALL_LANES, a.w, step));
 }
 
 // The gated delta rule (Yang et al. 2024, arXiv:2412.06464), token by token. A block has 32 columns of one head's state,

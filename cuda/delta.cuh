@@ -31,7 +31,7 @@ __device__ __forceinline__ float log_decay(const DeltaArgs &args, const bf16 *ba
 }
 
 __device__ __forceinline__ float write_strength(const bf16 *ba, int head) {
-    return 1.0f / (1.0f + expf(-__bfloat162float(ba[head])));
+    return precise_sigmoid(__bfloat162float(ba[head]));
 }
 
 // Whether the kernels that hold states in registers take these sizes; the others go through the plain recurrence.

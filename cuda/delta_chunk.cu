@@ -13,6 +13,7 @@
 //
 // Source: Yang et al. 2024 (arXiv:2412.06464), the UT transform as in the flash-linear-attention project; own code.
 #include "delta.cuh"
+#include "mma.cuh"
 
 namespace {
 
@@ -49,50 +50,24 @@ __global__ void delta_plan(q35_batch batch, Plan plan) {
     int num_chunks = 0, num_seqs = 0;
     for (int base = 0; base < batch.num_seqs; base += 32) {
         const int seq = base + lane;
-        const int count = seq < batch.num_seqs ? (tokens_in_chunks(batch.chunked_len[seq]) + C - 1) / C : 0;
+        const int count = seq < batch.num_seqs ? ceil_div(tokens_in_chunks(batch.chunked_len[seq]), C) : 0;
         int sum = count;
         for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, sum, step);
+            const int other = __shfl_up_sync(ALL_LANES, sum, step);
             if (lane >= step) sum += other;
         }
         const int first = num_chunks + sum - count;
-        const unsigned active = __ballot_sync(0xffffffffu, count > 0);
+        const unsigned active = __ballot_sync(ALL_LANES, count > 0);
         if (count > 0) plan.seqs[num_seqs + __popc(active & ((1u << lane) - 1))] = make_int2(seq, first);
         for (unsigned left = active; left != 0; left &= left - 1) {
             const int from = __ffs(left) - 1;
-            const int n = __shfl_sync(0xffffffffu, count, from), at = __shfl_sync(0xffffffffu, first, from);
+            const int n = __shfl_sync(ALL_LANES, count, from), at = __shfl_sync(ALL_LANES, first, from);
             for (int i = lane; i < n; i += 32) plan.chunks[at + i] = make_int2(base + from, i);
         }
-        num_chunks += __shfl_sync(0xffffffffu, sum, 31);
+        num_chunks += __shfl_sync(ALL_LANES, sum, 31);
         num_seqs += __popc(active);
     }
     if (lane == 0) plan.counts[0] = num_chunks, plan.counts[1] = num_seqs;
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t r[4], const bf16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t r[4], const bf16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-
-// c [16, 8] += a [16, 16] b [16, 8].
-__device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Two neighbouring accumulator tiles [16, 8] as one A operand [16, 16], in two bf16 parts.
@@ -132,18 +107,6 @@ __device__ __forceinline__ void multiply_lower(float (*out)[4], const float (*x)
             }
         }
     }
-}
-
-// 16 bytes from global to shared memory, or zeros.
-__device__ __forceinline__ void copy16(void *to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
 }
 
 // WIDTH columns of 64 rows, those from `len` on zeros. The source of a zero is `from` itself: an address that is valid.
@@ -209,10 +172,10 @@ __global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args,
         double sum = g[0] + g[1];
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
-            const double other = __shfl_up_sync(0xffffffffu, sum, step);
+            const double other = __shfl_up_sync(ALL_LANES, sum, step);
             if (lane >= step) sum += other;
         }
-        double before = __shfl_up_sync(0xffffffffu, sum, 1);
+        double before = __shfl_up_sync(ALL_LANES, sum, 1);
         if (lane == 0) before = 0.0;
         const double sums[2] = {before + g[0], sum};
 #pragma unroll
@@ -222,7 +185,8 @@ __global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args,
             s.g_low[2 * lane + j] = static_cast<float>(sums[j] - high);
         }
     }
-    copy_wait();
+    copy_commit();
+    copy_wait<0>();
     __syncthreads();
 
     {  // Two threads a row.
@@ -399,11 +363,12 @@ __global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
             for (int e = 0; e < 4; e++)
                 st[n][e] = state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8];
 
-        const int chunks = (tokens + C - 1) / C;
+        const int chunks = ceil_div(tokens, C);
         for (int chunk = 0; chunk < chunks; chunk++) {
             const int stage = chunk & 1;
             const bool more = chunk + 1 < chunks;
-            copy_wait();
+            copy_commit();
+            copy_wait<0>();
             __syncthreads();  // this chunk is there, and nobody reads the last one's k, v and factors any more
             if (more) load_kv(chunk + 1);
 

@@ -1,4 +1,5 @@
-// What the elementwise and delta kernels share: 16-byte bf16 loads, reductions in a fixed order, the activations.
+// Plain device code that all kernels share: bf16 and vectors of it, streaming loads, reductions in a fixed order, the
+// activations. Tensor cores and asynchronous copies are in mma.cuh.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -13,15 +14,24 @@ static inline bf16 *as_bf16(q35_bf16 *p) { return reinterpret_cast<bf16 *>(p); }
 
 static inline cudaStream_t as_stream(void *stream) { return static_cast<cudaStream_t>(stream); }
 
-static inline bool aligned(const void *p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+static inline bool aligned(const void *p, size_t bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <typename A, typename B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+    return (a + b - 1) / b;
+}
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// With expf, which rounds better and costs more.
+__device__ __forceinline__ float precise_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // x / (1 + e^-x): at x = -inf this is -inf * 0, but every x here is a finite sum.
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
+// Two elements, the first in the low half. A bf16 is the upper half of an f32.
 __device__ __forceinline__ float2 unpack2(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
@@ -31,10 +41,8 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
     return *reinterpret_cast<uint32_t *>(&pair);
 }
 
-// Eight neighbouring elements as f32. The pointers are 16-byte aligned.
-__device__ __forceinline__ void load8(const bf16 *p, float x[8]) {
-    const uint4 raw = *reinterpret_cast<const uint4 *>(p);
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+__device__ __forceinline__ void unpack8(uint4 v, float x[8]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 pair = unpack2(words[i]);
@@ -42,6 +50,9 @@ __device__ __forceinline__ void load8(const bf16 *p, float x[8]) {
         x[2 * i + 1] = pair.y;
     }
 }
+
+// Eight neighbouring elements as f32. The pointers are 16-byte aligned.
+__device__ __forceinline__ void load8(const bf16 *p, float x[8]) { unpack8(*reinterpret_cast<const uint4 *>(p), x); }
 
 __device__ __forceinline__ void load8(const float *p, float x[8]) {
     const float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
@@ -59,11 +70,30 @@ __device__ __forceinline__ void store8(float *p, const float x[8]) {
     reinterpret_cast<float4 *>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
+// 16 bytes that are read once: not kept in L1, where they would displace what is read again.
+__device__ __forceinline__ uint4 stream16(const bf16 *p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+
+// The same in the order of the program: neighbouring loads stay together, ahead of what uses them. It has L2 fetch 128
+// bytes instead of 256.
+__device__ __forceinline__ uint4 stream16_in_order(const bf16 *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
 // The sum over the `LANES` neighbouring lanes of a group, the same bits in each of them.
 template <int LANES = 32>
 __device__ __forceinline__ float lane_sum(float x) {
 #pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;
 }
 

@@ -1,9 +1,8 @@
 // Products with weight matrices: few rows at the speed of the memory, many rows on tensor cores. Own code.
 #include <type_traits>
 
-#include "tile.cuh"
+#include "mma.cuh"
 
-namespace q35 {
 namespace {
 
 __device__ inline void store(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
@@ -13,16 +12,6 @@ __device__ inline void store(float *to, float x) { *to = x; }
 
 constexpr int FEW = 16;
 constexpr int CHUNK = 64;  // elements along k that a warp takes at a time: 128 bytes of a row
-
-// Weights are read once, so they leave no trace in L1, where x stays.
-__device__ inline uint4 load_stream(const bf16 *from) {
-    uint4 v;
-    // volatile: the loads of a step stay together, ahead of what uses them.
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"(from));
-    return v;
-}
 
 // A block has 16 * M rows of w; its warps split k, chunk by chunk in turn, and their sums are added in the order of the
 // warps. The weights are the 16-row operand of the tensor cores and go from memory to registers as they are: which
@@ -56,7 +45,9 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? 3 : 2)
                 for (int h = 0; h < 2; h++) {
                     const int k = (chunk + c * WARPS) * CHUNK + 32 * h;
                     a[c][h][i] = make_uint4(0, 0, 0, 0);
-                    if (decltype(inside)::value || k + place < in) a[c][h][i] = load_stream(w_block + (rows[i] + k));
+                    if (decltype(inside)::value || k + place < in) {
+                        a[c][h][i] = stream16_in_order(w_block + (rows[i] + k));
+                    }
                 }
             }
         }
@@ -118,7 +109,7 @@ __global__ void __launch_bounds__(32 * PLAIN_WARPS)
     for (int k = threadIdx.x % 32; k < in; k += 32) {
         sum += __bfloat162float(w[row * in + k]) * __bfloat162float(x[t * in + k]);
     }
-    sum = warp_sum(sum);
+    sum = lane_sum(sum);
     if (threadIdx.x % 32 == 0) store(out + t * out_dim + row, sum);
 }
 
@@ -178,7 +169,7 @@ __global__ void __launch_bounds__(TILE_THREADS)
         const bf16 *x_tile = stages + step % STAGES * TILE_STAGE, *w_tile = x_tile + TILE * TILE_ROW;
 #pragma unroll
         for (int k = 0; k < DEPTH; k += 16) {
-            unsigned a[4][4], b[2][4];
+            uint32_t a[4][4], b[2][4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 load_matrices(a[i], x_tile + (x_warp + 16 * i + lane % 16) * TILE_ROW + k + lane / 16 * 8);
@@ -192,7 +183,7 @@ __global__ void __launch_bounds__(TILE_THREADS)
             for (int i = 0; i < 4; i++) {
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    mma(acc[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                    mma(acc[i][j], a[i], b[j / 2] + j % 2 * 2);
                 }
             }
         }
@@ -248,14 +239,14 @@ cudaError_t many_rows(cudaStream_t stream, int n, int in, int out_dim, const bf1
 template <typename Out>
 cudaError_t linear(void *on, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out) {
     if (n == 0 || out_dim == 0) return cudaSuccess;
-    const cudaStream_t stream = static_cast<cudaStream_t>(on);
+    const cudaStream_t stream = as_stream(on);
     const bool vector = in % 8 == 0 && aligned(x, 16) && aligned(w, 16);
     if (n > FEW) {
         return vector ? many_rows<true>(stream, n, in, out_dim, x, w, out)
                       : many_rows<false>(stream, n, in, out_dim, x, w, out);
     }
     if (!vector) {
-        const int64_t blocks = (int64_t(n) * out_dim + PLAIN_WARPS - 1) / PLAIN_WARPS;
+        const int64_t blocks = ceil_div(int64_t(n) * out_dim, PLAIN_WARPS);
         if (blocks > INT32_MAX) return cudaErrorInvalidValue;
         plain_kernel<<<unsigned(blocks), 32 * PLAIN_WARPS, 0, stream>>>(n, in, out_dim, x, w, out);
     } else if (n <= 8) {
@@ -267,14 +258,13 @@ cudaError_t linear(void *on, int n, int in, int out_dim, const bf16 *x, const bf
 }
 
 }  // namespace
-}  // namespace q35
 
 extern "C" int q35_linear(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w,
                           q35_bf16 *out) {
-    return q35::linear(stream, n, in, out_dim, q35::native(x), q35::native(w), q35::native(out));
+    return linear(stream, n, in, out_dim, as_bf16(x), as_bf16(w), as_bf16(out));
 }
 
 extern "C" int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w,
                               float *out) {
-    return q35::linear(stream, n, in, out_dim, q35::native(x), q35::native(w), out);
+    return linear(stream, n, in, out_dim, as_bf16(x), as_bf16(w), out);
 }

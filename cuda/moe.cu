@@ -1,7 +1,6 @@
 // The sparse block: its workspace, routing, and the path of up to 16 tokens, which is bound by reading the experts hit.
 #include "moe.cuh"
 
-namespace moe {
 namespace {
 
 // So many bytes of outputs of assignments are kept at a time: past that the down projection goes by blocks of columns,
@@ -16,7 +15,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     p.width = d.width, p.shared_width = d.shared_width, p.has_shared = d.shared_width > 0;
     const int64_t tokens = n, experts = d.num_experts, assignments = tokens * d.top_k;
     const int64_t rows = assignments + (p.has_shared ? tokens : 0), row_bytes = int64_t(d.hidden) * 4;
-    p.num_chunks = int(div_up(assignments, int64_t(CHUNK)));
+    p.num_chunks = int(ceil_div(assignments, CHUNK));
     p.max_tiles = int(assignments / SMALL_TILE + (experts < assignments ? experts : assignments));
 
     int64_t y_bytes = rows * row_bytes;
@@ -35,7 +34,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(workspace);
     auto take = [&](auto *&piece, int64_t count) {
         piece = reinterpret_cast<decltype(+piece)>(at + p.bytes);
-        p.bytes += div_up(count * int64_t(sizeof(*piece)), int64_t(256)) * 256;
+        p.bytes += ceil_div(count * int64_t(sizeof(*piece)), 256) * 256;
     };
     take(p.logits, tokens * experts);
     take(p.weights, assignments);
@@ -93,11 +92,10 @@ __global__ void __launch_bounds__(256) sum_kernel(Plan p, int col0, int cols, bf
 #pragma unroll 8
     for (int r = 0; r < p.top_k; r++) add(weights[r], y + int64_t(r) * p.y_cols);
     if (p.has_shared)
-        add(sigmoid(p.gate[token]), p.y + (int64_t(p.n) * p.top_k + token) * p.y_cols + col);
+        add(precise_sigmoid(p.gate[token]), p.y + (int64_t(p.n) * p.top_k + token) * p.y_cols + col);
     bf16 *to = out + int64_t(token) * p.hidden + col0 + col;
     if constexpr (WIDE) {
-        __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(sum[0], sum[1]), __floats2bfloat162_rn(sum[2], sum[3])};
-        *reinterpret_cast<uint2 *>(to) = *reinterpret_cast<uint2 *>(pair);
+        *reinterpret_cast<uint2 *>(to) = make_uint2(pack2(sum[0], sum[1]), pack2(sum[2], sum[3]));
     } else {
         *to = __float2bfloat16_rn(sum[0]);
     }
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(32 * FEW) few_route(Plan p) {
     int count = 0;
     for (int first = 0; first < p.num_experts; first += 32) {
         const int e = first + lane;
-        const unsigned tokens = e < p.num_experts ? by[e] : 0, any = __ballot_sync(ALL, tokens != 0);
+        const unsigned tokens = e < p.num_experts ? by[e] : 0, any = __ballot_sync(ALL_LANES, tokens != 0);
         if (tokens != 0) {
             const int at = count + __popc(any & ((1u << lane) - 1));
             p.hit[at] = e, p.hit_by[at] = tokens;
@@ -283,7 +281,7 @@ __global__ void one_down(Plan p, const bf16 *down, const bf16 *shared_down, bf16
     if (row >= ONE_ROWS || first + row >= p.hidden) return;
     float sum = 0.f;
     for (int r = 0; r < p.top_k; r++) sum = fmaf(p.weights[r], y[r * ONE_ROWS + row], sum);
-    if (p.has_shared) sum = fmaf(sigmoid(p.gate[0]), y[p.top_k * ONE_ROWS + row], sum);
+    if (p.has_shared) sum = fmaf(precise_sigmoid(p.gate[0]), y[p.top_k * ONE_ROWS + row], sum);
     out[first + row] = __float2bfloat16_rn(sum);
 }
 
@@ -291,7 +289,7 @@ template <bool ONE>
 void launch_rows(cudaStream_t stream, const Plan &p, bool down, bool vec, const q35_moe_weights &w, const bf16 *x) {
     const int widest = p.width > p.shared_width ? p.width : p.shared_width;
     const int slots = p.n * p.top_k < p.num_experts ? p.n * p.top_k : p.num_experts;
-    const dim3 grid(down ? div_up(p.hidden, 16) : div_up(widest, 8), slots + p.has_shared);
+    const dim3 grid(down ? ceil_div(p.hidden, 16) : ceil_div(widest, 8), slots + p.has_shared);
     const bf16 *weights = as_bf16(down ? w.down : w.gate_up);
     const bf16 *shared = as_bf16(down ? w.shared_down : w.shared_gate_up);
     if constexpr (ONE) {
@@ -310,7 +308,7 @@ void launch_rows(cudaStream_t stream, const Plan &p, bool down, bool vec, const 
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out) {
     // col0 and, unless it is the last, cols are multiples of 128.
     const bool wide = p.hidden % 4 == 0 && p.y_cols % 4 == 0 && aligned(out, 8);
-    const dim3 grid(p.n, div_up(cols, wide ? 1024 : 256));
+    const dim3 grid(p.n, ceil_div(cols, wide ? 1024 : 256));
     (wide ? sum_kernel<true> : sum_kernel<false>)<<<grid, 256, 0, stream>>>(p, col0, cols, out);
     return cudaGetLastError();
 }
@@ -327,12 +325,12 @@ int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, con
     auto logits = p.n == 1 ? vec_logits ? few_logits<1, true> : few_logits<1, false>
                   : vec_logits ? few_logits<4, true>
                                : few_logits<4, false>;
-    logits<<<dim3(div_up(rows, 2), div_up(p.n, tokens)), 64, 0, stream>>>(p, as_bf16(w.router),
-                                                                          as_bf16(w.shared_gate), x);
+    logits<<<dim3(ceil_div(rows, 2), ceil_div(p.n, tokens)), 64, 0, stream>>>(p, as_bf16(w.router),
+                                                                              as_bf16(w.shared_gate), x);
     if (one) {
         launch_rows<true>(stream, p, false, vec_up, w, x);
         const int items = p.top_k + p.has_shared, threads = 32 * (items < 16 ? items : 16);
-        (vec_down ? one_down<true> : one_down<false>)<<<div_up(p.hidden, ONE_ROWS), threads, 0, stream>>>(
+        (vec_down ? one_down<true> : one_down<false>)<<<ceil_div(p.hidden, ONE_ROWS), threads, 0, stream>>>(
             p, as_bf16(w.down), as_bf16(w.shared_down), out);
         return cudaGetLastError();
     }
@@ -342,27 +340,23 @@ int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, con
     return launch_sum(stream, p, 0, p.hidden, out);
 }
 
-}  // namespace moe
-
 extern "C" int q35_route(void *stream, int n, int num_experts, int top_k, const float *logits, float *weights,
                          int32_t *experts) {
     if (n <= 0) return cudaSuccess;
     if (top_k < 1 || top_k > num_experts) return cudaErrorInvalidValue;
-    moe::route_kernel<<<moe::div_up(n, 4), 128, 0, static_cast<cudaStream_t>(stream)>>>(n, num_experts, top_k, logits,
-                                                                                        weights, experts);
+    route_kernel<<<ceil_div(n, 4), 128, 0, as_stream(stream)>>>(n, num_experts, top_k, logits, weights, experts);
     return cudaGetLastError();
 }
 
 extern "C" int64_t q35_moe_workspace(int max_tokens, q35_moe_dims dims) {
-    return max_tokens > 0 && moe::valid(dims) ? moe::plan(max_tokens, dims, nullptr).bytes : 0;
+    return max_tokens > 0 && valid(dims) ? plan(max_tokens, dims, nullptr).bytes : 0;
 }
 
 extern "C" int q35_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x,
                        void *workspace, q35_bf16 *out) {
     if (n <= 0) return cudaSuccess;
-    if (!moe::valid(dims)) return cudaErrorInvalidValue;
-    const moe::Plan p = moe::plan(n, dims, workspace);
-    auto launch = n <= moe::FEW ? moe::launch_few : moe::launch_many;
-    return launch(static_cast<cudaStream_t>(stream), p, weights, moe::as_bf16(x),
-                  reinterpret_cast<moe::bf16 *>(out));
+    if (!valid(dims)) return cudaErrorInvalidValue;
+    const Plan p = plan(n, dims, workspace);
+    auto launch = n <= FEW ? launch_few : launch_many;
+    return launch(as_stream(stream), p, weights, as_bf16(x), as_bf16(out));
 }

@@ -1,14 +1,6 @@
 // What the files of the sparse block share: where things lie in its workspace, dot products and routing by a warp.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#include <stdint.h>
-
-#include "launch.h"
-
-namespace moe {
-
-typedef __nv_bfloat16 bf16;
+#include "device.cuh"
 
 // Up to so many tokens the weights are streamed past vectors; more take the tensor cores.
 constexpr int FEW = 16;
@@ -16,7 +8,6 @@ constexpr int FEW = 16;
 constexpr int CHUNK = 1024;
 // The smaller of the two heights of a tile; the table of tiles is sized for it.
 constexpr int SMALL_TILE = 64;
-constexpr unsigned ALL = 0xffffffffu;
 
 // The pieces of the workspace and what a launch needs to know besides. Passed by value to kernels.
 struct Plan {
@@ -48,32 +39,7 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
 // out[:, col0 .. col0 + cols] = the weighted sums of y.
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
 
-inline bool aligned(const void *p, uintptr_t to = 16) { return (reinterpret_cast<uintptr_t>(p) & (to - 1)) == 0; }
-inline const bf16 *as_bf16(const q35_bf16 *p) { return reinterpret_cast<const bf16 *>(p); }
-template <typename T> __host__ __device__ constexpr T div_up(T a, T b) { return (a + b - 1) / b; }
-
 // ------------------------------------------------------------------------------------------------ device functions
-
-#ifdef __CUDACC__
-
-// 16 bytes that are read once: not kept in L1, where they would displace the activations.
-__device__ __forceinline__ uint4 stream16(const bf16 *p) {
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"(__cvta_generic_to_global(p)));
-    return v;
-}
-
-// A bf16 is the upper half of an f32.
-__device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
-    const uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        f[2 * i] = __uint_as_float(u[i] << 16);
-        f[2 * i + 1] = __uint_as_float(u[i] & 0xffff0000u);
-    }
-}
 
 template <int R, int M, int U>
 __device__ __forceinline__ void dot_step(const bf16 *const (&w)[R], const bf16 *const (&x)[M], int i,
@@ -88,11 +54,11 @@ __device__ __forceinline__ void dot_step(const bf16 *const (&w)[R], const bf16 *
 #pragma unroll
         for (int m = 0; m < M; m++) {
             float a[8];
-            unpack(__ldg(reinterpret_cast<const uint4 *>(x[m] + i + u * 256)), a);
+            unpack8(__ldg(reinterpret_cast<const uint4 *>(x[m] + i + u * 256)), a);
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 float b[8];
-                unpack(packed[u][r], b);
+                unpack8(packed[u][r], b);
 #pragma unroll
                 for (int j = 0; j < 8; j++) acc[r][m] = fmaf(a[j], b[j], acc[r][m]);
             }
@@ -135,13 +101,10 @@ __device__ __forceinline__ void warp_dots(const bf16 *const (&w)[R], const bf16 
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int d = 16; d > 0; d >>= 1) acc[r][m] += __shfl_xor_sync(ALL, acc[r][m], d);
+        for (int m = 0; m < M; m++) acc[r][m] = lane_sum(acc[r][m]);
 }
 
 __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
-__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
 // Unsigned order of the keys is the order of routing: NaN 1, then -inf up to +inf, -0 with +0. 0 is no logit.
 __device__ __forceinline__ uint32_t route_key(float x) {
@@ -168,7 +131,7 @@ __device__ int route_row(const float *row, int num_experts, int rounds, int want
             keys[i] = e < num_experts ? route_key(row[e]) : 0;
         }
     }
-    uint32_t last_key = ALL;  // above every key
+    uint32_t last_key = 0xffffffffu;  // above every key
     int last = -1, wanted = 0;
     float max = 0.f, sum = 0.f;
     for (int r = 0; r < rounds; r++) {
@@ -187,9 +150,9 @@ __device__ int route_row(const float *row, int num_experts, int rounds, int want
                 if (left && key > best_key) best_key = key, best = e;
             }
         }
-        last_key = __reduce_max_sync(ALL, best_key);
+        last_key = __reduce_max_sync(ALL_LANES, best_key);
         last = static_cast<int>(
-            __reduce_min_sync(ALL, best_key == last_key ? static_cast<unsigned>(best) : 0x7fffffffu));
+            __reduce_min_sync(ALL_LANES, best_key == last_key ? static_cast<unsigned>(best) : 0x7fffffffu));
         if (r == want) wanted = last;
         if (weights != nullptr) {
             const float value = route_value(last_key);
@@ -211,7 +174,3 @@ __device__ __forceinline__ int route_any(const float *row, int num_experts, int 
     if (num_experts <= 512) return route_row<16>(row, num_experts, rounds, want, weights, experts, lane);
     return route_row<0>(row, num_experts, rounds, want, weights, experts, lane);
 }
-
-#endif
-
-}  // namespace moe

@@ -1,7 +1,7 @@
 // More than 16 tokens: assignments sorted by expert, then one grouped product of tiles for each projection.
+#include "mma.cuh"
 #include "moe.cuh"
 
-namespace moe {
 namespace {
 
 // ------------------------------------------------------------------------------------- routing, and the sorted list
@@ -61,19 +61,19 @@ __global__ void __launch_bounds__(1024) many_offsets(Plan p, int tile_rows) {
         int start = 0, tile_start = 0;
         for (int first = 0; first < p.num_experts; first += 32) {
             const int e = first + lane, total = e < p.num_experts ? totals[e] : 0;
-            const int tiles = div_up(total, tile_rows);
+            const int tiles = ceil_div(total, tile_rows);
             int before = total, tiles_before = tiles;  // inclusive sums over the lanes
 #pragma unroll
             for (int d = 1; d < 32; d <<= 1) {
-                const int a = __shfl_up_sync(ALL, before, d), b = __shfl_up_sync(ALL, tiles_before, d);
+                const int a = __shfl_up_sync(ALL_LANES, before, d), b = __shfl_up_sync(ALL_LANES, tiles_before, d);
                 if (lane >= d) before += a, tiles_before += b;
             }
             if (e < p.num_experts) {
                 p.offsets[e] = start + before - total;
                 tile_starts[e] = tile_start + tiles_before - tiles;
             }
-            start += __shfl_sync(ALL, before, 31);
-            tile_start += __shfl_sync(ALL, tiles_before, 31);
+            start += __shfl_sync(ALL_LANES, before, 31);
+            tile_start += __shfl_sync(ALL_LANES, tiles_before, 31);
         }
         if (lane == 0) p.offsets[p.num_experts] = start, *p.num_tiles = tile_start;
     }
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(32) many_scatter(Plan p) {
 #pragma unroll
     for (int i = 0; i < CHUNK / 32; i++) {
         const int e = experts[i];
-        const unsigned peers = __match_any_sync(ALL, e), before = peers & ((1u << lane) - 1);
+        const unsigned peers = __match_any_sync(ALL_LANES, e), before = peers & ((1u << lane) - 1);
         const int place = e >= 0 ? next[e] + __popc(before) : 0;
         __syncwarp();
         if (e >= 0) {
@@ -127,28 +127,6 @@ struct TileArgs {
     int shared_tiles;   // rows of tiles of the shared expert; they come first
     int col0, cols;     // DOWN: columns of the output
 };
-
-__device__ __forceinline__ void copy16(uint32_t to, const bf16 *from, bool there) {
-    // 0 bytes read means 16 bytes of zeros written.
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
-                 "r"(there ? 16 : 0)
-                 : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(from)
-                 : "memory");
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // 16 bytes of shared memory from `left` (any sign) elements that may lie anywhere.
 __device__ __forceinline__ void gather16(uint8_t *to, const bf16 *from, int left) {
@@ -223,7 +201,7 @@ __global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(
     const bf16 *b_row = w + int64_t(feature) * k + (MODE == GATE_UP && (r / 8 & 1) ? int64_t(features) * k : 0);
     constexpr int FEATURE_STEP = MODE == GATE_UP ? STEP / 2 : STEP;
 
-    const uint32_t smem_at = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+    const uint32_t smem_at = shared_address(smem);
     auto load = [&](int stage, int k0) {
         const int col = k0 + c * 8;
         const uint32_t a_at = stage * STAGE_BYTES + at, b_at = a_at + TILE_M * ROW_BYTES;
@@ -232,7 +210,7 @@ __global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(
             const bool in = (there >> i & 1) && col < k;
             const bf16 *from = a + int64_t(a_rows[i]) * k + col;
             if (VEC)
-                copy16(smem_at + a_at + i * STEP * ROW_BYTES, in ? from : args.weights, in);
+                copy16(smem_at + a_at + i * STEP * ROW_BYTES, __cvta_generic_to_global(in ? from : args.weights), in);
             else
                 gather16(smem + a_at + i * STEP * ROW_BYTES, from, in ? k - col : 0);
         }
@@ -241,7 +219,7 @@ __global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(
             const bool in = feature + i * FEATURE_STEP < end && col < k;
             const bf16 *from = b_row + int64_t(i * FEATURE_STEP) * k + col;
             if (VEC)
-                copy16(smem_at + b_at + i * STEP * ROW_BYTES, in ? from : args.weights, in);
+                copy16(smem_at + b_at + i * STEP * ROW_BYTES, __cvta_generic_to_global(in ? from : args.weights), in);
             else
                 gather16(smem + b_at + i * STEP * ROW_BYTES, from, in ? k - col : 0);
         }
@@ -254,21 +232,21 @@ __global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(
     const uint32_t b_frag = (TILE_M + warp_n + lane / 16 * 8 + lane % 8) * ROW_BYTES, b_half = lane / 8 & 1;
     const uint32_t swizzle = lane & 7;
 
-    const int steps = div_up(k, TILE_K);
+    const int steps = ceil_div(k, TILE_K);
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
         if (s < steps) load(s, s * TILE_K);
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        copy_commit();
     }
     int stage = 0;
     for (int step = 0; step < steps; step++) {
         // All but the newest group are there, this step's with them; and every warp is done with the step before, whose
         // stage is filled next.
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        copy_wait<STAGES - 2>();
         __syncthreads();
         const int fill = stage == 0 ? STAGES - 1 : stage - 1;
         if (step + STAGES - 1 < steps) load(fill, (step + STAGES - 1) * TILE_K);
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        copy_commit();
 
         const uint32_t from = smem_at + stage * STAGE_BYTES;
 #pragma unroll
@@ -276,15 +254,15 @@ __global__ void __launch_bounds__(TILE_M * 2, TILE_M == 64 ? 3 : 2) tile_kernel(
             uint32_t a[2][4];
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                ldmatrix4(a[i], from + a_frag + i * 16 * ROW_BYTES + (((kk * 2 + a_half) ^ swizzle) << 4));
+                load_matrices(a[i], from + a_frag + i * 16 * ROW_BYTES + (((kk * 2 + a_half) ^ swizzle) << 4));
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 uint32_t b[4];
-                ldmatrix4(b, from + b_frag + j * 16 * ROW_BYTES + (((kk * 2 + b_half) ^ swizzle) << 4));
+                load_matrices(b, from + b_frag + j * 16 * ROW_BYTES + (((kk * 2 + b_half) ^ swizzle) << 4));
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    mma(acc[i][2 * j], a[i], b[0], b[1]);
-                    mma(acc[i][2 * j + 1], a[i], b[2], b[3]);
+                    mma(acc[i][2 * j], a[i], b);
+                    mma(acc[i][2 * j + 1], a[i], b + 2);
                 }
             }
         }
@@ -348,7 +326,7 @@ int launch_tiles(cudaStream_t stream, const Plan &p, const TileArgs &args, int64
 // The grouped products: tall tiles where experts have many tokens, since a tile of weights then serves twice as many.
 template <int MODE>
 int launch_groups(cudaStream_t stream, const Plan &p, TileArgs args, int tile_rows, bool vec) {
-    args.shared_tiles = p.has_shared ? div_up(p.n, tile_rows) : 0;
+    args.shared_tiles = p.has_shared ? ceil_div(p.n, tile_rows) : 0;
     // Of the routed ones a bound: what there is beyond *num_tiles returns at once.
     const int64_t assignments = int64_t(p.n) * p.top_k;
     const int64_t most = p.num_experts < assignments ? p.num_experts : assignments;
@@ -370,14 +348,14 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
     // One height for both projections: they share the list of tiles.
     const int tile_rows = vec_up && vec_down && per_expert >= 192 ? 128 : SMALL_TILE;
 
-    TileArgs args = {x, as_bf16(w.router), nullptr, div_up(p.num_experts, TILE_N), 0, 0, 0};
-    const int row_tiles = div_up(p.n, SMALL_TILE);
+    TileArgs args = {x, as_bf16(w.router), nullptr, ceil_div(p.num_experts, TILE_N), 0, 0, 0};
+    const int row_tiles = ceil_div(p.n, SMALL_TILE);
     int code = vec_logits ? launch_tiles<64, LOGITS, true>(stream, p, args, row_tiles)
                           : launch_tiles<64, LOGITS, false>(stream, p, args, row_tiles);
     if (code != cudaSuccess) return code;
 
     auto route = vec_gate ? many_route<true> : many_route<false>;
-    route<<<div_up(p.n, 4), 128, 0, stream>>>(p, as_bf16(w.shared_gate), x);
+    route<<<ceil_div(p.n, 4), 128, 0, stream>>>(p, as_bf16(w.shared_gate), x);
     const int bytes = p.num_experts * int(sizeof(int));
     many_count<<<p.num_chunks, 256, bytes, stream>>>(p);
     code = cudaFuncSetAttribute(many_offsets, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * bytes);
@@ -387,14 +365,14 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
 
     const int widest = p.width > p.shared_width ? p.width : p.shared_width;
     args.weights = as_bf16(w.gate_up), args.shared_weights = as_bf16(w.shared_gate_up);
-    args.feature_tiles = div_up(widest, TILE_N / 2);
+    args.feature_tiles = ceil_div(widest, TILE_N / 2);
     code = launch_groups<GATE_UP>(stream, p, args, tile_rows, vec_up);
     if (code != cudaSuccess) return code;
 
     args.weights = as_bf16(w.down), args.shared_weights = as_bf16(w.shared_down);
     for (int col0 = 0; col0 < p.hidden; col0 += p.y_cols) {
         args.col0 = col0, args.cols = p.hidden - col0 < p.y_cols ? p.hidden - col0 : p.y_cols;
-        args.feature_tiles = div_up(args.cols, TILE_N);
+        args.feature_tiles = ceil_div(args.cols, TILE_N);
         code = launch_groups<DOWN>(stream, p, args, tile_rows, vec_down);
         if (code != cudaSuccess) return code;
         code = launch_sum(stream, p, col0, args.cols, out);
@@ -402,5 +380,3 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
     }
     return cudaGetLastError();
 }
-
-}  // namespace moe

@@ -4,7 +4,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-MODEL_BYTES, WHEEL_BYTES = 16_000_000, 32_000_000
+MODEL_BYTES, WHEEL_BYTES = 16_000_000, 24_000_000
 
 
 def main(path: str) -> None:

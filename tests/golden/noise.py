@@ -41,8 +41,8 @@ def recorded(name):
 
 
 def within(found, name):
-    """Whether a cost is of the size of Transformers' own: one and a half times; for the regret, which `make_noise.py`
-    draws several times, the worst and a tenth of a nat."""
+    """Whether a cost is of the size of Transformers' own: one and a half times, and for the regret of a single token, a
+    matter of luck, a tenth of a nat on top."""
     noise = recorded(name)
     slack = {"regret": 0.1, "mean": 1e-3, "p99": 1e-2}
-    return all(found[k] <= (1.0 if k == "regret" else 1.5) * noise[k] + slack.get(k, 0) for k in noise)
+    return all(found[k] <= 1.5 * noise[k] + slack.get(k, 0) for k in noise)

@@ -57,7 +57,7 @@ def test_logits_of_the_goldens(name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_generated_token_is_as_good_as_the_best(name):
     """Token by token (the decode kernels), judged by the CPU's logits of the same sequence."""
-    path, limit = str(Golden(name).path), recorded(name)["regret"] + 0.1
+    path, limit = str(Golden(name).path), 1.5 * recorded(name)["regret"] + 0.1
     for prompt in Golden(name).prompts:
         (out,) = greedy(load(path, "cuda"), [prompt.tokens], 24, ignore_eos=True)
         sequence = prompt.tokens + list(out.token_ids)

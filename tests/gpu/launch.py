@@ -172,6 +172,17 @@ class Batch:
         self._kept["positions"].copy_(positions.to(torch.int32))
 
 
+def randn(*shape, dtype=torch.bfloat16, seed=0, scale=1.0, mean=0.0):
+    """Normal numbers; the same seed, the same numbers."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (mean + scale * torch.randn(*shape, generator=generator, device="cuda")).to(dtype)
+
+
+def poisoned(*shape, dtype=torch.bfloat16):
+    """NaN, for outputs that must be written and memory that must not be read."""
+    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+
+
 def error(found, want):
     """||found - want|| / ||want|| in f64; NaN where anything is not finite."""
     found, want = found.double().cpu(), want.double().cpu()

@@ -1,12 +1,8 @@
 """The attention launchers against plain float64, on ragged batches over scattered, poisoned pages."""
 
 import pytest
-
-torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
-from launch import PAGE, AttentionDims, Batch, call, error, same_bits
+import torch
+from launch import PAGE, AttentionDims, Batch, call, error, poisoned, randn, same_bits
 
 pytestmark = pytest.mark.gpu
 NAN = float("nan")
@@ -17,15 +13,6 @@ RAGGED = [
     *[(4097, 300), (0, 300), (63, 8), (4097, 3), (0, 0), (64, 65), (700, 1)],
 ]
 SMALL = [(0, 1), (64, 3), (63, 9), (700, 8), (0, 0), (1, 65), (127, 2)]
-
-
-def randn(*shape, seed, scale=1.0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(torch.bfloat16)
-
-
-def poisoned(*shape, dtype=torch.bfloat16):
-    return torch.full(shape, NAN, dtype=dtype, device="cuda")
 
 
 def make_batch(seqs, seed=0):

@@ -1,14 +1,10 @@
 """The launchers of cuda/delta.cu against float64."""
 
 import pytest
+import torch
+from launch import Batch, DeltaDims, call, error, poisoned, randn, same_bits
 
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
-from launch import Batch, DeltaDims, call, error, same_bits
-
 BF16 = 4e-3
 # K, V, k_dim, v_dim, conv_kernel. The first two are the family's.
 FAMILY = [(16, 32, 128, 128, 4), (16, 64, 128, 128, 4)]
@@ -36,15 +32,6 @@ RAGGED = [
     (192, 1, 1),
     (0, 3, 3),
 ]
-
-
-def randn(*shape, dtype=torch.bfloat16, seed=0, scale=1.0, mean=0.0):
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    return (mean + scale * torch.randn(*shape, generator=generator, device="cuda")).to(dtype)
-
-
-def poisoned(*shape, dtype=torch.bfloat16):
-    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
 
 
 def width(dims):

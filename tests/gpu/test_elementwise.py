@@ -1,25 +1,12 @@
 """The launchers of cuda/elementwise.cu against float64."""
 
 import pytest
+import torch
+from launch import Batch, call, error, poisoned, randn, same_bits
 
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
-from launch import Batch, call, error, same_bits
-
 BF16 = 4e-3
 EPS = 1e-6
-
-
-def randn(*shape, dtype=torch.bfloat16, seed=0, scale=1.0):
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=generator, device="cuda")).to(dtype)
-
-
-def poisoned(*shape, dtype=torch.bfloat16):
-    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
 
 
 def twice(run, *outputs):

@@ -1,20 +1,11 @@
 """The linear launchers against plain float64."""
 
 import pytest
-
-torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
-from launch import call, error, same_bits
+import torch
+from launch import call, error, randn, same_bits
 
 pytestmark = pytest.mark.gpu
 FEW = 16  # rows; up to here the sum has one order, above it another
-
-
-def randn(*shape, seed, scale=1.0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(torch.bfloat16)
 
 
 def linear(x, w, dtype=torch.bfloat16):

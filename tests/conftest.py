@@ -23,6 +23,15 @@ def pytest_addoption(parser):
         parser.addini("timeout", "seconds a test may take; needs pytest-timeout")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """The folders of marks that are not asked for, as in `pytest -m gpu`, are left alone: they import torch. Where they
+    are asked for, they fail without what they need."""
+    name, asked = collection_path.name, config.getoption("markexpr")
+    if name in ("gpu", "parity") and (name not in asked or f"not {name}" in asked):
+        return True
+    return None
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The directory of a small checkpoint with a tokenizer."""

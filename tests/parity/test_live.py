@@ -4,11 +4,8 @@ import zlib
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="parity tests need torch")
-transformers = pytest.importorskip("transformers", reason="parity tests need transformers")
-pytest.importorskip("safetensors", reason="parity tests need safetensors")
-
+import torch
+import transformers
 from golden import geometries, ops_checks
 from golden import make_goldens as goldens
 from golden.cases import CASES, Golden

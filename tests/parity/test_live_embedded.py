@@ -4,10 +4,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="parity tests need torch")
-pytest.importorskip("transformers", reason="parity tests need transformers")
-
+import torch
 from golden import embedded, ops_checks
 from golden import make_embedded as reference
 from qwen35rs import LLM, SamplingParams, hub, tasks

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from qwen35rs import LLM, SamplingParams, tasks
 
-torch = pytest.importorskip("torch", reason="parity tests need torch")
-pytest.importorskip("transformers", reason="parity tests need transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
 import checkpoint

@@ -7,88 +7,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qwen35rs import vocabulary
+from qwen35rs import demo, vocabulary
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 NUM_RANKS = 3000
-_FULL, _LINEAR = "full_attention", "linear_attention"
 _FLOAT32 = ("A_log", "linear_attn.norm.weight")  # as in the releases
 
 
-def special_ids() -> dict[str, int]:
-    return {name.lstrip("+"): NUM_RANKS + i for i, name in enumerate(vocabulary.ADDED_TOKENS)}
+_IDS = vocabulary.added_token_ids(NUM_RANKS)
+# What differs from the demo's small model.
+_TEXT = {
+    "vocab_size": -(-(NUM_RANKS + len(vocabulary.ADDED_TOKENS)) // 64) * 64,
+    "hidden_size": 256,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "max_position_embeddings": 8192,
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "router_aux_loss_coef": 0.001,
+}
 
 
 def text_config(**changes: Any) -> dict[str, Any]:
     """The `text_config` of config.json."""
-    num_tokens = NUM_RANKS + len(vocabulary.ADDED_TOKENS)
-    layers = changes.get("num_hidden_layers", 8)
-    return {
-        "model_type": "qwen3_5_moe_text",
-        "dtype": "bfloat16",
-        "vocab_size": -(-num_tokens // 64) * 64,
-        "hidden_size": 256,
-        "num_hidden_layers": layers,
-        "full_attention_interval": 4,
-        "layer_types": [_FULL if i % 4 == 3 else _LINEAR for i in range(layers)],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "attn_output_gate": True,
-        "attention_bias": False,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
-        "linear_conv_kernel_dim": 4,
-        "mamba_ssm_dtype": "float32",
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 8192,
-        "eos_token_id": special_ids()["<|endoftext|>"],
-        "tie_word_embeddings": False,
-        "mtp_num_hidden_layers": 1,
-        "mtp_use_dedicated_embeddings": False,
-        "router_aux_loss_coef": 0.001,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000_000,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [3, 3, 2],
-            "mrope_interleaved": True,
-        },
-        **changes,
-    }
+    text: dict[str, Any] = demo.config(NUM_RANKS, **{**_TEXT, **changes})["text_config"]
+    return text
 
 
 def model_config(text: dict[str, Any]) -> dict[str, Any]:
     """config.json."""
-    ids = special_ids()
-    return {
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-        "model_type": "qwen3_5_moe",
-        "dtype": "bfloat16",
-        "tie_word_embeddings": False,
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "text_config": text,
-    }
+    return demo.config(NUM_RANKS, **text)
 
 
 def generation_config() -> dict[str, Any]:
     """generation_config.json. The model answers in one way only, so nothing is sampled by default."""
-    ids = special_ids()
     return {
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-        "pad_token_id": ids["<|endoftext|>"],
+        "bos_token_id": _IDS["<|endoftext|>"],
+        "eos_token_id": [_IDS["<|im_end|>"], _IDS["<|endoftext|>"]],
+        "pad_token_id": _IDS["<|endoftext|>"],
         "do_sample": False,
         "max_new_tokens": 1024,
     }

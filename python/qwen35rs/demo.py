@@ -87,8 +87,17 @@ def make_checkpoint(
     if path.is_dir() and any(path.iterdir()) and not is_demo(path):
         raise RequestError(f"directory: found other files in {path}; allowed: a new or empty directory")
     ranks = vocabulary.real_ranks() if vocab == "real" else vocabulary.byte_ranks()
-    config = _config(len(ranks), dtype, hidden, layers, experts, experts_per_token)
-    text = config["text_config"]
+    changes: dict[str, Any] = {
+        "dtype": dtype,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_experts": experts,
+        "num_experts_per_tok": experts_per_token,
+        "moe_intermediate_size": hidden // 2,
+        "shared_expert_intermediate_size": hidden // 2,
+    }
+    described = {_KEY: NOTICE, **config(len(ranks), **changes)}
+    text = described["text_config"]
     first = len(ranks)  # <|endoftext|>
     generation = {
         "bos_token_id": first,
@@ -102,7 +111,7 @@ def make_checkpoint(
     }
     path.mkdir(parents=True, exist_ok=True)
     # First, so that what is left of an interrupted run is known as ours and may be written again.
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     vocabulary.write(path, ranks)
     num_params, num_bytes = _write_safetensors(path / _WEIGHTS, text, dtype, seed)
@@ -134,15 +143,18 @@ def _check(
             refuse(name, value, f"{low} to {high}")
 
 
-def _config(num_ranks: int, dtype: str, hidden: int, layers: int, experts: int, top_k: int) -> dict[str, Any]:
+def config(num_ranks: int, **text: Any) -> dict[str, Any]:
+    """config.json of a small sparse model of the family, over the first `num_ranks` ranks of a vocabulary and the added
+    tokens. `text` are the entries of its text_config that differ."""
     num_tokens = num_ranks + len(vocabulary.ADDED_TOKENS)
-    special = {name.lstrip("+"): num_ranks + i for i, name in enumerate(vocabulary.ADDED_TOKENS)}
-    text = {
+    ids = vocabulary.added_token_ids(num_ranks)
+    layers = text.get("num_hidden_layers", 8)
+    defaults = {
         "model_type": "qwen3_5_moe_text",
-        "dtype": dtype,
+        "dtype": "bfloat16",
         # Rounded up, as in the family: 248,077 tokens have 248,320 rows. The rows beyond are never sampled.
         "vocab_size": -(-num_tokens // 256) * 256,
-        "hidden_size": hidden,
+        "hidden_size": 128,
         "num_hidden_layers": layers,
         "full_attention_interval": 4,
         "layer_types": [_FULL if i % 4 == 3 else _LINEAR for i in range(layers)],
@@ -157,14 +169,14 @@ def _config(num_ranks: int, dtype: str, hidden: int, layers: int, experts: int, 
         "linear_value_head_dim": 32,
         "linear_conv_kernel_dim": 4,
         "mamba_ssm_dtype": "float32",
-        "num_experts": experts,
-        "num_experts_per_tok": top_k,
-        "moe_intermediate_size": hidden // 2,
-        "shared_expert_intermediate_size": hidden // 2,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 262144,
-        "eos_token_id": special["<|endoftext|>"],
+        "eos_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "default",
@@ -174,17 +186,17 @@ def _config(num_ranks: int, dtype: str, hidden: int, layers: int, experts: int, 
             "mrope_interleaved": True,
         },
     }
+    whole = {**defaults, **text}
     return {
-        _KEY: NOTICE,
         "architectures": ["Qwen3_5MoeForConditionalGeneration"],
         "model_type": "qwen3_5_moe",
-        "dtype": dtype,
+        "dtype": whole["dtype"],
         "tie_word_embeddings": False,
-        "image_token_id": special["<|image_pad|>"],
-        "video_token_id": special["<|video_pad|>"],
-        "vision_start_token_id": special["<|vision_start|>"],
-        "vision_end_token_id": special["<|vision_end|>"],
-        "text_config": text,
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "text_config": whole,
     }
 
 

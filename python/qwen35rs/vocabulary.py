@@ -34,6 +34,11 @@ the _the ing and _and _to _of _in _is _he
 """.split()  # noqa: SIM905
 
 
+def added_token_ids(num_ranks: int) -> dict[str, int]:
+    """The ids of the added tokens, which follow the ranks of a vocabulary."""
+    return {name.lstrip("+"): num_ranks + i for i, name in enumerate(ADDED_TOKENS)}
+
+
 def has_real_ranks() -> bool:
     """Whether the package with the family's vocabulary is installed."""
     try:

@@ -150,6 +150,26 @@ pub enum ExpertTensors {
     PerExpert(Vec<ExpertTriple>),
 }
 
+impl ExpertTensors {
+    /// Tensors whose rows, one after the other, are each expert's gate rows, then its up rows: `[E * 2M, H]`.
+    pub fn gate_up(&self) -> Vec<Tensor> {
+        match self {
+            Self::Fused { gate_up_proj, .. } => vec![gate_up_proj.clone()],
+            Self::PerExpert(experts) => {
+                experts.iter().flat_map(|e| [e.gate_proj.clone(), e.up_proj.clone()]).collect()
+            }
+        }
+    }
+
+    /// Tensors whose rows, one after the other, are each expert's down rows: `[E * H, M]`.
+    pub fn down(&self) -> Vec<Tensor> {
+        match self {
+            Self::Fused { down_proj, .. } => vec![down_proj.clone()],
+            Self::PerExpert(experts) => experts.iter().map(|e| e.down_proj.clone()).collect(),
+        }
+    }
+}
+
 /// `experts.N.{gate,up,down}_proj.weight`
 #[allow(missing_docs)]
 #[derive(Debug, Clone)]

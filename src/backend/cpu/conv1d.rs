@@ -1,12 +1,21 @@
 //! The causal depthwise convolution of the delta layers, with SiLU, over ragged sequences.
 
 use super::kernel::kernel;
+use super::linear::to_f32;
 use super::parallel::{self, Shared};
 use super::simd::LANES;
+use crate::weights::Tensor;
 
 /// Channels a task takes: all tokens of a sequence for these channels, so that the task that reads a tail is
 /// the one that replaces it.
 const CHANNELS: usize = 256;
+
+/// The taps `[C, 1, kernel]` as `[kernel, C]`, so that neighbouring channels are neighbours in memory.
+pub fn tap_major(tensor: &Tensor) -> Vec<f32> {
+    let wide = to_f32(tensor);
+    let (channels, kernel) = (tensor.shape[0], wide.len() / tensor.shape[0].max(1));
+    (0..kernel * channels).map(|i| wide[i % channels * kernel + i / channels]).collect()
+}
 
 /// One sequence of the convolution.
 ///

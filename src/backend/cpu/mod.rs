@@ -30,7 +30,7 @@ use self::screen::Screen;
 use super::{Backend, DecayWeights, MoeTensors, Precision, Rope};
 use crate::batch::{Batch, BatchLimits, BatchSeq, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
-use crate::weights::{DType, ExpertTensors, Tensor};
+use crate::weights::{DType, Tensor};
 use crate::{Error, Result};
 
 /// Tokens of one attention task.
@@ -121,29 +121,16 @@ impl Backend for Cpu {
     }
 
     fn conv_weight(&self, tensor: &Tensor) -> Result<Vec<f32>> {
-        let wide = linear::to_f32(tensor);
-        let (channels, kernel) = (tensor.shape[0], wide.len() / tensor.shape[0].max(1));
-        // Tap-major, so that neighbouring channels are neighbours in memory.
-        Ok((0..kernel * channels).map(|i| wide[i % channels * kernel + i / channels]).collect())
+        Ok(conv1d::tap_major(tensor))
     }
 
     fn moe_weights(&self, t: MoeTensors<'_>, dtype: Option<DType>) -> Result<Moe> {
         let linear = |tensors: &[Tensor]| Linear::new(tensors, dtype);
-        let (gate_up, down) = match t.experts {
-            ExpertTensors::Fused { gate_up_proj, down_proj } => {
-                (linear(std::slice::from_ref(gate_up_proj)), linear(std::slice::from_ref(down_proj)))
-            }
-            ExpertTensors::PerExpert(experts) => {
-                let gate_up: Vec<_> =
-                    experts.iter().flat_map(|e| [e.gate_proj.clone(), e.up_proj.clone()]).collect();
-                (linear(&gate_up), linear(&experts.iter().map(|e| e.down_proj.clone()).collect::<Vec<_>>()))
-            }
-        };
         let [gate, up, shared_down] = t.shared.map(Tensor::clone);
         Ok(Moe {
             router: linear(std::slice::from_ref(t.router)),
-            gate_up,
-            down,
+            gate_up: linear(&t.experts.gate_up()),
+            down: linear(&t.experts.down()),
             shared: Some((linear(&[gate, up]), linear(&[shared_down]))),
             shared_gate: Some(linear(std::slice::from_ref(t.shared_gate))),
             top_k: t.top_k,

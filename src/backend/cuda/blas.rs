@@ -59,23 +59,14 @@ impl Blas {
         Ok(Some(Self { handle, workspace, algorithms: Mutex::default() }))
     }
 
-    /// `out = x Wᵀ`, bf16 operands, f32 sums. False where the library refuses the shape.
+    /// `out = x Wᵀ`, bf16 operands, f32 sums.
+    ///
+    /// # Errors
+    /// Where the library refuses the shape; nothing is launched then.
     ///
     /// # Safety
     /// Pointers are those of `q35_linear`, and the context is current.
     pub unsafe fn linear(
-        &self,
-        device: &Device,
-        shape: Shape,
-        x: *const c_void,
-        w: *const c_void,
-        out: *mut c_void,
-    ) -> bool {
-        // SAFETY: as the caller's.
-        unsafe { self.try_linear(device, shape, x, w, out) }.is_ok()
-    }
-
-    unsafe fn try_linear(
         &self,
         device: &Device,
         shape: Shape,

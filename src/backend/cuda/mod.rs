@@ -23,11 +23,12 @@ use self::buffers::{
 use self::device::Device;
 use self::step::{MIN_WIDE_ROWS, Step};
 use self::weights::{Linear, Uploader};
+use super::cpu::conv1d::tap_major;
 use super::cpu::linear::to_f32;
 use super::{Backend, DecayWeights, MoeTensors, Precision, Rope};
 use crate::batch::{Batch, BatchLimits, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
-use crate::weights::{DType, ExpertTensors, Tensor};
+use crate::weights::{DType, Tensor};
 use crate::{Error, Result};
 
 /// The backend: a device, and what the step under way has on it.
@@ -154,25 +155,12 @@ impl Backend for Cuda {
     }
 
     fn conv_weight(&self, tensor: &Tensor) -> Result<Vector> {
-        let wide = to_f32(tensor);
-        let (channels, kernel) = (tensor.shape[0], wide.len() / tensor.shape[0].max(1));
-        // Tap-major, so that neighbouring channels are neighbours in memory.
-        let values: Vec<f32> =
-            (0..kernel * channels).map(|i| wide[i % channels * kernel + i / channels]).collect();
-        Ok(Vector(self.upload(|uploader| uploader.vector(&values))?))
+        Ok(Vector(self.upload(|uploader| uploader.vector(&tap_major(tensor)))?))
     }
 
     fn moe_weights(&self, t: MoeTensors<'_>, _dtype: Option<DType>) -> Result<Moe> {
         let one = |tensor: &Tensor| self.matrix(std::slice::from_ref(tensor));
-        let (gate_up, down) = match t.experts {
-            ExpertTensors::Fused { gate_up_proj, down_proj } => (one(gate_up_proj)?, one(down_proj)?),
-            ExpertTensors::PerExpert(experts) => {
-                let gate_up: Vec<_> =
-                    experts.iter().flat_map(|e| [e.gate_proj.clone(), e.up_proj.clone()]).collect();
-                let down: Vec<_> = experts.iter().map(|e| e.down_proj.clone()).collect();
-                (self.matrix(&gate_up)?, self.matrix(&down)?)
-            }
-        };
+        let (gate_up, down) = (self.matrix(&t.experts.gate_up())?, self.matrix(&t.experts.down())?);
         let [gate, up, shared_down] = t.shared.map(Tensor::clone);
         let (router, shared_gate_up, shared_down) =
             (one(t.router)?, self.matrix(&[gate, up])?, one(&shared_down)?);
@@ -266,7 +254,8 @@ impl Backend for Cuda {
             let shape = (n, w.num_in, w.num_out, wide);
             let (x, y) = (x.memory.ptr(), out.memory.ptr());
             // SAFETY: shapes are those of the trait; `launch` has bound the device.
-            let by_blas = |blas: &Blas| unsafe { blas.linear(&self.device, shape, x, w.memory.ptr(), y) };
+            let by_blas =
+                |blas: &Blas| unsafe { blas.linear(&self.device, shape, x, w.memory.ptr(), y) }.is_ok();
             if n >= MIN_WIDE_ROWS && self.blas.as_ref().is_some_and(by_blas) {
                 return Ok(0);
             }

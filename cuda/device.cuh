@@ -21,6 +21,46 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
     return (a + b - 1) / b;
 }
 
+// Programmatic dependent launch, on compute capability 9.0 and later: a kernel launched by `launch` may start while the
+// one before it in the stream still runs. Until `wait_for_inputs` it may read weights alone (which no kernel writes), and
+// write nothing; every thread that is not gone calls it, and no block ends before it has. `let_next_start`, called by
+// every block as early as its own registers and shared memory allow, lets the next kernel's blocks in as room appears;
+// where it is not called they come when the last block ends. On older cards all of it is an ordinary launch.
+static inline bool has_dependent_launch() {
+    static int known[64];  // by device: 0 not asked yet, 1 no, 2 yes
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+    if (known[device] == 0) {
+        if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+        known[device] = major >= 9 ? 2 : 1;
+    }
+    return known[device] == 2;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   Arguments... arguments) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+    config.attrs = &early, config.numAttrs = has_dependent_launch() ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }

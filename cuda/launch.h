@@ -95,6 +95,14 @@ int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dims dims, con
                          const q35_bf16 *mixed, const q35_bf16 *projected, int stride, int ba_start, float *states,
                          float *workspace, q35_bf16 *out);
 
+// For batches whose every sequence has one new token: q35_causal_conv1d, q35_gated_delta_rule and q35_gated_rmsnorm
+// (z: columns z_start.. of projected, norm f32 [v_dim]) in one kernel where the sizes allow, with the same bits.
+// mixed: bf16 [num_tokens, C], scratch. counters: int32 [num_seqs * K], zero before and after.
+int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight, const float *a_log,
+                     const float *dt_bias, const float *norm, float eps, const q35_bf16 *projected, int stride,
+                     int z_start, int ba_start, q35_bf16 *tails, float *states, int32_t *counters, q35_bf16 *mixed,
+                     q35_bf16 *out);
+
 // --------------------------------------------------------------------------------------------------- attention.cu
 
 typedef struct {
@@ -156,6 +164,52 @@ int q35_route(void *stream, int n, int num_experts, int top_k, const float *logi
 int64_t q35_moe_workspace(int max_tokens, q35_moe_dims dims);
 int q35_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x, void *workspace,
             q35_bf16 *out);
+
+// q35_rmsnorm_residual, then q35_moe of what it leaves in x (bf16 [n, hidden]); for n <= 16 with fewer kernels. The same
+// bits as the two.
+int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *delta,
+                 float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
+
+// ------------------------------------------------------------------------------------------------------ sampler.cu
+
+// How to choose one token. Of the edits of a row at most one names a token.
+typedef struct {
+    double uniform;               // in [0, 1): the row's random number
+    float temperature;            // 0: the largest logit
+    float top_p, min_p;           // 1, 0: all
+    float repetition_penalty, frequency_penalty, presence_penalty;
+    int32_t top_k;                // 0: all, else at most Q35_MAX_TOP_K
+    int32_t num_logprobs;         // -1: none; else so many of the most likely, at most Q35_MAX_LOGPROBS, beside the chosen
+    int32_t edit_start, num_edits;  // in `edits`
+} q35_sampling;
+
+// A token whose logit is changed before anything is chosen: x + bias, then -inf if banned, then, if seen (in prompt or
+// output), x / repetition_penalty where above 0, else x * repetition_penalty, then, if count (in the output) is above 0,
+// x - (frequency_penalty * count + presence_penalty).
+typedef struct {
+    int32_t token;
+    float bias;
+    int32_t banned, seen, count;
+} q35_edit;
+
+enum { Q35_MAX_TOP_K = 1024, Q35_MAX_LOGPROBS = 32 };
+
+typedef struct {
+    int32_t token;                // -1: no logit is a number above -inf
+    int32_t rank;                 // 1 + the number of logits above the chosen token's
+    float logprob;                // of the chosen token; these two, and the lists, where num_logprobs >= 0
+    int32_t num_top;              // entries of the lists: fewer than num_logprobs where fewer logits are above -inf
+    int32_t top_tokens[Q35_MAX_LOGPROBS];
+    float top_logprobs[Q35_MAX_LOGPROBS];
+} q35_sampled;
+
+// A token for each of n rows of logits (f32 [n, vocab], of which the first num_tokens exist; unchanged): what
+// src/sampler.rs chooses, sums apart. Log-probabilities are of the logits as they are, before edits and temperature.
+// sampling [n], edits, out [n] on the device. tokens: int32 [n], the chosen tokens (0 for none) once more, so that a
+// next step can read them. workspace: bytes [q35_sample_workspace(...)], zero before the first use, kept between uses.
+int64_t q35_sample_workspace(int max_rows, int vocab);
+int q35_sample(void *stream, int n, int vocab, int num_tokens, const float *logits, const q35_sampling *sampling,
+               const q35_edit *edits, void *workspace, q35_sampled *out, int32_t *tokens);
 
 #ifdef __cplusplus
 }

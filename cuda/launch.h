@@ -165,8 +165,11 @@ int64_t q35_moe_workspace(int max_tokens, q35_moe_dims dims);
 int q35_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x, void *workspace,
             q35_bf16 *out);
 
+// Where in the workspace the last q35_moe of n tokens left the experts of each: int32 [n, top_k], so many bytes in.
+int64_t q35_moe_experts_at(int n, q35_moe_dims dims);
+
 // q35_rmsnorm_residual, then q35_moe of what it leaves in x (bf16 [n, hidden]); for n <= 16 with fewer kernels. The same
-// bits as the two.
+// bits as the two. out may be delta.
 int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *delta,
                  float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 
@@ -210,6 +213,11 @@ typedef struct {
 int64_t q35_sample_workspace(int max_rows, int vocab);
 int q35_sample(void *stream, int n, int vocab, int num_tokens, const float *logits, const q35_sampling *sampling,
                const q35_edit *edits, void *workspace, q35_sampled *out, int32_t *tokens);
+
+// ------------------------------------------------------------------------------------------------------ measure.cu
+
+// Reads memory and does nothing with it. out: never written.
+int q35_read(void *stream, int64_t num_bytes, const void *x, uint32_t *out);
 
 #ifdef __cplusplus
 }

@@ -352,6 +352,10 @@ extern "C" int64_t q35_moe_workspace(int max_tokens, q35_moe_dims dims) {
     return max_tokens > 0 && valid(dims) ? plan(max_tokens, dims, nullptr).bytes : 0;
 }
 
+extern "C" int64_t q35_moe_experts_at(int n, q35_moe_dims dims) {
+    return n > 0 && valid(dims) ? int64_t(reinterpret_cast<uintptr_t>(plan(n, dims, nullptr).experts)) : 0;
+}
+
 extern "C" int q35_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x,
                        void *workspace, q35_bf16 *out) {
     if (n <= 0) return cudaSuccess;

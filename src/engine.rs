@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Sampled, Sampling, Stats};
 use crate::batch::{BatchLimits, CHUNK_LEN, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
 use crate::config::LayerKind;
@@ -64,6 +64,20 @@ pub struct StepOutput {
     pub error: Option<String>,
 }
 
+/// What an engine holds.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Report {
+    /// What its device says.
+    #[serde(flatten)]
+    pub stats: Stats,
+    /// Longest prompt plus output.
+    pub max_model_len: usize,
+    /// Pages of keys and values, each for [`PAGE_LEN`] tokens.
+    pub num_pages: usize,
+    /// Bytes of a page, in all layers.
+    pub page_bytes: usize,
+}
+
 /// One model on one device, with its requests.
 pub struct Engine<B: Backend> {
     model: Model<B>,
@@ -71,6 +85,7 @@ pub struct Engine<B: Backend> {
     workspace: Workspace<B>,
     scheduler: Scheduler,
     max_model_len: usize,
+    num_pages: usize,
     next_id: u64,
     seed: u64,
     /// Tokens that exist; ids above are padding rows.
@@ -130,6 +145,7 @@ impl<B: Backend> Engine<B> {
             workspace,
             scheduler: Scheduler::new(cache, prefill, limits.max_num_seqs),
             max_model_len,
+            num_pages,
             next_id: 0,
             seed: limits.seed,
             num_tokens,
@@ -147,6 +163,17 @@ impl<B: Backend> Engine<B> {
     /// Longest prompt plus output of a request.
     pub fn max_model_len(&self) -> usize {
         self.max_model_len
+    }
+
+    /// What it holds, and what its device says of itself.
+    pub fn report(&self) -> Report {
+        Report {
+            stats: self.model.backend().stats(),
+            max_model_len: self.max_model_len,
+            num_pages: self.num_pages,
+            page_bytes: self.model.num_kv_layers()
+                * self.model.backend().page_bytes(&self.model.config().attention),
+        }
     }
 
     /// Whether nothing is left to do.
@@ -261,11 +288,29 @@ impl<B: Backend> Engine<B> {
     }
 
     fn run(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
+        if let Some(rows) = self.device_sampling(step) {
+            let Self { model, memory, workspace, num_tokens, .. } = self;
+            let sampled = model.forward_sampled(&step.batch, &rows, *num_tokens, memory, workspace, poll)?;
+            return Ok(step.logit_owners.iter().copied().zip(sampled.into_iter().map(Row::of)).collect());
+        }
         self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll)?;
         if !step.drafts.hidden_rows.is_empty() {
             self.model.forward_mtp(&step.drafts, &mut self.memory, &mut self.workspace, poll)?;
         }
         self.read_logits(step, poll)
+    }
+
+    /// How the step's tokens are chosen, where the device can do it, for all of them.
+    fn device_sampling(&self, step: &Step) -> Option<Vec<Sampling>> {
+        if !B::SAMPLES || !step.drafts.hidden_rows.is_empty() {
+            return None;
+        }
+        let row = |id: &RequestId| {
+            let request = self.scheduler.running(*id)?;
+            Some(context(request, self.num_tokens, &self.eos)?.sampling())
+        };
+        let rows: Vec<_> = step.logit_owners.iter().map(row).collect::<Option<_>>()?;
+        (!rows.is_empty() && self.model.backend().can_sample(&rows)).then_some(rows)
     }
 
     /// Samples, or copies, the rows of logits that are wanted. Changes no request.
@@ -405,6 +450,12 @@ enum Row {
     Token(Option<(u32, Option<TokenLogprobs>)>),
     /// Itself.
     Logits(Vec<f32>),
+}
+
+impl Row {
+    fn of(sampled: Sampled) -> Self {
+        Row::Token(sampled.token.map(|token| (token, sampled.logprobs)))
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ mod mtp;
 
 use self::mtp::Mtp;
 use crate::Result;
-use crate::backend::{Backend, DecayWeights, MoeTensors, Precision, Rope};
+use crate::backend::{Backend, DeltaWeights, MoeTensors, Precision, Rope, Sampled, Sampling};
 use crate::batch::{Batch, BatchLimits};
 use crate::config::{FfnConfig, ModelConfig};
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
@@ -192,8 +192,56 @@ impl<B: Backend> Model<B> {
         w: &mut Workspace<B>,
         poll: impl Fn() -> Result<()>,
     ) -> Result<()> {
-        let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
+        let b = &self.backend;
         b.begin(batch);
+        b.replay(batch, || self.run(batch, memory, w, &poll))?;
+        b.check()
+    }
+
+    /// As [`Model::forward`], and chooses a token for each of the batch's `logit_rows`, where the backend can
+    /// ([`Backend::can_sample`]). The first `num_tokens` logits of a row exist.
+    ///
+    /// # Errors
+    /// What `poll` returned, and what the device says.
+    pub fn forward_sampled(
+        &self,
+        batch: &Batch,
+        rows: &[Sampling],
+        num_tokens: usize,
+        memory: &mut Memory<B>,
+        w: &mut Workspace<B>,
+        poll: impl Fn() -> Result<()>,
+    ) -> Result<Vec<Sampled>> {
+        let b = &self.backend;
+        b.begin(batch);
+        b.begin_sampling(rows);
+        b.replay(batch, || {
+            self.run(batch, memory, w, &poll)?;
+            for first in (0..rows.len()).step_by(MAX_LOGIT_ROWS) {
+                let n = MAX_LOGIT_ROWS.min(rows.len() - first);
+                let places: Vec<usize> = (first..first + n).collect();
+                b.gather(&places, &w.normed, &mut w.head_rows);
+                b.linear(n, &w.head_rows, self.head(), &mut w.logits);
+                b.sample(first, n, num_tokens, &w.logits);
+            }
+            Ok(())
+        })?;
+        b.sampled()
+    }
+
+    fn head(&self) -> &B::Linear {
+        self.head.as_ref().unwrap_or(&self.embed)
+    }
+
+    /// The layers, from the embedding to the normed hidden states.
+    fn run(
+        &self,
+        batch: &Batch,
+        memory: &mut Memory<B>,
+        w: &mut Workspace<B>,
+        poll: &impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
         b.embed(batch, &self.embed, &mut w.residual);
         for (i, layer) in self.layers.iter().enumerate() {
             poll()?;
@@ -202,7 +250,7 @@ impl<B: Backend> Model<B> {
         }
         poll()?;
         b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &self.norm, eps, &mut w.normed);
-        b.check()
+        Ok(())
     }
 
     /// A decoder layer: reads `residual` (and `block`, the change that the layer before it left, unless it is the
@@ -237,10 +285,8 @@ impl<B: Backend> Model<B> {
                 let (dims, slots) = (&self.config.delta, &mut memory.slots[*index]);
                 let projected = &mut w.delta_inputs;
                 b.linear(n, &w.normed, inputs, projected);
-                b.causal_conv1d(batch, dims, conv, projected, slots, &mut w.mixed);
-                let decay = DecayWeights { a_log, dt_bias };
-                b.gated_delta_rule(batch, dims, decay, &w.mixed, projected, slots, &mut w.core);
-                b.gated_rmsnorm(n, dims, norm, eps, projected, &mut w.core);
+                let weights = DeltaWeights { conv, a_log, dt_bias, norm };
+                b.gated_delta_net(batch, dims, &weights, eps, projected, slots, &mut w.mixed, &mut w.core);
                 if let Some(rows) = keep {
                     n = rows.len();
                     b.keep_rows(rows, &mut w.core);
@@ -251,14 +297,18 @@ impl<B: Backend> Model<B> {
         if let Some(rows) = keep {
             b.keep_rows(rows, &mut w.residual);
         }
-        b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &layer.ffn_norm, eps, &mut w.normed);
+        let (block, residual, normed) = (&mut w.block, &mut w.residual, &mut w.normed);
         match &layer.ffn {
             Ffn::Dense { gate_up, down } => {
-                b.linear(n, &w.normed, gate_up, &mut w.gate_up);
+                b.rmsnorm_residual(n, Some(block), residual, &layer.ffn_norm, eps, normed);
+                b.linear(n, normed, gate_up, &mut w.gate_up);
                 b.silu_mul(n, &w.gate_up, &mut w.act);
-                b.linear(n, &w.act, down, &mut w.block);
+                b.linear(n, &w.act, down, block);
             }
-            Ffn::Moe(moe) => b.moe(n, &w.normed, moe, &mut w.scratch, &mut w.block),
+            Ffn::Moe(moe) => {
+                let norm = (&layer.ffn_norm, eps);
+                b.norm_moe(n, residual, norm, normed, moe, &mut w.scratch, block);
+            }
         }
         n
     }
@@ -272,7 +322,7 @@ impl<B: Backend> Model<B> {
         top: Option<(usize, usize)>,
         w: &'a mut Workspace<B>,
     ) -> std::borrow::Cow<'a, [f32]> {
-        let (b, head) = (&self.backend, self.head.as_ref().unwrap_or(&self.embed));
+        let (b, head) = (&self.backend, self.head());
         b.gather(rows, &w.normed, &mut w.head_rows);
         match top {
             Some((k, num_tokens)) => {

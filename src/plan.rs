@@ -7,9 +7,13 @@
 
 mod family;
 mod gpus;
+#[cfg(feature = "cuda")]
+mod memory;
 
 pub use family::{FAMILY, family_config};
 pub use gpus::{GPUS, Gpu, gpu};
+#[cfg(feature = "cuda")]
+pub use memory::memory;
 
 use serde::Serialize;
 
@@ -290,6 +294,22 @@ pub fn step_bytes(
     context: usize,
     fp8_kv: bool,
 ) -> Option<f64> {
+    let experts = match config.ffn {
+        FfnConfig::Moe { num_experts, top_k, .. } => expected_experts(num_experts, top_k, batch),
+        FfnConfig::Dense { .. } => 1.0,
+    };
+    step_bytes_with(config, scheme, batch, context, fp8_kv, experts)
+}
+
+/// The same, with the number of experts that the batch touches in a layer.
+pub fn step_bytes_with(
+    config: &ModelConfig,
+    scheme: Scheme,
+    batch: usize,
+    context: usize,
+    fp8_kv: bool,
+    experts: f64,
+) -> Option<f64> {
     if !scheme.applies_to(config) {
         return None;
     }
@@ -298,8 +318,8 @@ pub fn step_bytes(
         .map(|m| {
             let bytes = scheme.format(m.role).bytes(m.rows, m.cols) as f64;
             let read = match config.ffn {
-                FfnConfig::Moe { num_experts, top_k, .. } if m.role == Role::Ffn => {
-                    m.resident as f64 * expected_experts(num_experts, top_k, batch) / num_experts as f64
+                FfnConfig::Moe { num_experts, .. } if m.role == Role::Ffn => {
+                    m.resident as f64 * experts / num_experts as f64
                 }
                 _ => m.read as f64,
             };

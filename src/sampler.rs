@@ -4,8 +4,10 @@
 //! batch. No step sorts the vocabulary.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 use crate::backend::cpu::softmax::{exp_weights, log_sum_exp};
+use crate::backend::{Edit, Sampling};
 use crate::request::{SamplingParams, TokenLogprobs};
 
 /// What the sampler must know of a request.
@@ -40,6 +42,44 @@ impl Context<'_> {
             k => Some(k),
         }
     }
+
+    /// The same in plain numbers, with bias, stop tokens that are held back and penalties by token.
+    pub fn sampling(&self) -> Sampling {
+        let p = self.params;
+        let mut edits: BTreeMap<u32, Edit> = BTreeMap::new();
+        for &(id, bias) in &p.logit_bias {
+            edits.entry(id).or_default().bias += bias;
+        }
+        if self.output.len() < p.min_tokens {
+            let own = if p.ignore_eos { &[] } else { self.eos };
+            for &id in own.iter().chain(&p.stop_token_ids) {
+                edits.entry(id).or_default().banned = true;
+            }
+        }
+        if p.repetition_penalty != 1.0 {
+            for &id in self.prompt.iter().chain(self.output) {
+                edits.entry(id).or_default().seen = true;
+            }
+        }
+        if p.frequency_penalty != 0.0 || p.presence_penalty != 0.0 {
+            for &id in self.output {
+                edits.entry(id).or_default().count += 1;
+            }
+        }
+        edits.iter_mut().for_each(|(&id, edit)| edit.token = id);
+        Sampling {
+            uniform: uniform(self.seed, self.output.len() as u64),
+            temperature: p.temperature,
+            top_p: p.top_p,
+            min_p: p.min_p,
+            top_k: p.top_k,
+            logprobs: p.logprobs,
+            repetition_penalty: p.repetition_penalty,
+            frequency_penalty: p.frequency_penalty,
+            presence_penalty: p.presence_penalty,
+            edits: edits.into_values().collect(),
+        }
+    }
 }
 
 /// Scratch of [`sample`], reused from call to call.
@@ -70,7 +110,12 @@ pub fn sample(
 }
 
 fn choose(row: &mut [f32], context: &Context<'_>, scratch: &mut Scratch) -> Option<u32> {
-    adjust(row, context);
+    let sampling = context.sampling();
+    for edit in &sampling.edits {
+        if let Some(x) = row.get_mut(edit.token as usize) {
+            *x = edit.apply(&sampling, *x);
+        }
+    }
     let p = context.params;
     let best = argmax(row)?;
     if p.temperature == 0.0 || p.top_k == 1 {
@@ -80,7 +125,7 @@ fn choose(row: &mut [f32], context: &Context<'_>, scratch: &mut Scratch) -> Opti
     if max == f32::INFINITY {
         return Some(best);
     }
-    let u = uniform(context.seed, context.output.len() as u64);
+    let u = sampling.uniform;
     // Finite, so that the best token's weight is exp(0) = 1 and never NaN.
     let scale = (1.0 / p.temperature).min(f32::MAX);
     let Scratch { weights, candidates, .. } = scratch;
@@ -108,43 +153,6 @@ fn choose(row: &mut [f32], context: &Context<'_>, scratch: &mut Scratch) -> Opti
     });
     let keep = keep.count().max(1);
     pick(candidates[..keep].iter().map(|&(w, i)| (i, f64::from(w))), u).or(Some(best))
-}
-
-/// Bias, stop tokens held back, penalties.
-fn adjust(row: &mut [f32], context: &Context<'_>) {
-    let Context { params: p, prompt, output, eos, .. } = context;
-    for &(id, bias) in &p.logit_bias {
-        if let Some(x) = row.get_mut(id as usize) {
-            *x += bias;
-        }
-    }
-    if output.len() < p.min_tokens {
-        let own = if p.ignore_eos { &[] } else { *eos };
-        for &id in own.iter().chain(&p.stop_token_ids) {
-            if let Some(x) = row.get_mut(id as usize) {
-                *x = f32::NEG_INFINITY;
-            }
-        }
-    }
-    if p.repetition_penalty != 1.0 {
-        let mut seen: Vec<u32> = prompt.iter().chain(*output).copied().collect();
-        seen.sort_unstable();
-        seen.dedup();
-        for id in seen {
-            if let Some(x) = row.get_mut(id as usize) {
-                *x = if *x > 0.0 { *x / p.repetition_penalty } else { *x * p.repetition_penalty };
-            }
-        }
-    }
-    if p.frequency_penalty != 0.0 || p.presence_penalty != 0.0 {
-        let mut seen = output.to_vec();
-        seen.sort_unstable();
-        for same in seen.chunk_by(|a, b| a == b) {
-            if let Some(x) = row.get_mut(same[0] as usize) {
-                *x -= p.frequency_penalty * same.len() as f32 + p.presence_penalty;
-            }
-        }
-    }
 }
 
 /// The largest logit, the lowest id of equals; NaN is passed over.

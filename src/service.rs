@@ -7,9 +7,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::backend::Backend;
 use crate::backend::cpu::parallel::claim;
-use crate::engine::{Engine, StepOutput};
+use crate::backend::{Backend, Measured};
+use crate::engine::{Engine, Report, StepOutput};
 use crate::request::{RequestId, Wanted};
 use crate::{Error, Result};
 
@@ -32,6 +32,10 @@ enum Command {
     },
     /// Requests were put into the aborted set.
     Abort,
+    /// What the engine holds is asked for.
+    Report(Sender<Report>),
+    /// What its device reaches is asked for.
+    Measure(Sender<Result<Option<Measured>>>),
 }
 
 /// Handle to an engine's thread; the thread ends when the last handle and the last generation are dropped.
@@ -108,6 +112,29 @@ impl Service {
         self.commands.send(Command::Submit { jobs, events, reply }).map_err(|_| self.gone())?;
         let ids = answer.recv().map_err(|_| self.gone())??;
         Ok(Generation { open: vec![true; ids.len()], ids, events: inbox, service: self.clone() })
+    }
+
+    /// What the engine holds, and what its device says of its last step.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where the thread is gone.
+    pub fn report(&self) -> Result<Report> {
+        self.ask(Command::Report)
+    }
+
+    /// What the engine's device reaches, measured now.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where the thread is gone, and what the device says.
+    pub fn measure(&self) -> Result<Option<Measured>> {
+        self.ask(Command::Measure)?
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
+        claim()?;
+        let (reply, answer) = channel();
+        self.commands.send(question(reply)).map_err(|_| self.gone())?;
+        answer.recv().map_err(|_| self.gone())
     }
 
     /// What callers of a thread that has ended are told.
@@ -214,6 +241,8 @@ impl<B: Backend> Worker<B> {
                     let ids = self.add(jobs, &events);
                     drop(reply.send(ids));
                 }
+                Ok(Command::Report(reply)) => drop(reply.send(self.engine.report())),
+                Ok(Command::Measure(reply)) => drop(reply.send(self.engine.model().backend().measure())),
                 Ok(Command::Abort) => {
                     let ids = std::mem::take(&mut *lock(&self.aborted));
                     ids.iter().for_each(|&id| self.engine.abort(id));

@@ -30,6 +30,7 @@ __all__ = [
     "ops_rms_norm",
     "ops_rope",
     "ops_route",
+    "plan_memory",
     "plan_model",
 ]
 
@@ -141,9 +142,11 @@ class Engine:
         path: str | PathLike[str],
         tokenizer: Tokenizer | None,
         *,
+        load_format: str,
         device: str,
         dtype: str,
         deterministic: bool,
+        enforce_eager: bool,
         mtp: bool | None,
         max_model_len: int | None,
         max_num_seqs: int,
@@ -158,10 +161,21 @@ class Engine:
     @property
     def max_model_len(self) -> int: ...
     @property
+    def num_layers(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
     def has_mtp(self) -> bool: ...
     @property
     def eos_token_ids(self) -> list[int]: ...
     def generate(self, prompts: Sequence[_Ids], params: Sequence[_SamplingParams]) -> Generation: ...
+    def report(self) -> str: ...
+    def measure(self) -> str: ...
+    def step_facts(self, batch: int, context: int, experts_hit: int) -> tuple[float, int]: ...
     def logits(self, prompt: _Ids) -> npt.NDArray[np.float32]: ...
     def mtp_logits(self, prompt: _Ids) -> npt.NDArray[np.float32]: ...
 
@@ -222,6 +236,16 @@ def ops_moe(
 # tools of the command line: JSON text
 
 def inspect_checkpoint(path: str | PathLike[str], full: bool) -> str: ...
+def plan_memory(
+    model: str,
+    *,
+    gpu: str,
+    mtp: bool,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    gpu_memory_utilization: float,
+) -> str | None: ...
 def plan_model(
     model: str,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,9 @@ class LLM:
             the small demonstration model that comes with the package; a line on stderr says so.
         tokenizer: another directory or hub name for the tokenizer; the model's own by default. A model
             without one runs on token ids.
+        load_format: ``"auto"`` reads the checkpoint. ``"dummy"`` takes random weights of the model's sizes instead, made
+            where they are held, for measurements: ``model`` may then also be a ``config.json``, or a size of the
+            family such as ``"35b-a3b"``, and has no tokenizer unless there is one beside it.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: what the environment's QWEN35RS_DEVICE says, else
             the first GPU where it can be used, else the CPU.
         dtype: how matrices are held: ``"auto"`` as the checkpoint has them, ``"float32"``, ``"bfloat16"`` or
@@ -47,6 +51,8 @@ class LLM:
             arithmetic is float32 always. On a GPU matrices and activations are bfloat16, whatever the checkpoint has.
         deterministic: on a GPU, make the bits of a request independent of what else is in its batches, at the cost of
             speed. On the CPU they always are.
+        enforce_eager: on a GPU, launch the kernels of a decode step one by one, and not as a recorded CUDA graph. The
+            same bits, more slowly: for debugging.
         mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
             has one that can be run. It takes memory, and no part in generating.
         max_model_len: longest prompt plus output, in tokens; the model's context, or what
@@ -71,9 +77,11 @@ class LLM:
         model: str | os.PathLike[str] | None = None,
         *,
         tokenizer: str | os.PathLike[str] | None = None,
+        load_format: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
         deterministic: bool = False,
+        enforce_eager: bool = False,
         mtp: bool | None = False,
         max_model_len: int | None = None,
         seed: int = 0,
@@ -86,7 +94,10 @@ class LLM:
         progress: bool | None = None,
     ) -> None:
         device = _core.find_device(device)
-        path = hub.resolve(model, revision=revision, token=token)
+        if load_format == "dummy" and model is not None and not Path(model).is_dir():
+            path = Path(model)
+        else:
+            path = hub.resolve(model, revision=revision, token=token)
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None:
             self._tokenizer = Tokenizer.from_pretrained(tokenizer, revision=revision, token=token)
@@ -106,9 +117,11 @@ class LLM:
             self._engine = _core.Engine(
                 path,
                 None if self._tokenizer is None else self._tokenizer._core,
+                load_format=load_format,
                 device=device,
                 dtype=dtype,
                 deterministic=deterministic,
+                enforce_eager=enforce_eager,
                 mtp=mtp,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
@@ -139,6 +152,12 @@ class LLM:
     def device(self) -> str:
         """Where it runs: ``"cpu"`` or ``"cuda:N"``."""
         return self._engine.device
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that are held on a GPU, by what they are for; empty on the CPU. `qwen35rs plan` says the same beforehand."""
+        memory: dict[str, int] = json.loads(self._engine.report())["memory"]
+        return memory
 
     @property
     def max_model_len(self) -> int:

@@ -14,7 +14,10 @@ pub mod cuda;
 #[path = "cuda/ffi_tests.rs"]
 mod ffi_tests;
 
+mod sampling;
+
 pub use choice::Device;
+pub use sampling::{Edit, Sampled, Sampling};
 
 use crate::Result;
 use crate::batch::{Batch, BatchLimits};
@@ -81,10 +84,26 @@ pub trait Backend: Send + Sync {
         Ok(None)
     }
 
+    /// What it can say of itself.
+    fn stats(&self) -> Stats {
+        Stats::default()
+    }
+
+    /// What it reaches, measured now; `None` where nothing is measured.
+    fn measure(&self) -> Result<Option<Measured>> {
+        Ok(None)
+    }
+
     // Steps. Ops may return before they have run.
 
     /// The batch of the ops that follow: what the device must know of it is sent there, once.
     fn begin(&self, _batch: &Batch) {}
+
+    /// Runs `ops`, the ops of a batch from its first to its last. A device may record them, and for a batch of the same
+    /// shape repeat what it recorded: they must be the same for every batch of a shape, and read nothing back.
+    fn replay(&self, _batch: &Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+        ops()
+    }
 
     /// The first error of any op so far, where ops can fail. Nothing that was read since is to be used then.
     fn check(&self) -> Result<()> {
@@ -161,6 +180,26 @@ pub trait Backend: Send + Sync {
         core: &mut Self::Buf,
     );
 
+    /// What a delta layer does between its projections: [`Backend::causal_conv1d`] to `mixed`,
+    /// [`Backend::gated_delta_rule`] to `core`, [`Backend::gated_rmsnorm`].
+    #[allow(clippy::too_many_arguments)]
+    fn gated_delta_net(
+        &self,
+        batch: &Batch,
+        dims: &DeltaConfig,
+        w: &DeltaWeights<'_, Self::Vector>,
+        eps: f32,
+        projected: &Self::Buf,
+        slots: &mut Self::Slots,
+        mixed: &mut Self::Buf,
+        core: &mut Self::Buf,
+    ) {
+        self.causal_conv1d(batch, dims, w.conv, projected, slots, mixed);
+        let decay = DecayWeights { a_log: w.a_log, dt_bias: w.dt_bias };
+        self.gated_delta_rule(batch, dims, decay, mixed, projected, slots, core);
+        self.gated_rmsnorm(batch.num_tokens(), dims, w.norm, eps, projected, core);
+    }
+
     /// Splits `projected` (`[n, (q|gate) per head | k | v]`): q and k are normed per head and rotated; q goes to
     /// `q` (`[n, Hq * d]`), k and v to the pages of their tokens.
     #[allow(clippy::too_many_arguments)]
@@ -204,6 +243,45 @@ pub trait Backend: Send + Sync {
         out: &mut Self::Buf,
     );
 
+    /// [`Backend::rmsnorm_residual`] of the change in `block`, to `x`; then [`Backend::moe`] of that, to `block`. `norm` is
+    /// the weight and eps.
+    #[allow(clippy::too_many_arguments)]
+    fn norm_moe(
+        &self,
+        n: usize,
+        residual: &mut Self::Buf,
+        norm: (&Self::Vector, f32),
+        x: &mut Self::Buf,
+        weights: &Self::Moe,
+        scratch: &mut Self::Scratch,
+        block: &mut Self::Buf,
+    ) {
+        self.rmsnorm_residual(n, Some(block), residual, norm.0, norm.1, x);
+        self.moe(n, x, weights, scratch, block);
+    }
+
+    // Choosing tokens, for devices that can; elsewhere logits are read and the host chooses.
+
+    /// Whether it ever can.
+    const SAMPLES: bool = false;
+
+    /// Whether [`Backend::sample`] can choose a token for each of these rows.
+    fn can_sample(&self, _rows: &[Sampling]) -> bool {
+        false
+    }
+
+    /// Sends how the tokens of the batch are chosen to the device.
+    fn begin_sampling(&self, _rows: &[Sampling]) {}
+
+    /// Chooses tokens `first..first + n` of those that [`Backend::begin_sampling`] announced, from `n` rows of logits of
+    /// which the first `num_tokens` exist.
+    fn sample(&self, _first: usize, _n: usize, _num_tokens: usize, _logits: &Self::Buf) {}
+
+    /// The tokens that were chosen, once all has run.
+    fn sampled(&self) -> Result<Vec<Sampled>> {
+        Ok(Vec::new())
+    }
+
     /// `out[i] = x[rows[i]]`: gathers the tokens whose logits are wanted.
     fn gather(&self, rows: &[usize], x: &Self::Buf, out: &mut Self::Buf);
 
@@ -223,12 +301,44 @@ pub trait Backend: Send + Sync {
     fn clear_slot(&self, slots: &mut Self::Slots, slot: usize);
 }
 
+/// What a device says of itself.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub struct Stats {
+    /// Bytes of its own memory, by what they are for.
+    pub memory: std::collections::BTreeMap<&'static str, usize>,
+    /// Kernels and copies of the last step, where it was launched as one graph.
+    pub nodes_per_step: Option<usize>,
+    /// Different experts of the last layer that tokens of the last step were sent to, where that step was recorded.
+    pub experts_hit: Option<usize>,
+}
+
+/// What a device reaches at best.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct Measured {
+    /// Reading memory.
+    pub read_bytes_per_s: f64,
+    /// A large product in bf16, where there is a library for it.
+    pub flops_per_s: Option<f64>,
+}
+
 /// What decides the decay of a delta layer: `g = -exp(a_log) * softplus(a + dt_bias)`.
 pub struct DecayWeights<'a, V> {
     /// `[V]`
     pub a_log: &'a V,
     /// `[V]`
     pub dt_bias: &'a V,
+}
+
+/// The small parameters of a delta layer.
+pub struct DeltaWeights<'a, V> {
+    /// `[kernel, C]`
+    pub conv: &'a V,
+    /// `[V]`
+    pub a_log: &'a V,
+    /// `[V]`
+    pub dt_bias: &'a V,
+    /// `[v_dim]`
+    pub norm: &'a V,
 }
 
 /// The tensors of one sparse block.

@@ -10,12 +10,14 @@ use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::tokenizer::{Ids, PyTokenizer};
+use super::tools::{json, model_config};
 use super::{enter, to_py};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Device};
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, EngineLimits, StepOutput};
 use crate::model::Model;
+use crate::plan::{self, Scheme};
 use crate::request::{FinishReason, SamplingParams, Wanted};
 use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
@@ -141,9 +143,18 @@ struct PyEngine {
     service: Service,
     tokenizer: Option<Py<PyTokenizer>>,
     defaults: GenerationConfig,
+    config: ModelConfig,
+    /// Rows of the head.
+    #[pyo3(get)]
     vocab: usize,
     #[pyo3(get)]
     max_model_len: usize,
+    #[pyo3(get)]
+    num_layers: usize,
+    #[pyo3(get)]
+    max_num_seqs: usize,
+    #[pyo3(get)]
+    max_num_batched_tokens: usize,
     #[pyo3(get)]
     has_mtp: bool,
     #[pyo3(get)]
@@ -159,6 +170,8 @@ type Sizes = (usize, bool);
 /// What a model is made from.
 struct Load {
     path: PathBuf,
+    /// Whether the weights are random and nothing is read.
+    dummy: bool,
     config: ModelConfig,
     dtype: Option<DType>,
     /// Whether with its MTP module; `None` for where it can be run.
@@ -174,7 +187,7 @@ impl Load {
     /// Loads it onto a device; the engine's thread does the work.
     fn start<B: Backend + 'static>(self, backend: B) -> Result<(Service, Sizes)> {
         Service::start(move || {
-            let checkpoint = Checkpoint::open(&self.path)?;
+            let checkpoint = if self.dummy { Checkpoint::random() } else { Checkpoint::open(&self.path)? };
             let tensors = ModelTensors::resolve(&checkpoint, &self.config)?;
             let report = |done, total| report(&self.progress, done, total);
             let module = match self.mtp {
@@ -199,16 +212,17 @@ impl Load {
         ordinal: usize,
         folders: &[PathBuf],
         deterministic: bool,
+        enforce_eager: bool,
     ) -> Result<(Service, Sizes)> {
         if let Some(dtype) = self.dtype.filter(|&dtype| dtype != DType::BF16) {
             let found = if dtype == DType::F32 { "float32" } else { "float16" };
             return Err(Error::request("dtype", found, "auto, bfloat16 (on a CUDA device)"));
         }
-        self.start(crate::backend::cuda::Cuda::new(ordinal, folders, deterministic)?)
+        self.start(crate::backend::cuda::Cuda::new(ordinal, folders, deterministic, !enforce_eager)?)
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn start_cuda(self, ordinal: usize, _: &[PathBuf], _: bool) -> Result<(Service, Sizes)> {
+    fn start_cuda(self, ordinal: usize, _: &[PathBuf], _: bool, _: bool) -> Result<(Service, Sizes)> {
         Device::Cuda(ordinal).require().and_then(|()| self.start(Cpu))
     }
 }
@@ -216,17 +230,20 @@ impl Load {
 #[pymethods]
 impl PyEngine {
     /// Loads a checkpoint directory onto a device, with its MTP module where `mtp` says so; `None` for where it can be
-    /// run. `progress(done, total)` is called as layers are loaded.
+    /// run. `progress(done, total)` is called as layers are loaded. With the load format `dummy`, `path` may also be a
+    /// `config.json` or a size of the family, and the weights are random.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, device, dtype, deterministic, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, deterministic, enforce_eager, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
         path: PathBuf,
         tokenizer: Option<Py<PyTokenizer>>,
+        load_format: &str,
         device: &str,
         dtype: &str,
         deterministic: bool,
+        enforce_eager: bool,
         mtp: Option<bool>,
         max_model_len: Option<usize>,
         max_num_seqs: usize,
@@ -236,6 +253,11 @@ impl PyEngine {
         seed: u64,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
+        let dummy = match load_format {
+            "auto" => false,
+            "dummy" => true,
+            other => return Err(to_py(Error::request("load_format", other, "auto, dummy"))),
+        };
         let dtype = match dtype {
             "auto" => None,
             "float32" => Some(DType::F32),
@@ -258,19 +280,34 @@ impl PyEngine {
         let text: Option<Arc<Tokenizer>> = tokenizer.as_ref().map(|t| Arc::clone(&t.get().inner));
         let folders = py.import("sys")?.getattr("path")?.extract::<Vec<PathBuf>>().unwrap_or_default();
         enter(py, move || {
-            let config = ModelConfig::from_dir(&path)?;
-            let defaults = GenerationConfig::from_dir(&path)?;
+            let config = if dummy { model_config(&path)? } else { ModelConfig::from_dir(&path)? };
+            let defaults =
+                if path.is_dir() { GenerationConfig::from_dir(&path)? } else { GenerationConfig::default() };
             defaults.check(&config)?;
             let eos_token_ids = stop_tokens(&defaults, text.as_deref(), config.vocab);
             let num_tokens = text.map_or(config.vocab, |t| t.len());
             let (vocab, eos) = (config.vocab, eos_token_ids.clone());
-            let load = Load { path, config, dtype, mtp, limits, num_tokens, eos, progress };
+            let load =
+                Load { path, dummy, config: config.clone(), dtype, mtp, limits, num_tokens, eos, progress };
             let (service, (max_model_len, has_mtp)) = match device {
                 Device::Cpu => load.start(Cpu)?,
-                Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic)?,
+                Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic, enforce_eager)?,
             };
-            let device = device.to_string();
-            Ok(Self { service, tokenizer, defaults, vocab, max_model_len, has_mtp, eos_token_ids, device })
+            let (device, num_layers) = (device.to_string(), config.layers.len());
+            Ok(Self {
+                service,
+                tokenizer,
+                defaults,
+                config,
+                vocab,
+                max_model_len,
+                num_layers,
+                max_num_seqs,
+                max_num_batched_tokens,
+                has_mtp,
+                eos_token_ids,
+                device,
+            })
         })
     }
 
@@ -303,6 +340,27 @@ impl PyEngine {
             Ok(Under { generation: self.service.submit(jobs)?, texts, stops })
         })?;
         Ok(PyGeneration { inner: Mutex::new(generation) })
+    }
+
+    /// JSON of what the engine holds and what its device says of its last step.
+    fn report(&self, py: Python<'_>) -> PyResult<String> {
+        enter(py, || json(&self.service.report()?))
+    }
+
+    /// JSON of what the device reaches at best, measured now; `null` where nothing is measured.
+    fn measure(&self, py: Python<'_>) -> PyResult<String> {
+        enter(py, || json(&self.service.measure()?))
+    }
+
+    /// What a decode step of the model in bf16 needs: `(bytes, active parameters)`. `experts_hit` is the number of
+    /// experts of a layer that it reads; 0 for as many as it would under uniform routing.
+    fn step_facts(&self, batch: usize, context: usize, experts_hit: usize) -> (f64, u64) {
+        let (config, scheme) = (&self.config, Scheme::Bf16);
+        let bytes = match experts_hit {
+            0 => plan::step_bytes(config, scheme, batch, context, false),
+            hit => plan::step_bytes_with(config, scheme, batch, context, false, hit as f64),
+        };
+        (bytes.unwrap_or_default(), plan::param_counts(config).active)
     }
 
     /// float32 logits of every token of a prompt, `[num_tokens, vocab]`.

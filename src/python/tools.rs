@@ -1,7 +1,7 @@
 //! What the command line and the tokenizer need besides: chat templates, plans and inspections. Structures
 //! cross as JSON text.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pyo3::prelude::*;
 use serde::Serialize;
@@ -9,6 +9,8 @@ use serde_json::{Map, Value};
 
 use super::{enter, to_py};
 use crate::config::ModelConfig;
+#[cfg(feature = "cuda")]
+use crate::engine::EngineLimits;
 use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
 use crate::tokenizer::chat::ChatTemplate;
@@ -18,14 +20,15 @@ use crate::{Error, Result};
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyChatTemplate>()?;
     m.add_function(wrap_pyfunction!(inspect_checkpoint, m)?)?;
-    m.add_function(wrap_pyfunction!(plan_model, m)?)
+    m.add_function(wrap_pyfunction!(plan_model, m)?)?;
+    m.add_function(wrap_pyfunction!(plan_memory, m)?)
 }
 
 fn parse(field: &str, text: &str) -> Result<Value> {
     serde_json::from_str(text).map_err(|e| Error::request(field, e, "values that JSON can hold"))
 }
 
-fn json(value: &impl Serialize) -> Result<String> {
+pub(super) fn json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::Internal(e.to_string()))
 }
 
@@ -90,6 +93,18 @@ struct ModelPlan {
     plan: plan::Plan,
 }
 
+/// The configuration of a directory, of a `config.json`, or of a size of the family by its name.
+pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
+    if model.is_dir() {
+        ModelConfig::from_dir(model)
+    } else if model.is_file() {
+        let text = std::fs::read_to_string(model).map_err(|e| Error::io(model, e))?;
+        ModelConfig::from_json(&text, model)
+    } else {
+        plan::family_config(&model.to_string_lossy())
+    }
+}
+
 /// JSON plan of a model, named by a family name or by the path of a `config.json` or its directory.
 #[pyfunction]
 #[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, with_vision, with_mtp))]
@@ -106,15 +121,7 @@ fn plan_model(
     with_mtp: bool,
 ) -> PyResult<String> {
     let make = || {
-        let path = PathBuf::from(model);
-        let config = if path.is_dir() {
-            ModelConfig::from_dir(&path)?
-        } else if path.is_file() {
-            let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-            ModelConfig::from_json(&text, &path)?
-        } else {
-            plan::family_config(model)?
-        };
+        let config = model_config(Path::new(model))?;
         let gpus = match gpus.is_empty() {
             true => plan::GPUS.to_vec(),
             false => gpus.iter().map(|name| plan::gpu(name)).collect::<Result<_>>()?,
@@ -128,4 +135,38 @@ fn plan_model(
         json(&ModelPlan { config, plan })
     };
     py.detach(make).map_err(to_py)
+}
+
+/// JSON of what this version would hold of a model on one card of so much memory, and leave for keys and values; None
+/// where it was built without CUDA. The model is named as for [`plan_model`].
+#[pyfunction]
+#[pyo3(signature = (model, *, gpu, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
+#[allow(clippy::too_many_arguments, unused_variables)]
+fn plan_memory(
+    py: Python<'_>,
+    model: &str,
+    gpu: &str,
+    mtp: bool,
+    max_model_len: Option<usize>,
+    max_num_seqs: usize,
+    max_num_batched_tokens: usize,
+    gpu_memory_utilization: f64,
+) -> PyResult<Option<String>> {
+    #[cfg(feature = "cuda")]
+    return py
+        .detach(|| {
+            let config = model_config(Path::new(model))?;
+            let bytes = (plan::gpu(gpu)?.memory_gib * f64::from(1 << 30)) as usize;
+            let limits = EngineLimits {
+                max_model_len,
+                max_num_seqs,
+                max_num_batched_tokens,
+                gpu_memory_utilization,
+                ..EngineLimits::default()
+            };
+            json(&plan::memory(&config, mtp, &limits, bytes)?).map(Some)
+        })
+        .map_err(to_py);
+    #[cfg(not(feature = "cuda"))]
+    Ok(None)
 }

@@ -24,6 +24,8 @@ pub struct Checkpoint {
     dir: PathBuf,
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, Tensor>,
+    /// Whether it has every tensor that is asked for.
+    random: bool,
 }
 
 /// How much of a checkpoint a fingerprint looks at.
@@ -66,9 +68,19 @@ impl Checkpoint {
         Err(Error::file(dir, format!("found {found}; expected {SINGLE} or {INDEX}")))
     }
 
+    /// Not a checkpoint: every tensor of whatever model, of random elements.
+    pub fn random() -> Self {
+        Checkpoint { dir: PathBuf::new(), files: Vec::new(), tensors: BTreeMap::new(), random: true }
+    }
+
+    /// Whether it is [`Checkpoint::random`].
+    pub fn is_random(&self) -> bool {
+        self.random
+    }
+
     fn open_single(dir: &Path, file: PathBuf) -> Result<Self> {
         let tensors = safetensors::open(&file)?.into_iter().map(|t| (t.name.clone(), t)).collect();
-        Ok(Checkpoint { dir: dir.to_path_buf(), files: vec![file], tensors })
+        Ok(Checkpoint { dir: dir.to_path_buf(), files: vec![file], tensors, random: false })
     }
 
     fn open_shards(dir: &Path, index: &Path) -> Result<Self> {
@@ -105,7 +117,7 @@ impl Checkpoint {
                 expected: format!("it in {shard}, as {INDEX} says"),
             });
         }
-        Ok(Checkpoint { dir: dir.to_path_buf(), files, tensors })
+        Ok(Checkpoint { dir: dir.to_path_buf(), files, tensors, random: false })
     }
 
     /// The directory (or file) that was opened.
@@ -121,6 +133,11 @@ impl Checkpoint {
     /// A tensor by its name in the checkpoint.
     pub fn get(&self, name: &str) -> Option<Tensor> {
         self.tensors.get(name).cloned()
+    }
+
+    /// A tensor that a model wants; of random elements it has this shape, otherwise the checkpoint's own.
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Option<Tensor> {
+        if self.random { Some(Tensor::random(name.into(), shape)) } else { self.get(name) }
     }
 
     /// Whether the checkpoint has a tensor of this name.

@@ -5,16 +5,18 @@ mod dtype;
 mod hash;
 mod mtp;
 mod names;
+mod random;
 pub mod safetensors;
 
 pub use checkpoint::{Checkpoint, Depth};
 pub use dtype::DType;
+pub use random::Random;
 
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
-/// One tensor of a checkpoint, still in the mapped file. Cloning copies no data.
+/// One tensor of a checkpoint, still in the mapped file, or of a model of random weights. Cloning copies no data.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     /// The checkpoint's name.
@@ -23,21 +25,39 @@ pub struct Tensor {
     pub dtype: DType,
     /// Row-major shape.
     pub shape: Vec<usize>,
-    /// The file, and the tensor's bytes in it.
-    file: Arc<Mmap>,
-    range: std::ops::Range<usize>,
+    data: Data,
+}
+
+#[derive(Debug, Clone)]
+enum Data {
+    /// A file, and the tensor's bytes in it.
+    Mapped(Arc<Mmap>, std::ops::Range<usize>),
+    Random(Arc<Random>),
 }
 
 impl Tensor {
     /// The raw little-endian bytes, `shape.product() * dtype.size()` of them. May be unaligned.
     pub fn bytes(&self) -> &[u8] {
-        &self.file[self.range.clone()]
+        match &self.data {
+            Data::Mapped(file, range) => &file[range.clone()],
+            Data::Random(random) => random.bytes(),
+        }
+    }
+
+    /// How it is drawn, where its elements are random.
+    pub fn random_elements(&self) -> Option<&Random> {
+        match &self.data {
+            Data::Mapped(..) => None,
+            Data::Random(random) => Some(random),
+        }
     }
 
     /// Says that the bytes will hardly be read again: the system may drop them from memory (and reads them from the
     /// file if they are).
     pub fn release(&self) {
-        safetensors::release(&self.file, self.range.clone());
+        if let Data::Mapped(file, range) = &self.data {
+            safetensors::release(file, range.clone());
+        }
     }
 
     /// Number of elements.

@@ -19,7 +19,7 @@ impl MtpTensors {
             return Err(Error::config("mtp_num_hidden_layers", 0, "1, where the MTP module is wanted"));
         }
         let of_module = || checkpoint.iter().filter(|tensor| tensor.name.starts_with(MTP_PREFIX));
-        if of_module().next().is_none() {
+        if of_module().next().is_none() && !checkpoint.is_random() {
             return Err(Error::Tensor {
                 name: format!("{MTP_PREFIX}*"),
                 found: "nothing".into(),

@@ -46,7 +46,7 @@ impl ModelTensors {
     /// Bytes of weights that one token reads, as they are stored: everything but the embedding (unless it
     /// is the head) and the experts the token is not sent to.
     pub fn bytes_per_token(&self, config: &ModelConfig) -> u64 {
-        let size = |tensor: &Tensor| tensor.bytes().len() as u64;
+        let size = |tensor: &Tensor| (tensor.num_elements() * tensor.dtype.bits() / 8) as u64;
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         let mut total = size(head) + size(&self.norm);
         for layer in &self.layers {
@@ -137,7 +137,7 @@ impl<'a> Resolver<'a> {
 
     /// The tensor of this name, if it is there with this shape and a dtype that loads.
     pub(super) fn take(&mut self, name: String, shape: &[usize]) -> Option<Tensor> {
-        let Some(tensor) = self.checkpoint.get(&name) else {
+        let Some(tensor) = self.checkpoint.tensor(&name, shape) else {
             self.note(name, "nothing", format!("shape {shape:?}"));
             return None;
         };

@@ -19,7 +19,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
-use super::{DType, Tensor};
+use super::{DType, Data, Tensor};
 use crate::{Error, Result};
 
 /// The format's own limit of a header.
@@ -58,8 +58,7 @@ pub fn open(path: &Path) -> Result<Vec<Tensor>> {
         name: info.name,
         dtype: info.dtype,
         shape: info.shape,
-        file: Arc::clone(&map),
-        range: info.range,
+        data: Data::Mapped(Arc::clone(&map), info.range),
     };
     Ok(tensors.into_iter().map(tensor).collect())
 }

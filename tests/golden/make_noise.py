@@ -15,19 +15,17 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import make_goldens as goldens
 from embedded import questions
 from golden.cases import CASES, Golden
-from noise import FILE, compare, worst
+from noise import FILE, compare
 from qwen35rs import hub
 
 
-def of_golden(name):
+def pairs(name):
     golden = Golden(name)
     exact, rounded = goldens.load(golden.path), goldens.load(golden.path, "bfloat16")
-    return worst(
-        compare(
-            goldens.forward(rounded, p.sequence)[0].numpy(), goldens.forward(exact, p.sequence)[0].numpy()
-        )
+    return [
+        (goldens.forward(rounded, p.sequence)[0].numpy(), goldens.forward(exact, p.sequence)[0].numpy())
         for p in golden.prompts
-    )
+    ]
 
 
 @torch.inference_mode()
@@ -40,8 +38,8 @@ def of_embedded():
         return rows[len(prompt) - 1 : -1].float().numpy()
 
     exact, rounded = load(torch.float32), load(torch.bfloat16)
-    return worst(
-        compare(logits(rounded, prompt, expected), logits(exact, prompt, expected))
+    return compare(
+        (logits(rounded, prompt, expected), logits(exact, prompt, expected))
         for _, _, prompt, expected in questions()
         if len(prompt) < 1500
     )
@@ -50,7 +48,10 @@ def of_embedded():
 def main():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    found = {name: of_golden(name) for name in CASES} | {"embedded": of_embedded()}
+    of_goldens = {name: pairs(name) for name in CASES}
+    found = {name: compare(some) for name, some in of_goldens.items()}
+    found["goldens"] = compare([pair for some in of_goldens.values() for pair in some])
+    found["embedded"] = of_embedded()
     lines = [f"{json.dumps(name)}: {json.dumps(noise)}" for name, noise in found.items()]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

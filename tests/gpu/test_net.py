@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from golden import embedded
 from golden.cases import CASES, Golden
-from golden.noise import compare, log_softmax, recorded, within, worst
+from golden.noise import compare, log_softmax, recorded, within
 from qwen35rs import LLM, RequestError, SamplingParams, bench, hub, tasks
 
 pytestmark = pytest.mark.gpu
@@ -43,27 +43,42 @@ def questions(num):
 # ------------------------------------------------------------------------------------------------ goldens
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_of_the_goldens(name):
-    """As near to float32 arithmetic as Transformers in bf16 (random weights: every rounding shows)."""
+@lru_cache
+def pairs(name):
+    """Logits on the GPU and on the CPU."""
     path, found = str(Golden(name).path), []
     for prompt in Golden(name).prompts:
         got, want = (load(path, device).logits(prompt.sequence) for device in ("cuda", "cpu"))
         assert got.shape == want.shape and np.isfinite(got).all()
-        found.append(compare(got, want))
-    assert within(worst(found), name), (worst(found), recorded(name))
+        found.append((got, want))
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_generated_token_is_as_good_as_the_best(name):
+def test_logits_of_the_goldens(name):
+    """As near to float32 arithmetic as Transformers in bf16 (random weights: every rounding shows)."""
+    assert within(compare(pairs(name)), name), (compare(pairs(name)), recorded(name))
+
+
+def test_the_best_tokens_of_the_goldens():
+    found = compare([pair for name in CASES for pair in pairs(name)])
+    assert within(found, "goldens", ("regret_mean", "regret_p99")), (found, recorded("goldens"))
+
+
+def test_generated_tokens_are_as_good_as_the_best():
     """Token by token (the decode kernels), judged by the CPU's logits of the same sequence."""
-    path, limit = str(Golden(name).path), 1.5 * recorded(name)["regret"] + 0.1
-    for prompt in Golden(name).prompts:
-        (out,) = greedy(load(path, "cuda"), [prompt.tokens], 24, ignore_eos=True)
-        sequence = prompt.tokens + list(out.token_ids)
-        rows = log_softmax(load(path, "cpu").logits(sequence[:-1])[len(prompt.tokens) - 1 :])
-        regret = rows.max(-1) - rows[np.arange(len(out.token_ids)), list(out.token_ids)]
-        assert regret.max() <= limit, (regret, limit)
+    found = []
+    for name in CASES:
+        path = str(Golden(name).path)
+        for prompt in Golden(name).prompts:
+            (out,) = greedy(load(path, "cuda"), [prompt.tokens], 24, ignore_eos=True)
+            sequence = prompt.tokens + list(out.token_ids)
+            rows = log_softmax(load(path, "cpu").logits(sequence[:-1])[len(prompt.tokens) - 1 :])
+            found.append(rows.max(-1) - rows[np.arange(len(out.token_ids)), list(out.token_ids)])
+    regret, noise = np.concatenate(found), recorded("goldens")
+    print(regret.mean(), np.percentile(regret, 99), regret.max(), len(regret), noise)
+    assert regret.mean() <= 1.5 * noise["regret_mean"], (regret.mean(), noise)
+    assert np.percentile(regret, 99) <= 1.5 * noise["regret_p99"], (np.percentile(regret, 99), noise)
 
 
 # -------------------------------------------------------------------------------------- the embedded model
@@ -75,8 +90,8 @@ def test_logits_of_the_embedded_model():
         if len(prompt) < 1500:
             got, want = (load(hub.EMBEDDED, d).logits(prompt + expected) for d in ("cuda", "cpu"))
             rows = slice(len(prompt) - 1, -1)
-            found.append(compare(got[rows], want[rows]))
-    assert within(worst(found), "embedded"), (worst(found), recorded("embedded"))
+            found.append((got[rows], want[rows]))
+    assert within(compare(found), "embedded"), (compare(found), recorded("embedded"))
 
 
 def test_answers_of_the_embedded_model():
@@ -90,7 +105,7 @@ def test_answers_of_the_embedded_model():
 def test_drafts_of_the_embedded_model():
     for prompt, expected in questions(1):
         got, want = (load(hub.EMBEDDED, d, mtp=True).mtp_logits(prompt + expected) for d in ("cuda", "cpu"))
-        found = compare(got[len(prompt) :], want[len(prompt) :])
+        found = compare([(got[len(prompt) :], want[len(prompt) :])])
         assert found["distance"] < 0.05 and found["mean"] < 0.05, found
 
 
@@ -110,7 +125,7 @@ def test_a_prompt_in_pieces():
         whole, pieces = (
             load(hub.EMBEDDED, "cuda", max_num_batched_tokens=n).logits(prompt) for n in (512, 64)
         )
-        found = compare(pieces[-64:], whole[-64:])
+        found = compare([(pieces[-64:], whole[-64:])])
         assert found["distance"] < 0.05 and found["mean"] < 0.05, found
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json, Model
+from .._core import RequestError
+from .options import Device, Dtype, Json, LoadFormat, Model
 from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
@@ -72,6 +73,111 @@ def tasks(
                 "tasks": {r.task: _row(r) for r in results},
             }
         )
+
+
+@bench.command()
+@guarded
+def engine(
+    model: Model = None,
+    load_format: LoadFormat = "auto",
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences of a decode step; may be repeated. \\[default: 1]")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of each sequence before it decodes.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Decode steps to time.")] = 64,
+    prefill: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a prompt to time; may be repeated. \\[default: as --context]"),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of one step.")] = 8192,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="Launch kernels one by one, without CUDA graphs.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Time decode steps and prompts, beside what the hardware allows.
+
+    \b
+    qwen35rs bench engine
+    qwen35rs bench engine -m 35b-a3b --load-format dummy --batch 1 --batch 16
+
+    \b
+    Random token ids, greedy. The floor of a decode step is the bytes that
+    it must move (weights once, of experts those that were really hit;
+    keys, values and states) over the read bandwidth, which is measured
+    here; that of a prompt two operations for each active parameter and
+    token over the rate of a large bf16 product, measured too.
+    """
+    from ..speed import decode, measured
+    from ..speed import prefill as time_prompt
+
+    batches, prompts = batch or [1], prefill or [context]
+    limits = {"batch": batches, "context": [context], "steps": [steps], "prefill": prompts}
+    for name, value in ((name, value) for name, values in limits.items() for value in values):
+        if value < 1:
+            raise RequestError(f"{name}: found {value}; allowed: 1 or more")
+    start = time.perf_counter()
+    llm = load(
+        model,
+        load_format=load_format,
+        device=device,
+        dtype=dtype,
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=max_num_batched_tokens,
+        # Sequences that were admitted first are some steps ahead.
+        max_model_len=max(context + steps + 16 + max(batches) * context // max_num_batched_tokens, *prompts)
+        + 1,
+        enforce_eager=enforce_eager,
+    )
+    loaded = time.perf_counter() - start
+    floors = measured(llm)
+    found: dict[str, Any] = {"model": llm.model, "device": llm.device, "load_seconds": round(loaded, 3)}
+    found |= {"measured": floors, "memory": llm.memory, "decode": [], "prefill": []}
+    if not json:
+        write(f"loaded in {loaded:.2f} s on {llm.device}{_floors(floors)}\n")
+    for size in batches:
+        row = decode(llm, size, context, steps).facts(floors)
+        found["decode"].append(row)
+        if not json:
+            write(_decode_line(row))
+    for size in prompts:
+        row = time_prompt(llm, size).facts(floors)
+        found["prefill"].append(row)
+        if not json:
+            write(
+                f"prompt of {size:,}: {1e3 * row['seconds']:.1f} ms to the first token, "
+                f"{row['tokens_per_second']:,.0f} tokens/s{_share(row)}\n"
+            )
+    if json:
+        write_json(found)
+
+
+def _floors(floors: dict[str, float] | None) -> str:
+    if not floors:
+        return ""
+    rate = floors.get("flops_per_s")
+    return f"; reads {floors['read_bytes_per_s'] / 1e12:.2f} TB/s" + (
+        f", multiplies {rate / 1e12:.0f} TFLOP/s" if rate else ""
+    )
+
+
+def _share(row: dict[str, Any]) -> str:
+    return "" if row["share_of_floor"] is None else f", {row['share_of_floor']:.1%} of the floor"
+
+
+def _decode_line(row: dict[str, Any]) -> str:
+    hit = "" if row["experts_hit"] is None else f", {row['experts_hit']} experts hit"
+    nodes = (
+        ""
+        if row["nodes"] is None
+        else f", {row['nodes']} kernels a step ({row['nodes_per_layer']:.1f} a layer)"
+    )
+    return (
+        f"decode, batch {row['batch']}, context {row['context']}: {1e3 * row['seconds']:.3f} ms a step, "
+        f"{row['tokens_per_second']:,.1f} tokens/s{hit}, {row['bytes'] / 1e9:.2f} GB{_share(row)}{nodes}\n"
+    )
 
 
 def _row(result: Any) -> dict[str, Any]:

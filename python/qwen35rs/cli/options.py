@@ -53,6 +53,14 @@ Logprobs = Annotated[
 Device = Annotated[
     str, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:1, ...", rich_help_panel=_LOADING)
 ]
+LoadFormat = Annotated[
+    str,
+    typer.Option(
+        help="auto reads the checkpoint; dummy takes random weights, and the model may be a size of the family, as in "
+        "-m 35b-a3b.",
+        rich_help_panel=_LOADING,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

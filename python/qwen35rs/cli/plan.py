@@ -57,6 +57,19 @@ def plan(
     fp8_kv: Annotated[bool, typer.Option("--fp8-kv", help="Keys and values in fp8.")] = False,
     vision: Annotated[bool, typer.Option("--vision", help="Hold the vision tower.")] = False,
     mtp: Annotated[bool, typer.Option("--mtp", help="Hold the multi-token-prediction module.")] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="What this version holds on one card of each kind, in bf16, byte by byte."
+        ),
+    ] = False,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="With --memory: longest prompt plus output.", show_default=False)
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="With --memory: requests that run at once.")] = 32,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="With --memory: prompt tokens of a step.")
+    ] = 512,
     json: Json = False,
 ) -> None:
     """Say whether a model fits on GPUs, and how fast it could decode at most. Arithmetic: no GPU is needed.
@@ -69,7 +82,7 @@ def plan(
     \b
     "At most" is memory bandwidth over the bytes that a token of one
     sequence must read: no engine decodes faster without drafting tokens.
-    This version runs on the CPU only.
+    This version runs bf16 on the CPU and on one GPU.
     """
     source = _source(model)
 
@@ -96,10 +109,52 @@ def plan(
         context = min(CONTEXT, ask([], [], [], 1)["config"]["max_position"])
     schemes = scheme or ([] if gpu else SCHEMES)
     found = ask(gpu or GPUS, cards or CARDS, schemes, context)
+    if memory:
+        limits = {
+            "mtp": mtp,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+        held = {name: _held(source, name, limits) for name in gpu or ["H100 80GB"]}
+        if not json:
+            for name, report in held.items():
+                _show_held(name, report)
+            return
+        found["memory"] = held
     if json:
         write_json({"model": model, **found})
         return
     _show(model, found, fewest=not cards)
+
+
+def _held(source: str, gpu: str, limits: dict[str, Any]) -> dict[str, Any]:
+    """What an engine holds on a card, or why it does not fit."""
+    try:
+        text = _core.plan_memory(source, gpu=gpu, gpu_memory_utilization=0.9, **limits)
+    except _core.OutOfMemoryError as error:
+        return {"error": str(error)}
+    if text is None:
+        raise _core.RequestError("--memory: found a build without CUDA; allowed: a build with it")
+    report: dict[str, Any] = json_text.loads(text)
+    return report
+
+
+def _show_held(gpu: str, report: dict[str, Any]) -> None:
+    if "error" in report:
+        write(f"{gpu}: does not fit: {report['error']}\n")
+        return
+    table = table_of(f"One {gpu}", ("held for", "left"), ("GiB", "right"))
+    for name, size in sorted(report["memory"].items(), key=lambda item: -item[1]):
+        if size:
+            table.add_row(name, f"{size / 2**30:.3f}")
+    table.add_section()
+    table.add_row("all of it", f"{sum(report['memory'].values()) / 2**30:.3f}")
+    console().print(table)
+    write(
+        f"Pages hold {64 * report['num_pages']:,} tokens, a sequence at most {report['max_model_len']:,}. "
+        "What recorded decode steps take comes later, up to 0.06 GiB.\n"
+    )
 
 
 def _source(model: str) -> str:

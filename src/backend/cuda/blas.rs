@@ -16,6 +16,7 @@ use crate::Result;
 const FILE: &str = "libcublasLt.so.13";
 /// What Hopper's algorithms want at most.
 const WORKSPACE_BYTES: usize = 32 << 20;
+const WORKSPACE: &str = "workspace of cuBLASLt";
 
 /// `cublasOperation_t`: transposed.
 const CUBLAS_OP_T: i32 = 1;
@@ -36,6 +37,11 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
+/// What the library would take of a card that is only imagined.
+pub(super) fn imagine(device: &Arc<Device>) -> Result<Memory> {
+    device.alloc(Some(WORKSPACE_BYTES), WORKSPACE)
+}
+
 impl Blas {
     /// The library, where it is found: in one of `folders` (which hold `nvidia/cu13/lib` where the wheel is
     /// installed), or where the system looks.
@@ -55,7 +61,7 @@ impl Blas {
         }
         device.bind()?;
         let Ok(handle) = result::create_handle() else { return Ok(None) };
-        let workspace = device.alloc(Some(WORKSPACE_BYTES), "workspace of cuBLASLt")?;
+        let workspace = device.alloc(Some(WORKSPACE_BYTES), WORKSPACE)?;
         Ok(Some(Self { handle, workspace, algorithms: Mutex::default() }))
     }
 

@@ -50,6 +50,20 @@ pub struct Moe {
     pub(super) shared_gate: Linear,
 }
 
+impl Moe {
+    /// Where they are.
+    pub(super) fn weights(&self) -> ffi::MoeWeights {
+        ffi::MoeWeights {
+            router: self.router.memory.ptr(),
+            gate_up: self.gate_up.memory.ptr(),
+            down: self.down.memory.ptr(),
+            shared_gate_up: self.shared_gate_up.memory.ptr(),
+            shared_down: self.shared_down.memory.ptr(),
+            shared_gate: self.shared_gate.memory.ptr(),
+        }
+    }
+}
+
 /// Keys and values of one attention layer, each bf16 `[num_pages, num_kv_heads, PAGE_LEN, head_dim]`.
 pub struct Pages {
     pub(super) k: Memory,

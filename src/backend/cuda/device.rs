@@ -1,11 +1,13 @@
 //! A CUDA device: its context, one stream, and memory. What the driver is asked for goes through here.
 
+use std::collections::BTreeMap;
 use std::ffi::c_int;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
+use super::ffi::Plain;
 use crate::{Error, Result};
 
 /// The CUDA whose runtime is linked; an older driver cannot run it.
@@ -82,6 +84,10 @@ pub struct Device {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Bytes of a card that is only imagined: its memory is counted, and nothing runs.
+    imagined: Option<usize>,
+    /// Bytes that are allocated, by what they are for.
+    ledger: Mutex<BTreeMap<&'static str, usize>>,
 }
 
 // SAFETY: driver handles may be used from any thread that has the context current, which `bind` sees to.
@@ -96,15 +102,41 @@ impl Device {
         // SAFETY: the device is one that the driver gave; released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(|e| failed(&format!("cuda:{ordinal}: opening it"), e))?;
-        let mut opened = Self { device, context, stream: std::ptr::null_mut() };
+        let stream = std::ptr::null_mut();
+        let mut opened = Self { device, context, stream, imagined: None, ledger: Mutex::default() };
         opened.bind()?;
         opened.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("making a stream", e))?;
         Ok(Arc::new(opened))
     }
 
+    /// A card with so much memory, none of it real: what is allocated on it is counted.
+    pub fn imagine(bytes: usize) -> Arc<Self> {
+        let (context, stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+        Arc::new(Self { device: 0, context, stream, imagined: Some(bytes), ledger: Mutex::default() })
+    }
+
+    /// Whether it is only imagined.
+    pub fn is_imagined(&self) -> bool {
+        self.imagined.is_some()
+    }
+
+    /// Bytes that are allocated, by what they are for.
+    pub fn ledger(&self) -> BTreeMap<&'static str, usize> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn account(&self, what: &'static str, change: impl FnOnce(usize) -> usize) {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = ledger.entry(what).or_default();
+        *bytes = change(*bytes);
+    }
+
     /// Makes the context that of the calling thread.
     pub fn bind(&self) -> Result<()> {
+        if self.is_imagined() {
+            return Ok(());
+        }
         // SAFETY: the context lives as long as self.
         unsafe { result::ctx::set_current(self.context) }.map_err(|e| failed("using the device", e))
     }
@@ -123,16 +155,23 @@ impl Device {
 
     /// Bytes that can be allocated.
     pub fn free_memory(&self) -> Result<usize> {
+        if let Some(bytes) = self.imagined {
+            return Ok(bytes.saturating_sub(self.ledger().values().sum()));
+        }
         self.synchronize()?;
         Ok(result::mem_get_info().map_err(|e| failed("asking for free memory", e))?.0)
     }
 
     /// Memory, unset; `None` for a size that overflowed.
-    pub fn alloc(self: &Arc<Self>, bytes: Option<usize>, what: &str) -> Result<Memory> {
+    pub fn alloc(self: &Arc<Self>, bytes: Option<usize>, what: &'static str) -> Result<Memory> {
         self.bind()?;
         let size = bytes.map_or("over 2^64".into(), |n| n.to_string());
         let ptr = match bytes {
             Some(0) => 0,
+            Some(n) if self.is_imagined() => match self.free_memory()? < n {
+                true => return Err(self.too_large(what, &size)),
+                false => 0,
+            },
             // SAFETY: freed in `drop`; nothing reads it before it is written (or zeroed).
             Some(n) => match unsafe { result::malloc_sync(n) } {
                 Ok(ptr) => ptr,
@@ -143,11 +182,13 @@ impl Device {
             },
             None => return Err(self.too_large(what, &size)),
         };
-        Ok(Memory { ptr, bytes: bytes.unwrap_or_default(), device: Arc::clone(self) })
+        let bytes = bytes.unwrap_or_default();
+        self.account(what, |sum| sum + bytes);
+        Ok(Memory { ptr, bytes, what, device: Arc::clone(self) })
     }
 
     /// Memory of zeros.
-    pub fn zeros(self: &Arc<Self>, bytes: Option<usize>, what: &str) -> Result<Memory> {
+    pub fn zeros(self: &Arc<Self>, bytes: Option<usize>, what: &'static str) -> Result<Memory> {
         let memory = self.alloc(bytes, what)?;
         memory.clear(0, memory.bytes)?;
         Ok(memory)
@@ -166,6 +207,9 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        if self.is_imagined() {
+            return;
+        }
         if self.bind().is_ok() && !self.stream.is_null() {
             // SAFETY: made in `open`, used by nobody any more.
             let _ = unsafe { result::stream::destroy(self.stream) };
@@ -179,6 +223,7 @@ impl Drop for Device {
 pub struct Memory {
     ptr: sys::CUdeviceptr,
     bytes: usize,
+    what: &'static str,
     device: Arc<Device>,
 }
 
@@ -201,7 +246,7 @@ impl Memory {
     /// Zeroes `len` bytes from `offset`, on the stream.
     pub fn clear(&self, offset: usize, len: usize) -> Result<()> {
         self.check(offset, len)?;
-        if len == 0 {
+        if len == 0 || self.device.is_imagined() {
             return Ok(());
         }
         self.device.bind()?;
@@ -213,6 +258,9 @@ impl Memory {
     /// Fills `len` bytes from `offset` with what is at the start of host memory, on the stream.
     pub fn write(&self, offset: usize, host: &Pinned, len: usize) -> Result<()> {
         self.check(offset, len)?;
+        if self.device.is_imagined() {
+            return Ok(());
+        }
         self.device.bind()?;
         // SAFETY: inside the allocation; the caller waits before host memory changes (`Pinned::wait`).
         unsafe { result::memcpy_htod_async(self.at(offset), &host.as_slice()[..len], self.device.stream) }
@@ -290,6 +338,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.device.account(self.what, |sum| sum.saturating_sub(self.bytes));
         if self.ptr != 0 && self.device.bind().is_ok() {
             // SAFETY: allocated by `alloc`; the driver waits for what still uses it.
             let _ = unsafe { result::free_sync(self.ptr) };
@@ -314,6 +363,11 @@ impl Pinned {
     /// Zeros.
     pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Self> {
         device.bind()?;
+        if device.is_imagined() {
+            let memory = vec![0u64; bytes.div_ceil(8)].into_boxed_slice();
+            let (ptr, copied) = (Box::into_raw(memory).cast(), std::ptr::null_mut());
+            return Ok(Self { ptr, bytes, copied, device: Arc::clone(device) });
+        }
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let copied = result::event::create(flags).map_err(|e| failed("making an event", e))?;
         // SAFETY: freed in `drop`; at least one byte is asked for.
@@ -341,11 +395,16 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
     }
 
-    /// The leading `len` f32.
-    pub fn f32s(&self, len: usize) -> &[f32] {
-        assert!(4 * len <= self.bytes);
-        // SAFETY: page-locked memory is aligned, and every bit pattern is an f32.
-        unsafe { std::slice::from_raw_parts(self.ptr.cast(), len) }
+    /// What it holds, as items from its start.
+    pub fn items<T: Plain>(&self) -> &[T] {
+        // SAFETY: page-locked memory is aligned, the items lie inside it, and every bit pattern is one.
+        unsafe { std::slice::from_raw_parts(self.ptr.cast(), self.bytes / size_of::<T>()) }
+    }
+
+    /// The same, to write. Call [`Pinned::wait`] first.
+    pub fn items_mut<T: Plain>(&mut self) -> &mut [T] {
+        // SAFETY: as above, and borrowed uniquely.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.bytes / size_of::<T>()) }
     }
 
     fn record(&self) -> Result<()> {
@@ -356,6 +415,9 @@ impl Pinned {
 
     /// Waits until the last copy from it is done.
     pub fn wait(&self) -> Result<()> {
+        if self.device.is_imagined() {
+            return Ok(());
+        }
         self.device.bind()?;
         // SAFETY: the event lives; one that was never recorded is done.
         unsafe { result::event::synchronize(self.copied) }.map_err(|e| failed("running the net", e))
@@ -364,7 +426,11 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.wait().is_ok() {
+        if self.device.is_imagined() {
+            let memory = std::ptr::slice_from_raw_parts_mut(self.ptr.cast::<u64>(), self.bytes.div_ceil(8));
+            // SAFETY: the box that was made in `new`.
+            drop(unsafe { Box::from_raw(memory) });
+        } else if self.wait().is_ok() {
             // SAFETY: made in `new`; nothing copies from it any more.
             unsafe {
                 let _ = result::event::destroy(self.copied);

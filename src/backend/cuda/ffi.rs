@@ -75,6 +75,65 @@ pub struct MoeWeights {
     pub shared_gate: *const Bf16,
 }
 
+/// See `q35_sampling`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Sampling {
+    pub uniform: f64,
+    pub temperature: f32,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub repetition_penalty: f32,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
+    pub top_k: i32,
+    pub num_logprobs: i32,
+    pub edit_start: i32,
+    pub num_edits: i32,
+}
+
+/// See `q35_edit`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Edit {
+    pub token: i32,
+    pub bias: f32,
+    pub banned: i32,
+    pub seen: i32,
+    pub count: i32,
+}
+
+/// `Q35_MAX_TOP_K`
+pub const MAX_TOP_K: usize = 1024;
+/// `Q35_MAX_LOGPROBS`
+pub const MAX_LOGPROBS: usize = 32;
+
+/// See `q35_sampled`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Sampled {
+    pub token: i32,
+    pub rank: i32,
+    pub logprob: f32,
+    pub num_top: i32,
+    pub top_tokens: [i32; MAX_LOGPROBS],
+    pub top_logprobs: [f32; MAX_LOGPROBS],
+}
+
+/// Plain numbers, of which every bit pattern is one.
+///
+/// # Safety
+/// Only for types of which that is so.
+pub unsafe trait Plain: Copy {}
+// SAFETY: a number.
+unsafe impl Plain for f32 {}
+// SAFETY: numbers, without padding.
+unsafe impl Plain for Sampling {}
+// SAFETY: as above.
+unsafe impl Plain for Edit {}
+// SAFETY: as above.
+unsafe impl Plain for Sampled {}
+
 #[allow(dead_code)] // two are for the tests under `tests/gpu` and for benchmarks
 unsafe extern "C" {
     pub fn q35_embed(stream: Stream, batch: Batch, table: *const Bf16, hidden: c_int, out: *mut f32)
@@ -144,6 +203,25 @@ unsafe extern "C" {
         workspace: *mut f32,
         out: *mut Bf16,
     ) -> c_int;
+    pub fn q35_delta_decode(
+        stream: Stream,
+        batch: Batch,
+        dims: DeltaDims,
+        weight: *const f32,
+        a_log: *const f32,
+        dt_bias: *const f32,
+        norm: *const f32,
+        eps: f32,
+        projected: *const Bf16,
+        stride: c_int,
+        z_start: c_int,
+        ba_start: c_int,
+        tails: *mut Bf16,
+        states: *mut f32,
+        counters: *mut i32,
+        mixed: *mut Bf16,
+        out: *mut Bf16,
+    ) -> c_int;
     pub fn q35_qk_norm_rope_write(
         stream: Stream,
         batch: Batch,
@@ -207,6 +285,7 @@ unsafe extern "C" {
         experts: *mut i32,
     ) -> c_int;
     pub fn q35_moe_workspace(max_tokens: c_int, dims: MoeDims) -> i64;
+    pub fn q35_moe_experts_at(n: c_int, dims: MoeDims) -> i64;
     pub fn q35_moe(
         stream: Stream,
         n: c_int,
@@ -216,6 +295,33 @@ unsafe extern "C" {
         workspace: *mut c_void,
         out: *mut Bf16,
     ) -> c_int;
+    pub fn q35_norm_moe(
+        stream: Stream,
+        n: c_int,
+        dims: MoeDims,
+        weights: MoeWeights,
+        delta: *const Bf16,
+        residual: *mut f32,
+        norm: *const f32,
+        eps: f32,
+        x: *mut Bf16,
+        workspace: *mut c_void,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_sample_workspace(max_rows: c_int, vocab: c_int) -> i64;
+    pub fn q35_sample(
+        stream: Stream,
+        n: c_int,
+        vocab: c_int,
+        num_tokens: c_int,
+        logits: *const f32,
+        sampling: *const Sampling,
+        edits: *const Edit,
+        workspace: *mut c_void,
+        out: *mut Sampled,
+        tokens: *mut i32,
+    ) -> c_int;
+    pub fn q35_read(stream: Stream, num_bytes: i64, x: *const c_void, out: *mut u32) -> c_int;
 
     /// Of the CUDA runtime.
     pub fn cudaGetErrorString(error: c_int) -> *const c_char;

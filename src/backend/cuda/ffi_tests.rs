@@ -23,8 +23,10 @@ fn rust_type(text: &str) -> String {
         ("i32", "int32_t"),
         ("i64", "int64_t"),
         ("u64", "uint64_t"),
+        ("u32", "uint32_t"),
         ("u8", "uint8_t"),
         ("f32", "float"),
+        ("f64", "double"),
         ("Bf16", "q35_bf16"),
         ("c_void", "void"),
         ("Stream", "*mut void"),
@@ -33,7 +35,15 @@ fn rust_type(text: &str) -> String {
         ("AttentionDims", "q35_attention_dims"),
         ("MoeDims", "q35_moe_dims"),
         ("MoeWeights", "q35_moe_weights"),
+        ("Sampling", "q35_sampling"),
+        ("Edit", "q35_edit"),
+        ("Sampled", "q35_sampled"),
     ];
+    if let Some((element, len)) =
+        text.trim().strip_prefix('[').and_then(|t| t[..t.len() - 1].split_once("; "))
+    {
+        return format!("[{}; Q35_{len}]", rust_type(element));
+    }
     let (pointer, scalar) = match text.trim().split_once(' ') {
         Some((pointer, scalar)) => (format!("{pointer} "), scalar),
         None => (String::new(), text.trim()),
@@ -76,8 +86,14 @@ fn in_rust() -> BTreeMap<String, String> {
 #[test]
 fn functions_are_those_of_the_header() {
     let (header, rust) = (in_header(), in_rust());
-    assert_eq!(header.len(), 19, "{:?}", header.keys());
+    assert_eq!(header.len(), 25, "{:?}", header.keys());
     assert_eq!(rust, header);
+}
+
+#[test]
+fn constants_are_those_of_the_header() {
+    assert!(HEADER.contains("enum { Q35_MAX_TOP_K = 1024, Q35_MAX_LOGPROBS = 32 };"));
+    assert!(RUST.contains("MAX_TOP_K: usize = 1024;") && RUST.contains("MAX_LOGPROBS: usize = 32;"));
 }
 
 #[test]
@@ -90,6 +106,9 @@ fn structs_are_those_of_the_header() {
         ("q35_attention_dims", "AttentionDims"),
         ("q35_moe_dims", "MoeDims"),
         ("q35_moe_weights", "MoeWeights"),
+        ("q35_sampling", "Sampling"),
+        ("q35_edit", "Edit"),
+        ("q35_sampled", "Sampled"),
     ];
     for (c_name, rust_name) in names {
         let end = header.find(&format!("}} {c_name};")).unwrap();
@@ -99,7 +118,10 @@ fn structs_are_those_of_the_header() {
             let kind = c_type(line.split(',').next().unwrap());
             for field in line.split(',') {
                 let name = field.split_whitespace().next_back().unwrap().trim_start_matches('*');
-                theirs.push(format!("{name}: {kind}"));
+                theirs.push(match name.strip_suffix(']').and_then(|name| name.split_once('[')) {
+                    Some((name, len)) => format!("{name}: [{kind}; {len}]"),
+                    None => format!("{name}: {kind}"),
+                });
             }
         }
         let start = rust.find(&format!("pub struct {rust_name} {{")).unwrap();

@@ -8,41 +8,45 @@ mod blas;
 mod buffers;
 mod device;
 mod ffi;
+mod graph;
+mod launches;
+mod measure;
+mod sample;
 mod step;
 mod weights;
 
-use std::borrow::Cow;
 use std::ffi::{CStr, c_int};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::blas::Blas;
-use self::buffers::{
-    Buf, Moe, Pages, Slots, Vector, attention_dims, bytes_of, delta_dims, is_run, product, slot_parts,
-};
-use self::device::Device;
+use self::device::{Device, Memory};
+use self::graph::Graphs;
 use self::step::{MIN_WIDE_ROWS, Step};
 use self::weights::{Linear, Uploader};
-use super::cpu::conv1d::tap_major;
-use super::cpu::linear::to_f32;
-use super::{Backend, DecayWeights, MoeTensors, Precision, Rope};
-use crate::batch::{Batch, BatchLimits, PAGE_LEN};
-use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
-use crate::weights::{DType, Tensor};
+use crate::weights::Tensor;
 use crate::{Error, Result};
+
+/// Bytes that the driver takes for a context with these kernels and cuBLASLt's, about.
+const CONTEXT_BYTES: usize = 640 << 20;
 
 /// The backend: a device, and what the step under way has on it.
 pub struct Cuda {
     device: Arc<Device>,
     blas: Option<Blas>,
     deterministic: bool,
+    /// Whether decode steps are recorded.
+    records: bool,
     state: Mutex<State>,
     uploader: Mutex<Option<Uploader>>,
+    /// What the driver and libraries take, on a card that is only imagined.
+    _taken: Vec<Memory>,
 }
 
 #[derive(Default)]
 struct State {
     step: Option<Step>,
+    graphs: Graphs,
     error: Option<Error>,
 }
 
@@ -54,16 +58,40 @@ pub fn require(ordinal: usize) -> Result<()> {
     device::find(ordinal).map(drop)
 }
 
+/// What a launcher's code means.
+fn launch_failed(name: &str, code: c_int) -> Error {
+    // SAFETY: the runtime has a text for every code, which lives forever.
+    let text = unsafe { CStr::from_ptr(ffi::cudaGetErrorString(code)) };
+    let what = format!("{name}: {} (error {code})", text.to_string_lossy());
+    Error::Cuda { what, advice: "the model is lost; make a new LLM".into() }
+}
+
 impl Cuda {
     /// Opens a device. `folders` are searched for cuBLASLt's wheel before the system is. With `deterministic` a
-    /// request's bits do not depend on the batch, at the cost of speed.
+    /// request's bits do not depend on the batch, at the cost of speed. With `records` the kernels of a decode step are
+    /// launched together, as a graph.
     ///
     /// # Errors
     /// [`Error::Cuda`] naming what was found in place of a device that can be used.
-    pub fn new(ordinal: usize, folders: &[PathBuf], deterministic: bool) -> Result<Self> {
+    pub fn new(ordinal: usize, folders: &[PathBuf], deterministic: bool, records: bool) -> Result<Self> {
         let device = Device::open(ordinal)?;
         let blas = if deterministic { None } else { Blas::open(&device, folders)? };
-        Ok(Self { device, blas, deterministic, state: Mutex::default(), uploader: Mutex::default() })
+        let (state, uploader) = (Mutex::default(), Mutex::default());
+        Ok(Self { device, blas, deterministic, records, state, uploader, _taken: Vec::new() })
+    }
+
+    /// A card with so much memory that is only imagined: a model can be loaded with random weights, and its memory
+    /// counted, but not run. Needs no driver.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] for a card on which nothing fits.
+    pub fn imagine(bytes: usize) -> Result<Self> {
+        let device = Device::imagine(bytes);
+        let context = device.alloc(Some(CONTEXT_BYTES), "the driver and its kernels")?;
+        let taken = vec![context, blas::imagine(&device)?];
+        let (state, uploader) = (Mutex::default(), Mutex::default());
+        let (blas, deterministic, records) = (None, false, true);
+        Ok(Self { device, blas, deterministic, records, state, uploader, _taken: taken })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -83,12 +111,7 @@ impl Cuda {
         let launched = self.device.bind().and_then(|()| call(step, self.device.stream().cast()));
         state.error = match launched {
             Ok(0) => None,
-            Ok(code) => {
-                // SAFETY: the runtime has a text for every code, which lives forever.
-                let text = unsafe { CStr::from_ptr(ffi::cudaGetErrorString(code)) };
-                let what = format!("{name}: {} (error {code})", text.to_string_lossy());
-                Some(Error::Cuda { what, advice: "the model is lost; make a new LLM".into() })
-            }
+            Ok(code) => Some(launch_failed(name, code)),
             Err(error) => Some(error),
         };
     }
@@ -111,438 +134,5 @@ impl Cuda {
     /// Rows that a product is computed for. Those above `n` are whatever the buffers hold, and nobody reads them.
     fn num_rows(&self, n: usize, capacity: usize) -> usize {
         if self.deterministic && n > 0 { n.max(MIN_WIDE_ROWS.min(capacity)) } else { n }
-    }
-}
-
-impl Backend for Cuda {
-    type Buf = Buf;
-    type Linear = Linear;
-    type Screen = ();
-    type Vector = Vector;
-    type Moe = Moe;
-    type Pages = Pages;
-    type Slots = Slots;
-    type Scratch = ();
-
-    fn buf(&self, rows: usize, width: usize, precision: Precision) -> Result<Buf> {
-        let bytes = product(&[rows, width, bytes_of(precision)]);
-        Ok(Buf { memory: self.device.zeros(bytes, "activations")?, rows, width, precision, host: None })
-    }
-
-    fn scratch(&self, config: &ModelConfig, limits: &BatchLimits) -> Result<()> {
-        // The weights are there now.
-        *self.uploader.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let step = Step::new(&self.device, config, limits)?;
-        self.state().step = Some(step);
-        Ok(())
-    }
-
-    fn linear_weight(&self, tensors: &[Tensor], _dtype: Option<DType>) -> Result<Linear> {
-        self.matrix(tensors)
-    }
-
-    fn table_weight(&self, tensor: &Tensor, _dtype: Option<DType>) -> Result<Linear> {
-        self.matrix(std::slice::from_ref(tensor))
-    }
-
-    fn screen(&self, _head: &Tensor, _dtype: Option<DType>) -> Result<()> {
-        Ok(())
-    }
-
-    fn vector(&self, tensor: &Tensor, offset: f32) -> Result<Vector> {
-        let values: Vec<f32> = to_f32(tensor).iter().map(|x| x + offset).collect();
-        Ok(Vector(self.upload(|uploader| uploader.vector(&values))?))
-    }
-
-    fn conv_weight(&self, tensor: &Tensor) -> Result<Vector> {
-        Ok(Vector(self.upload(|uploader| uploader.vector(&tap_major(tensor)))?))
-    }
-
-    fn moe_weights(&self, t: MoeTensors<'_>, _dtype: Option<DType>) -> Result<Moe> {
-        let one = |tensor: &Tensor| self.matrix(std::slice::from_ref(tensor));
-        let (gate_up, down) = (self.matrix(&t.experts.gate_up())?, self.matrix(&t.experts.down())?);
-        let [gate, up, shared_down] = t.shared.map(Tensor::clone);
-        let (router, shared_gate_up, shared_down) =
-            (one(t.router)?, self.matrix(&[gate, up])?, one(&shared_down)?);
-        let dims = ffi::MoeDims {
-            hidden: router.num_in as i32,
-            num_experts: router.num_out as i32,
-            top_k: t.top_k as i32,
-            width: down.num_in as i32,
-            shared_width: shared_down.num_in as i32,
-        };
-        let shared_gate = one(t.shared_gate)?;
-        Ok(Moe { dims, router, gate_up, down, shared_gate_up, shared_down, shared_gate })
-    }
-
-    fn pages(&self, num_pages: usize, dims: &AttentionConfig) -> Result<Pages> {
-        let bytes = product(&[num_pages, PAGE_LEN, dims.kv_width(), 2]);
-        Ok(Pages {
-            k: self.device.alloc(bytes, "pages of keys")?,
-            v: self.device.alloc(bytes, "pages of values")?,
-        })
-    }
-
-    fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Slots> {
-        let (state_bytes, tail_bytes) = slot_parts(dims);
-        Ok(Slots {
-            state: self.device.zeros(product(&[num_slots, state_bytes]), "recurrent states")?,
-            tail: self.device.zeros(product(&[num_slots, tail_bytes]), "convolution tails")?,
-            state_bytes,
-            tail_bytes,
-        })
-    }
-
-    fn page_bytes(&self, dims: &AttentionConfig) -> usize {
-        2 * 2 * PAGE_LEN * dims.kv_width()
-    }
-
-    fn slot_bytes(&self, dims: &DeltaConfig) -> usize {
-        let (state, tail) = slot_parts(dims);
-        state + tail
-    }
-
-    fn free_memory(&self) -> Result<Option<usize>> {
-        self.device.free_memory().map(Some)
-    }
-
-    fn begin(&self, batch: &Batch) {
-        self.launch("the batch", batch.num_tokens(), |step, _| step.begin(batch).map(|()| 0));
-    }
-
-    fn check(&self) -> Result<()> {
-        match &self.state().error {
-            None => Ok(()),
-            Some(Error::Cuda { what, advice }) => {
-                Err(Error::Cuda { what: what.clone(), advice: advice.clone() })
-            }
-            Some(error) => Err(Error::Internal(error.to_string())),
-        }
-    }
-
-    fn embed(&self, batch: &Batch, table: &Linear, out: &mut Buf) {
-        let hidden = table.num_in as c_int;
-        self.launch("embed", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait.
-            Ok(unsafe { ffi::q35_embed(stream, step.batch, table.memory.ptr(), hidden, out.memory.ptr()) })
-        });
-    }
-
-    fn rmsnorm_residual(
-        &self,
-        n: usize,
-        delta: Option<&Buf>,
-        residual: &mut Buf,
-        w: &Vector,
-        eps: f32,
-        out: &mut Buf,
-    ) {
-        let (rows, hidden) = (n as c_int, residual.width as c_int);
-        let delta = delta.map_or(std::ptr::null_mut(), |d| d.memory.ptr());
-        let (residual, w, out) = (residual.memory.ptr(), w.0.ptr(), out.memory.ptr());
-        self.launch("rmsnorm_residual", n, |_, stream| {
-            // SAFETY: shapes are those of the trait.
-            Ok(unsafe { ffi::q35_rmsnorm_residual(stream, rows, hidden, delta, residual, w, eps, out) })
-        });
-    }
-
-    fn linear(&self, n: usize, x: &Buf, w: &Linear, out: &mut Buf) {
-        debug_assert!(x.width == w.num_in && out.width == w.num_out);
-        let n = self.num_rows(n, x.rows.min(out.rows));
-        let wide = out.precision == Precision::Full;
-        self.launch("linear", n, |_, stream| {
-            let shape = (n, w.num_in, w.num_out, wide);
-            let (x, y) = (x.memory.ptr(), out.memory.ptr());
-            // SAFETY: shapes are those of the trait; `launch` has bound the device.
-            let by_blas =
-                |blas: &Blas| unsafe { blas.linear(&self.device, shape, x, w.memory.ptr(), y) }.is_ok();
-            if n >= MIN_WIDE_ROWS && self.blas.as_ref().is_some_and(by_blas) {
-                return Ok(0);
-            }
-            let (n, num_in, num_out) = (n as c_int, w.num_in as c_int, w.num_out as c_int);
-            // SAFETY: shapes are those of the trait; `wide` says what `out` holds.
-            Ok(unsafe {
-                match wide {
-                    true => {
-                        ffi::q35_linear_f32(stream, n, num_in, num_out, x.cast(), w.memory.ptr(), y.cast())
-                    }
-                    false => ffi::q35_linear(stream, n, num_in, num_out, x.cast(), w.memory.ptr(), y.cast()),
-                }
-            })
-        });
-    }
-
-    fn top_logits(
-        &self,
-        n: usize,
-        x: &Buf,
-        head: (&Linear, &()),
-        _k: usize,
-        _num_tokens: usize,
-        out: &mut Buf,
-    ) {
-        self.linear(n, x, head.0, out);
-    }
-
-    fn causal_conv1d(
-        &self,
-        batch: &Batch,
-        dims: &DeltaConfig,
-        weight: &Vector,
-        projected: &Buf,
-        slots: &mut Slots,
-        out: &mut Buf,
-    ) {
-        let stride = projected.width as c_int;
-        let (weight, x, tails, out) =
-            (weight.0.ptr(), projected.memory.ptr(), slots.tail.ptr(), out.memory.ptr());
-        self.launch("causal_conv1d", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait.
-            Ok(unsafe {
-                ffi::q35_causal_conv1d(stream, step.batch, delta_dims(dims), weight, x, stride, tails, out)
-            })
-        });
-    }
-
-    fn gated_delta_rule(
-        &self,
-        batch: &Batch,
-        dims: &DeltaConfig,
-        decay: DecayWeights<'_, Vector>,
-        mixed: &Buf,
-        projected: &Buf,
-        slots: &mut Slots,
-        out: &mut Buf,
-    ) {
-        self.launch("gated_delta_rule", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
-            Ok(unsafe {
-                ffi::q35_gated_delta_rule(
-                    stream,
-                    step.batch,
-                    delta_dims(dims),
-                    decay.a_log.0.ptr(),
-                    decay.dt_bias.0.ptr(),
-                    mixed.memory.ptr(),
-                    projected.memory.ptr(),
-                    projected.width as c_int,
-                    (dims.conv_channels() + dims.value_width()) as c_int,
-                    slots.state.ptr(),
-                    step.delta.ptr(),
-                    out.memory.ptr(),
-                )
-            })
-        });
-    }
-
-    fn gated_rmsnorm(
-        &self,
-        n: usize,
-        dims: &DeltaConfig,
-        w: &Vector,
-        eps: f32,
-        projected: &Buf,
-        core: &mut Buf,
-    ) {
-        self.launch("gated_rmsnorm", n, |_, stream| {
-            // SAFETY: shapes are those of the trait.
-            Ok(unsafe {
-                ffi::q35_gated_rmsnorm(
-                    stream,
-                    n as c_int,
-                    dims.num_v_heads as c_int,
-                    dims.v_dim as c_int,
-                    w.0.ptr(),
-                    eps,
-                    projected.memory.ptr(),
-                    projected.width as c_int,
-                    dims.conv_channels() as c_int,
-                    core.memory.ptr(),
-                )
-            })
-        });
-    }
-
-    fn qk_norm_rope_write(
-        &self,
-        batch: &Batch,
-        dims: &AttentionConfig,
-        rope: &Rope,
-        norms: (&Vector, &Vector),
-        eps: f32,
-        projected: &Buf,
-        q: &mut Buf,
-        pages: &mut Pages,
-    ) {
-        self.launch("qk_norm_rope_write", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait; the frequencies are those of the model's configuration.
-            Ok(unsafe {
-                ffi::q35_qk_norm_rope_write(
-                    stream,
-                    step.batch,
-                    attention_dims(dims),
-                    norms.0.0.ptr(),
-                    norms.1.0.ptr(),
-                    eps,
-                    step.inv_freq.ptr(),
-                    step.axis.ptr(),
-                    rope.inv_freq.len() as c_int,
-                    rope.scale,
-                    projected.memory.ptr(),
-                    projected.width as c_int,
-                    q.memory.ptr(),
-                    pages.k.ptr(),
-                    pages.v.ptr(),
-                )
-            })
-        });
-    }
-
-    fn gated_attention(
-        &self,
-        batch: &Batch,
-        dims: &AttentionConfig,
-        q: &Buf,
-        projected: &Buf,
-        pages: &Pages,
-        _scratch: &mut (),
-        out: &mut Buf,
-    ) {
-        self.launch("gated_attention", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
-            Ok(unsafe {
-                ffi::q35_gated_attention(
-                    stream,
-                    step.batch,
-                    attention_dims(dims),
-                    q.memory.ptr(),
-                    projected.memory.ptr(),
-                    projected.width as c_int,
-                    pages.k.ptr(),
-                    pages.v.ptr(),
-                    step.attention.ptr(),
-                    out.memory.ptr(),
-                )
-            })
-        });
-    }
-
-    fn silu_mul(&self, n: usize, gate_up: &Buf, out: &mut Buf) {
-        let (rows, width) = (n as c_int, out.width as c_int);
-        let (gate_up, out) = (gate_up.memory.ptr(), out.memory.ptr());
-        self.launch("silu_mul", n, |_, stream| {
-            // SAFETY: shapes are those of the trait.
-            Ok(unsafe { ffi::q35_silu_mul(stream, rows, width, gate_up, out) })
-        });
-    }
-
-    fn moe(&self, n: usize, x: &Buf, m: &Moe, _scratch: &mut (), out: &mut Buf) {
-        let n = self.num_rows(n, x.rows.min(out.rows));
-        let weights = ffi::MoeWeights {
-            router: m.router.memory.ptr(),
-            gate_up: m.gate_up.memory.ptr(),
-            down: m.down.memory.ptr(),
-            shared_gate_up: m.shared_gate_up.memory.ptr(),
-            shared_down: m.shared_down.memory.ptr(),
-            shared_gate: m.shared_gate.memory.ptr(),
-        };
-        self.launch("moe", n, |step, stream| {
-            let (x, workspace, out) = (x.memory.ptr(), step.moe.ptr(), out.memory.ptr());
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
-            Ok(unsafe { ffi::q35_moe(stream, n as c_int, m.dims, weights, x, workspace, out) })
-        });
-    }
-
-    fn gather(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
-        debug_assert!(x.width == out.width);
-        self.launch("gather", rows.len(), |step, stream| {
-            let (row_bytes, num) = (x.row_bytes(), rows.len());
-            if is_run(rows) && x.precision == out.precision {
-                return out.memory.copy(0, &x.memory, rows[0] * row_bytes, num * row_bytes).map(|()| 0);
-            }
-            let same = x.precision == out.precision;
-            let to = if same { out.memory.ptr() } else { step.gathered.ptr() };
-            let (at, elements) = (step.rows(rows)?, (num * x.width) as i64);
-            // SAFETY: rows of x, as many as fit `to`.
-            let code =
-                unsafe { ffi::q35_gather(stream, at, num as c_int, x.memory.ptr(), row_bytes as i64, to) };
-            let from = &step.gathered;
-            Ok(match (code, x.precision, out.precision) {
-                (0, Precision::Compute, Precision::Full) => {
-                    // SAFETY: as many elements as were gathered.
-                    unsafe { ffi::q35_to_f32(stream, elements, from.ptr(), out.memory.ptr()) }
-                }
-                (0, Precision::Full, Precision::Compute) => {
-                    // SAFETY: as above.
-                    unsafe { ffi::q35_to_bf16(stream, elements, from.ptr(), out.memory.ptr()) }
-                }
-                _ => code,
-            })
-        });
-    }
-
-    fn scatter(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
-        debug_assert!(x.width == out.width && x.precision == out.precision);
-        self.launch("scatter", rows.len(), |_, _| {
-            let (bytes, mut done) = (x.row_bytes(), 0);
-            for run in rows.chunk_by(|a, b| a + 1 == *b) {
-                out.memory.copy(run[0] * bytes, &x.memory, done * bytes, run.len() * bytes)?;
-                done += run.len();
-            }
-            Ok(0)
-        });
-    }
-
-    fn concat(&self, n: usize, left: &Buf, right: &Buf, out: &mut Buf) {
-        debug_assert!(left.width + right.width == out.width);
-        self.launch("concat", n, |_, _| {
-            let (a, b, pitch) = (left.row_bytes(), right.row_bytes(), out.row_bytes());
-            out.memory.copy_columns(n, 0, pitch, &left.memory, a)?;
-            out.memory.copy_columns(n, a, pitch, &right.memory, b)?;
-            Ok(0)
-        });
-    }
-
-    fn keep_rows(&self, rows: &[usize], buf: &mut Buf) {
-        if is_run(rows) && rows.first() == Some(&0) {
-            return;
-        }
-        self.launch("keep_rows", rows.len(), |step, stream| {
-            let row_bytes = buf.row_bytes();
-            let (at, to) = (step.rows(rows)?, step.gathered.ptr());
-            let num = rows.len() as c_int;
-            // SAFETY: rows of the buffer, as many as fit `gathered`.
-            let code = unsafe { ffi::q35_gather(stream, at, num, buf.memory.ptr(), row_bytes as i64, to) };
-            match code {
-                0 => buf.memory.copy(0, &step.gathered, 0, rows.len() * row_bytes).map(|()| 0),
-                code => Ok(code),
-            }
-        });
-    }
-
-    fn read<'a>(&self, buf: &'a mut Buf, rows: usize) -> Cow<'a, [f32]> {
-        let (len, precision) = (rows * buf.width, buf.precision);
-        match buf.fetch(&self.device, rows) {
-            Ok(host) if precision == Precision::Full => Cow::Borrowed(host.f32s(len)),
-            Ok(host) => {
-                let pairs = host.as_slice()[..2 * len].chunks_exact(2);
-                Cow::Owned(pairs.map(|x| half::bf16::from_ne_bytes([x[0], x[1]]).to_f32()).collect())
-            }
-            Err(error) => {
-                // The first error is the one that says what happened.
-                self.state().error.get_or_insert(error);
-                Cow::Owned(vec![0.0; len])
-            }
-        }
-    }
-
-    fn clear_slot(&self, slots: &mut Slots, slot: usize) {
-        let clear = || {
-            slots.state.clear(slot * slots.state_bytes, slots.state_bytes)?;
-            slots.tail.clear(slot * slots.tail_bytes, slots.tail_bytes)
-        };
-        if let Err(error) = clear() {
-            self.state().error.get_or_insert(error);
-        }
     }
 }

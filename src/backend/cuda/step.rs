@@ -3,11 +3,15 @@
 
 use std::sync::Arc;
 
+use super::buffers::{attention_dims, delta_dims};
 use super::device::{Device, Memory, Pinned};
-use super::{attention_dims, delta_dims, ffi};
+use super::ffi;
+use super::graph::{self, Shape};
+use super::sample::Sampler;
 use crate::backend::Rope;
 use crate::batch::{Batch, BatchLimits};
 use crate::config::{FfnConfig, ModelConfig};
+use crate::model::MAX_LOGIT_ROWS;
 use crate::{Error, Result};
 
 /// Rows that a launcher may be given at least (see [`super::Cuda`]).
@@ -15,10 +19,15 @@ pub(super) const MIN_WIDE_ROWS: usize = 17;
 
 pub(super) struct Step {
     limits: BatchLimits,
+    /// Of the model's sparse blocks.
+    moe_dims: Option<ffi::MoeDims>,
     staging: Pinned,
     ints: Memory,
     /// The batch on the device, from [`Step::begin`].
     pub batch: ffi::Batch,
+    /// Whether every sequence has one new token, whose logits are wanted, and nothing but lengths and contents decides
+    /// what is launched.
+    plain_decode: bool,
     logit_rows: Vec<usize>,
     logit_rows_at: *const i32,
     rows_staging: Pinned,
@@ -28,6 +37,9 @@ pub(super) struct Step {
     pub delta: Memory,
     pub attention: Memory,
     pub moe: Memory,
+    /// Of the decode kernel of the delta layers, zero between launches.
+    pub counters: Memory,
+    pub sampler: Sampler,
     pub inv_freq: Memory,
     pub axis: Memory,
 }
@@ -51,16 +63,16 @@ impl Step {
                 ffi::q35_attention_workspace(max_tokens, max_seqs, max_len, attention),
             )
         };
-        let moe_bytes = match config.ffn {
-            FfnConfig::Dense { .. } => 0,
+        let moe_dims = match config.ffn {
+            FfnConfig::Dense { .. } => None,
             FfnConfig::Moe { num_experts, top_k, expert_width, shared_width } => {
                 let [hidden, num_experts, top_k, width, shared_width] =
                     [config.hidden, num_experts, top_k, expert_width, shared_width].map(|n| n as i32);
-                let dims = ffi::MoeDims { hidden, num_experts, top_k, width, shared_width };
-                // SAFETY: only computes.
-                unsafe { ffi::q35_moe_workspace(max_tokens, dims) }
+                Some(ffi::MoeDims { hidden, num_experts, top_k, width, shared_width })
             }
         };
+        // SAFETY: only computes.
+        let moe_bytes = moe_dims.map_or(0, |dims| unsafe { ffi::q35_moe_workspace(max_tokens, dims) });
         let row_bytes =
             (4 * config.hidden).max(2 * config.attention.q_width()).max(2 * config.delta.value_width());
         let rope = Rope::new(&config.rope);
@@ -76,6 +88,7 @@ impl Step {
         let null = std::ptr::null();
         Ok(Self {
             limits: *limits,
+            moe_dims,
             staging: Pinned::new(device, 4 * num_ints)?,
             ints: device.alloc(Some(4 * num_ints), "the batch")?,
             batch: ffi::Batch {
@@ -94,14 +107,25 @@ impl Step {
                 page_start: null,
                 pages: null,
             },
+            plain_decode: false,
             logit_rows: Vec::with_capacity(tokens),
             logit_rows_at: null,
             rows_staging: Pinned::new(device, 4 * tokens)?,
             rows: device.alloc(Some(4 * tokens), "row numbers")?,
             gathered: device.alloc(tokens.checked_mul(row_bytes), "activations")?,
             delta: device.alloc(elements(delta_len, 4), "workspace of the delta rule")?,
-            attention: device.alloc(elements(attention_len, 4), "workspace of attention")?,
+            attention: device.zeros(elements(attention_len, 4), "workspace of attention")?,
             moe: device.alloc(elements(moe_bytes, 1), "workspace of the experts")?,
+            counters: device.zeros(
+                limits.max_seqs.checked_mul(4 * config.delta.num_k_heads),
+                "workspace of the delta rule",
+            )?,
+            sampler: Sampler::new(
+                device,
+                limits.max_seqs,
+                limits.max_seqs.min(MAX_LOGIT_ROWS),
+                config.vocab,
+            )?,
             inv_freq: upload(&inv_freq)?,
             axis: upload(&rope.axis)?,
         })
@@ -124,13 +148,19 @@ impl Step {
         self.staging.wait()?;
         let mut ints = Ints { bytes: self.staging.as_mut_slice(), len: 0, base: self.ints.ptr() };
         let seqs = &batch.seqs;
-        let longest =
-            |len: fn(&crate::batch::BatchSeq) -> usize| seqs.iter().map(len).max().unwrap_or(0) as i32;
+        self.sampler.clear();
+        self.plain_decode = seqs.len() <= graph::MAX_SEQS
+            && seqs.iter().all(|s| s.query_len == 1)
+            && batch.logit_rows.iter().copied().eq(0..n);
+        let mut max_kv_len = seqs.iter().map(|s| s.cached_len + s.query_len).max().unwrap_or(0);
+        if self.plain_decode {
+            max_kv_len = Shape::kv_bound(max_kv_len, limits.max_len);
+        }
         self.batch = ffi::Batch {
             num_tokens: n as i32,
             num_seqs: seqs.len() as i32,
-            max_query_len: longest(|s| s.query_len),
-            max_kv_len: longest(|s| s.cached_len + s.query_len),
+            max_query_len: seqs.iter().map(|s| s.query_len).max().unwrap_or(0) as i32,
+            max_kv_len: max_kv_len as i32,
             token_ids: ints.push(batch.token_ids.iter().map(|&id| id as i32)),
             positions: ints.push(batch.positions.iter().flatten().map(|&p| p as i32)),
             seq_of: ints
@@ -141,12 +171,43 @@ impl Step {
             chunked_len: ints.push(seqs.iter().map(|s| s.chunked_len as i32)),
             slot: ints.push(seqs.iter().map(|s| s.slot.0 as i32)),
             page_start: ints.push(seqs.iter().map(|s| s.page_start as i32)),
-            pages: ints.push(batch.pages.iter().map(|p| p.0 as i32)),
+            pages: std::ptr::null(),
         };
         self.logit_rows_at = ints.push(batch.logit_rows.iter().map(|&row| row as i32));
+        // Last, so that in a recorded step all addresses are those of the step that was recorded.
+        self.batch.pages = ints.push(batch.pages.iter().map(|p| p.0 as i32));
         let len = 4 * ints.len;
         self.logit_rows.clone_from(&batch.logit_rows);
         self.ints.write(0, &self.staging, len)
+    }
+
+    /// What decides the launches of the batch, where it can be recorded.
+    pub fn shape(&self) -> Option<Shape> {
+        self.plain_decode.then(|| Shape {
+            seqs: self.batch.num_seqs as usize,
+            kv_len: self.batch.max_kv_len as usize,
+            sampled: self.sampler.num_rows(),
+        })
+    }
+
+    /// Whether every sequence has one new token.
+    pub fn is_decode(&self) -> bool {
+        self.batch.max_query_len == 1
+    }
+
+    /// How many experts the last layer's tokens went to, once all has run; known of a decode step.
+    pub fn experts_hit(&self, device: &Arc<Device>) -> Result<Option<usize>> {
+        let Some(dims) = self.moe_dims.filter(|_| self.plain_decode && !device.is_imagined()) else {
+            return Ok(None);
+        };
+        let n = self.batch.num_tokens;
+        // SAFETY: only computes.
+        let at = unsafe { ffi::q35_moe_experts_at(n, dims) } as usize;
+        let len = 4 * n as usize * dims.top_k as usize;
+        let mut host = Pinned::new(device, at + len)?;
+        self.moe.read(&mut host, at + len)?;
+        let hit: std::collections::BTreeSet<&[u8]> = host.as_slice()[at..at + len].chunks_exact(4).collect();
+        Ok(Some(hit.len()))
     }
 
     /// Row numbers on the device: those of the batch's logits are there already.

@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::device::{Device, Memory, Pinned};
-use crate::weights::{DType, Tensor};
+use super::{ffi, launch_failed};
+use crate::weights::{DType, Random, Tensor};
 use crate::{Error, Result};
 
 /// Bytes of one of the two buffers.
@@ -42,14 +43,32 @@ impl Uploader {
         let memory = self.device.alloc(len.checked_mul(2), "weights")?;
         let mut offset = 0;
         for tensor in tensors {
-            let (bytes, dtype) = (tensor.bytes(), tensor.dtype);
-            self.upload(&memory, offset, 2 * tensor.num_elements(), |place, out| {
-                to_bf16(dtype, &bytes[place.start / 2 * dtype.size()..], out);
-            })?;
-            tensor.release();
+            if let Some((seed, deviation)) = tensor.random_elements().and_then(Random::normal) {
+                self.draw(&memory, offset, tensor.num_elements(), seed, deviation)?;
+            } else {
+                let (bytes, dtype) = (tensor.bytes(), tensor.dtype);
+                self.upload(&memory, offset, 2 * tensor.num_elements(), |place, out| {
+                    to_bf16(dtype, &bytes[place.start / 2 * dtype.size()..], out);
+                })?;
+                tensor.release();
+            }
             offset += 2 * tensor.num_elements();
         }
         Ok(Linear { memory, num_in, num_out: len / num_in.max(1) })
+    }
+
+    /// Fills with random elements, on the device.
+    fn draw(&self, memory: &Memory, offset: usize, num: usize, seed: u64, deviation: f32) -> Result<()> {
+        if self.device.is_imagined() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let (stream, out) = (self.device.stream().cast(), memory.at(offset) as *mut ffi::Bf16);
+        // SAFETY: inside the allocation, which was made for all tensors.
+        match unsafe { ffi::q35_fill_normal(stream, num as i64, seed, deviation, out) } {
+            0 => Ok(()),
+            code => Err(launch_failed("fill_normal", code)),
+        }
     }
 
     /// A small parameter.

@@ -1,0 +1,585 @@
+//! Each op of the trait as a launch of its kernels.
+
+use std::borrow::Cow;
+use std::ffi::c_int;
+use std::sync::PoisonError;
+
+use super::blas::Blas;
+use super::buffers::{
+    Buf, Moe, Pages, Slots, Vector, attention_dims, bytes_of, delta_dims, is_run, product, slot_parts,
+};
+use super::graph::{self, Graph, Turn};
+use super::step::{MIN_WIDE_ROWS, Step};
+use super::weights::Linear;
+use super::{Cuda, State, ffi, measure, sample};
+use crate::backend::cpu::conv1d::tap_major;
+use crate::backend::cpu::linear::to_f32;
+use crate::backend::{
+    Backend, DecayWeights, DeltaWeights, Measured, MoeTensors, Precision, Rope, Sampled, Sampling, Stats,
+};
+use crate::batch::{Batch, BatchLimits, PAGE_LEN};
+use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
+use crate::weights::{DType, Tensor};
+use crate::{Error, Result};
+
+impl Backend for Cuda {
+    type Buf = Buf;
+    type Linear = Linear;
+    type Screen = ();
+    type Vector = Vector;
+    type Moe = Moe;
+    type Pages = Pages;
+    type Slots = Slots;
+    type Scratch = ();
+
+    fn buf(&self, rows: usize, width: usize, precision: Precision) -> Result<Buf> {
+        let bytes = product(&[rows, width, bytes_of(precision)]);
+        Ok(Buf { memory: self.device.zeros(bytes, "activations")?, rows, width, precision, host: None })
+    }
+
+    fn scratch(&self, config: &ModelConfig, limits: &BatchLimits) -> Result<()> {
+        // The weights are there now.
+        *self.uploader.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let step = Step::new(&self.device, config, limits)?;
+        self.state().step = Some(step);
+        Ok(())
+    }
+
+    fn linear_weight(&self, tensors: &[Tensor], _dtype: Option<DType>) -> Result<Linear> {
+        self.matrix(tensors)
+    }
+
+    fn table_weight(&self, tensor: &Tensor, _dtype: Option<DType>) -> Result<Linear> {
+        self.matrix(std::slice::from_ref(tensor))
+    }
+
+    fn screen(&self, _head: &Tensor, _dtype: Option<DType>) -> Result<()> {
+        Ok(())
+    }
+
+    fn vector(&self, tensor: &Tensor, offset: f32) -> Result<Vector> {
+        let values: Vec<f32> = to_f32(tensor).iter().map(|x| x + offset).collect();
+        Ok(Vector(self.upload(|uploader| uploader.vector(&values))?))
+    }
+
+    fn conv_weight(&self, tensor: &Tensor) -> Result<Vector> {
+        Ok(Vector(self.upload(|uploader| uploader.vector(&tap_major(tensor)))?))
+    }
+
+    fn moe_weights(&self, t: MoeTensors<'_>, _dtype: Option<DType>) -> Result<Moe> {
+        let one = |tensor: &Tensor| self.matrix(std::slice::from_ref(tensor));
+        let (gate_up, down) = (self.matrix(&t.experts.gate_up())?, self.matrix(&t.experts.down())?);
+        let [gate, up, shared_down] = t.shared.map(Tensor::clone);
+        let (router, shared_gate_up, shared_down) =
+            (one(t.router)?, self.matrix(&[gate, up])?, one(&shared_down)?);
+        let dims = ffi::MoeDims {
+            hidden: router.num_in as i32,
+            num_experts: router.num_out as i32,
+            top_k: t.top_k as i32,
+            width: down.num_in as i32,
+            shared_width: shared_down.num_in as i32,
+        };
+        let shared_gate = one(t.shared_gate)?;
+        Ok(Moe { dims, router, gate_up, down, shared_gate_up, shared_down, shared_gate })
+    }
+
+    fn pages(&self, num_pages: usize, dims: &AttentionConfig) -> Result<Pages> {
+        let bytes = product(&[num_pages, PAGE_LEN, dims.kv_width(), 2]);
+        Ok(Pages {
+            k: self.device.alloc(bytes, "pages of keys")?,
+            v: self.device.alloc(bytes, "pages of values")?,
+        })
+    }
+
+    fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Slots> {
+        let (state_bytes, tail_bytes) = slot_parts(dims);
+        Ok(Slots {
+            state: self.device.zeros(product(&[num_slots, state_bytes]), "recurrent states")?,
+            tail: self.device.zeros(product(&[num_slots, tail_bytes]), "convolution tails")?,
+            state_bytes,
+            tail_bytes,
+        })
+    }
+
+    fn page_bytes(&self, dims: &AttentionConfig) -> usize {
+        2 * 2 * PAGE_LEN * dims.kv_width()
+    }
+
+    fn slot_bytes(&self, dims: &DeltaConfig) -> usize {
+        let (state, tail) = slot_parts(dims);
+        state + tail
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        // Recorded steps come later.
+        self.device.free_memory().map(|free| Some(free.saturating_sub(graph::RESERVED_BYTES)))
+    }
+
+    fn stats(&self) -> Stats {
+        let state = self.state();
+        let experts = state.step.as_ref().and_then(|step| step.experts_hit(&self.device).ok().flatten());
+        Stats {
+            memory: self.device.ledger(),
+            nodes_per_step: state.graphs.last_num_nodes,
+            experts_hit: experts,
+        }
+    }
+
+    fn measure(&self) -> Result<Option<Measured>> {
+        measure::measure(&self.device, self.blas.as_ref())
+    }
+
+    fn begin(&self, batch: &Batch) {
+        self.launch("the batch", batch.num_tokens(), |step, _| step.begin(batch).map(|()| 0));
+    }
+
+    fn replay(&self, _batch: &Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+        let turn = {
+            let State { step, graphs, error } = &mut *self.state();
+            let shape = step.as_ref().and_then(Step::shape).filter(|_| self.records && error.is_none());
+            match shape {
+                Some(shape) => (graphs.turn(shape)?, Some(shape)),
+                None => (Turn::Run, None),
+            }
+        };
+        match turn {
+            (Turn::Launched, _) => Ok(()),
+            (Turn::Record, Some(shape)) => {
+                let graph = Graph::record(&self.device, ops)?;
+                let State { graphs, error, .. } = &mut *self.state();
+                if error.is_some() { Ok(()) } else { graphs.keep(shape, graph) }
+            }
+            _ => ops(),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        match &self.state().error {
+            None => Ok(()),
+            Some(Error::Cuda { what, advice }) => {
+                Err(Error::Cuda { what: what.clone(), advice: advice.clone() })
+            }
+            Some(error) => Err(Error::Internal(error.to_string())),
+        }
+    }
+
+    fn embed(&self, batch: &Batch, table: &Linear, out: &mut Buf) {
+        let hidden = table.num_in as c_int;
+        self.launch("embed", batch.num_tokens(), |step, stream| {
+            // SAFETY: shapes are those of the trait.
+            Ok(unsafe { ffi::q35_embed(stream, step.batch, table.memory.ptr(), hidden, out.memory.ptr()) })
+        });
+    }
+
+    fn rmsnorm_residual(
+        &self,
+        n: usize,
+        delta: Option<&Buf>,
+        residual: &mut Buf,
+        w: &Vector,
+        eps: f32,
+        out: &mut Buf,
+    ) {
+        let (rows, hidden) = (n as c_int, residual.width as c_int);
+        let delta = delta.map_or(std::ptr::null_mut(), |d| d.memory.ptr());
+        let (residual, w, out) = (residual.memory.ptr(), w.0.ptr(), out.memory.ptr());
+        self.launch("rmsnorm_residual", n, |_, stream| {
+            // SAFETY: shapes are those of the trait.
+            Ok(unsafe { ffi::q35_rmsnorm_residual(stream, rows, hidden, delta, residual, w, eps, out) })
+        });
+    }
+
+    fn linear(&self, n: usize, x: &Buf, w: &Linear, out: &mut Buf) {
+        debug_assert!(x.width == w.num_in && out.width == w.num_out);
+        let n = self.num_rows(n, x.rows.min(out.rows));
+        let wide = out.precision == Precision::Full;
+        self.launch("linear", n, |_, stream| {
+            let shape = (n, w.num_in, w.num_out, wide);
+            let (x, y) = (x.memory.ptr(), out.memory.ptr());
+            // SAFETY: shapes are those of the trait; `launch` has bound the device.
+            let by_blas =
+                |blas: &Blas| unsafe { blas.linear(&self.device, shape, x, w.memory.ptr(), y) }.is_ok();
+            if n >= MIN_WIDE_ROWS && self.blas.as_ref().is_some_and(by_blas) {
+                return Ok(0);
+            }
+            let (n, num_in, num_out) = (n as c_int, w.num_in as c_int, w.num_out as c_int);
+            // SAFETY: shapes are those of the trait; `wide` says what `out` holds.
+            Ok(unsafe {
+                match wide {
+                    true => {
+                        ffi::q35_linear_f32(stream, n, num_in, num_out, x.cast(), w.memory.ptr(), y.cast())
+                    }
+                    false => ffi::q35_linear(stream, n, num_in, num_out, x.cast(), w.memory.ptr(), y.cast()),
+                }
+            })
+        });
+    }
+
+    fn top_logits(
+        &self,
+        n: usize,
+        x: &Buf,
+        head: (&Linear, &()),
+        _k: usize,
+        _num_tokens: usize,
+        out: &mut Buf,
+    ) {
+        self.linear(n, x, head.0, out);
+    }
+
+    fn causal_conv1d(
+        &self,
+        batch: &Batch,
+        dims: &DeltaConfig,
+        weight: &Vector,
+        projected: &Buf,
+        slots: &mut Slots,
+        out: &mut Buf,
+    ) {
+        let stride = projected.width as c_int;
+        let (weight, x, tails, out) =
+            (weight.0.ptr(), projected.memory.ptr(), slots.tail.ptr(), out.memory.ptr());
+        self.launch("causal_conv1d", batch.num_tokens(), |step, stream| {
+            // SAFETY: shapes are those of the trait.
+            Ok(unsafe {
+                ffi::q35_causal_conv1d(stream, step.batch, delta_dims(dims), weight, x, stride, tails, out)
+            })
+        });
+    }
+
+    fn gated_delta_net(
+        &self,
+        batch: &Batch,
+        dims: &DeltaConfig,
+        w: &DeltaWeights<'_, Vector>,
+        eps: f32,
+        projected: &Buf,
+        slots: &mut Slots,
+        mixed: &mut Buf,
+        core: &mut Buf,
+    ) {
+        if !self.state().step.as_ref().is_some_and(Step::is_decode) {
+            self.causal_conv1d(batch, dims, w.conv, projected, slots, mixed);
+            let decay = DecayWeights { a_log: w.a_log, dt_bias: w.dt_bias };
+            self.gated_delta_rule(batch, dims, decay, mixed, projected, slots, core);
+            return self.gated_rmsnorm(batch.num_tokens(), dims, w.norm, eps, projected, core);
+        }
+        self.launch("gated_delta_net", batch.num_tokens(), |step, stream| {
+            // SAFETY: shapes are those of the trait; the counters are for the largest batch.
+            Ok(unsafe {
+                ffi::q35_delta_decode(
+                    stream,
+                    step.batch,
+                    delta_dims(dims),
+                    w.conv.0.ptr(),
+                    w.a_log.0.ptr(),
+                    w.dt_bias.0.ptr(),
+                    w.norm.0.ptr(),
+                    eps,
+                    projected.memory.ptr(),
+                    projected.width as c_int,
+                    dims.conv_channels() as c_int,
+                    (dims.conv_channels() + dims.value_width()) as c_int,
+                    slots.tail.ptr(),
+                    slots.state.ptr(),
+                    step.counters.ptr(),
+                    mixed.memory.ptr(),
+                    core.memory.ptr(),
+                )
+            })
+        });
+    }
+
+    fn gated_delta_rule(
+        &self,
+        batch: &Batch,
+        dims: &DeltaConfig,
+        decay: DecayWeights<'_, Vector>,
+        mixed: &Buf,
+        projected: &Buf,
+        slots: &mut Slots,
+        out: &mut Buf,
+    ) {
+        self.launch("gated_delta_rule", batch.num_tokens(), |step, stream| {
+            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            Ok(unsafe {
+                ffi::q35_gated_delta_rule(
+                    stream,
+                    step.batch,
+                    delta_dims(dims),
+                    decay.a_log.0.ptr(),
+                    decay.dt_bias.0.ptr(),
+                    mixed.memory.ptr(),
+                    projected.memory.ptr(),
+                    projected.width as c_int,
+                    (dims.conv_channels() + dims.value_width()) as c_int,
+                    slots.state.ptr(),
+                    step.delta.ptr(),
+                    out.memory.ptr(),
+                )
+            })
+        });
+    }
+
+    fn gated_rmsnorm(
+        &self,
+        n: usize,
+        dims: &DeltaConfig,
+        w: &Vector,
+        eps: f32,
+        projected: &Buf,
+        core: &mut Buf,
+    ) {
+        self.launch("gated_rmsnorm", n, |_, stream| {
+            // SAFETY: shapes are those of the trait.
+            Ok(unsafe {
+                ffi::q35_gated_rmsnorm(
+                    stream,
+                    n as c_int,
+                    dims.num_v_heads as c_int,
+                    dims.v_dim as c_int,
+                    w.0.ptr(),
+                    eps,
+                    projected.memory.ptr(),
+                    projected.width as c_int,
+                    dims.conv_channels() as c_int,
+                    core.memory.ptr(),
+                )
+            })
+        });
+    }
+
+    fn qk_norm_rope_write(
+        &self,
+        batch: &Batch,
+        dims: &AttentionConfig,
+        rope: &Rope,
+        norms: (&Vector, &Vector),
+        eps: f32,
+        projected: &Buf,
+        q: &mut Buf,
+        pages: &mut Pages,
+    ) {
+        self.launch("qk_norm_rope_write", batch.num_tokens(), |step, stream| {
+            // SAFETY: shapes are those of the trait; the frequencies are those of the model's configuration.
+            Ok(unsafe {
+                ffi::q35_qk_norm_rope_write(
+                    stream,
+                    step.batch,
+                    attention_dims(dims),
+                    norms.0.0.ptr(),
+                    norms.1.0.ptr(),
+                    eps,
+                    step.inv_freq.ptr(),
+                    step.axis.ptr(),
+                    rope.inv_freq.len() as c_int,
+                    rope.scale,
+                    projected.memory.ptr(),
+                    projected.width as c_int,
+                    q.memory.ptr(),
+                    pages.k.ptr(),
+                    pages.v.ptr(),
+                )
+            })
+        });
+    }
+
+    fn gated_attention(
+        &self,
+        batch: &Batch,
+        dims: &AttentionConfig,
+        q: &Buf,
+        projected: &Buf,
+        pages: &Pages,
+        _scratch: &mut (),
+        out: &mut Buf,
+    ) {
+        self.launch("gated_attention", batch.num_tokens(), |step, stream| {
+            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            Ok(unsafe {
+                ffi::q35_gated_attention(
+                    stream,
+                    step.batch,
+                    attention_dims(dims),
+                    q.memory.ptr(),
+                    projected.memory.ptr(),
+                    projected.width as c_int,
+                    pages.k.ptr(),
+                    pages.v.ptr(),
+                    step.attention.ptr(),
+                    out.memory.ptr(),
+                )
+            })
+        });
+    }
+
+    fn silu_mul(&self, n: usize, gate_up: &Buf, out: &mut Buf) {
+        let (rows, width) = (n as c_int, out.width as c_int);
+        let (gate_up, out) = (gate_up.memory.ptr(), out.memory.ptr());
+        self.launch("silu_mul", n, |_, stream| {
+            // SAFETY: shapes are those of the trait.
+            Ok(unsafe { ffi::q35_silu_mul(stream, rows, width, gate_up, out) })
+        });
+    }
+
+    fn moe(&self, n: usize, x: &Buf, m: &Moe, _scratch: &mut (), out: &mut Buf) {
+        let n = self.num_rows(n, x.rows.min(out.rows));
+        self.launch("moe", n, |step, stream| {
+            let (x, workspace, out) = (x.memory.ptr(), step.moe.ptr(), out.memory.ptr());
+            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            Ok(unsafe { ffi::q35_moe(stream, n as c_int, m.dims, m.weights(), x, workspace, out) })
+        });
+    }
+
+    fn norm_moe(
+        &self,
+        n: usize,
+        residual: &mut Buf,
+        norm: (&Vector, f32),
+        x: &mut Buf,
+        m: &Moe,
+        _scratch: &mut (),
+        block: &mut Buf,
+    ) {
+        let n = self.num_rows(n, residual.rows.min(x.rows).min(block.rows));
+        self.launch("norm_moe", n, |step, stream| {
+            let (block, residual, x) = (block.memory.ptr(), residual.memory.ptr(), x.memory.ptr());
+            let (norm, eps, workspace) = (norm.0.0.ptr(), norm.1, step.moe.ptr());
+            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            Ok(unsafe {
+                ffi::q35_norm_moe(
+                    stream,
+                    n as c_int,
+                    m.dims,
+                    m.weights(),
+                    block,
+                    residual,
+                    norm,
+                    eps,
+                    x,
+                    workspace,
+                    block,
+                )
+            })
+        });
+    }
+
+    const SAMPLES: bool = true;
+
+    fn can_sample(&self, rows: &[Sampling]) -> bool {
+        sample::can_sample(rows)
+    }
+
+    fn begin_sampling(&self, rows: &[Sampling]) {
+        self.launch("sampling", rows.len(), |step, _| step.sampler.begin(rows).map(|()| 0));
+    }
+
+    fn sample(&self, first: usize, n: usize, num_tokens: usize, logits: &Buf) {
+        self.launch("sample", n, |step, stream| {
+            let sizes = (logits.width, num_tokens);
+            // SAFETY: logits are f32, as many rows as were computed.
+            Ok(unsafe { step.sampler.launch(stream, (first, n), sizes, logits.memory.ptr()) })
+        });
+    }
+
+    fn sampled(&self) -> Result<Vec<Sampled>> {
+        self.check()?;
+        match &mut self.state().step {
+            Some(step) => step.sampler.read(),
+            None => Err(Error::Internal("sampling without scratch".into())),
+        }
+    }
+
+    fn gather(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
+        debug_assert!(x.width == out.width);
+        self.launch("gather", rows.len(), |step, stream| {
+            let (row_bytes, num) = (x.row_bytes(), rows.len());
+            if is_run(rows) && x.precision == out.precision {
+                return out.memory.copy(0, &x.memory, rows[0] * row_bytes, num * row_bytes).map(|()| 0);
+            }
+            let same = x.precision == out.precision;
+            let to = if same { out.memory.ptr() } else { step.gathered.ptr() };
+            let (at, elements) = (step.rows(rows)?, (num * x.width) as i64);
+            // SAFETY: rows of x, as many as fit `to`.
+            let code =
+                unsafe { ffi::q35_gather(stream, at, num as c_int, x.memory.ptr(), row_bytes as i64, to) };
+            let from = &step.gathered;
+            Ok(match (code, x.precision, out.precision) {
+                (0, Precision::Compute, Precision::Full) => {
+                    // SAFETY: as many elements as were gathered.
+                    unsafe { ffi::q35_to_f32(stream, elements, from.ptr(), out.memory.ptr()) }
+                }
+                (0, Precision::Full, Precision::Compute) => {
+                    // SAFETY: as above.
+                    unsafe { ffi::q35_to_bf16(stream, elements, from.ptr(), out.memory.ptr()) }
+                }
+                _ => code,
+            })
+        });
+    }
+
+    fn scatter(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
+        debug_assert!(x.width == out.width && x.precision == out.precision);
+        self.launch("scatter", rows.len(), |_, _| {
+            let (bytes, mut done) = (x.row_bytes(), 0);
+            for run in rows.chunk_by(|a, b| a + 1 == *b) {
+                out.memory.copy(run[0] * bytes, &x.memory, done * bytes, run.len() * bytes)?;
+                done += run.len();
+            }
+            Ok(0)
+        });
+    }
+
+    fn concat(&self, n: usize, left: &Buf, right: &Buf, out: &mut Buf) {
+        debug_assert!(left.width + right.width == out.width);
+        self.launch("concat", n, |_, _| {
+            let (a, b, pitch) = (left.row_bytes(), right.row_bytes(), out.row_bytes());
+            out.memory.copy_columns(n, 0, pitch, &left.memory, a)?;
+            out.memory.copy_columns(n, a, pitch, &right.memory, b)?;
+            Ok(0)
+        });
+    }
+
+    fn keep_rows(&self, rows: &[usize], buf: &mut Buf) {
+        if is_run(rows) && rows.first() == Some(&0) {
+            return;
+        }
+        self.launch("keep_rows", rows.len(), |step, stream| {
+            let row_bytes = buf.row_bytes();
+            let (at, to) = (step.rows(rows)?, step.gathered.ptr());
+            let num = rows.len() as c_int;
+            // SAFETY: rows of the buffer, as many as fit `gathered`.
+            let code = unsafe { ffi::q35_gather(stream, at, num, buf.memory.ptr(), row_bytes as i64, to) };
+            match code {
+                0 => buf.memory.copy(0, &step.gathered, 0, rows.len() * row_bytes).map(|()| 0),
+                code => Ok(code),
+            }
+        });
+    }
+
+    fn read<'a>(&self, buf: &'a mut Buf, rows: usize) -> Cow<'a, [f32]> {
+        let (len, precision) = (rows * buf.width, buf.precision);
+        match buf.fetch(&self.device, rows) {
+            Ok(host) if precision == Precision::Full => Cow::Borrowed(&host.items()[..len]),
+            Ok(host) => {
+                let pairs = host.as_slice()[..2 * len].chunks_exact(2);
+                Cow::Owned(pairs.map(|x| half::bf16::from_ne_bytes([x[0], x[1]]).to_f32()).collect())
+            }
+            Err(error) => {
+                // The first error is the one that says what happened.
+                self.state().error.get_or_insert(error);
+                Cow::Owned(vec![0.0; len])
+            }
+        }
+    }
+
+    fn clear_slot(&self, slots: &mut Slots, slot: usize) {
+        let clear = || {
+            slots.state.clear(slot * slots.state_bytes, slots.state_bytes)?;
+            slots.tail.clear(slot * slots.tail_bytes, slots.tail_bytes)
+        };
+        if let Err(error) = clear() {
+            self.state().error.get_or_insert(error);
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! What an engine takes of one card, by making it on a card that is only imagined: the same code allocates, and nothing
+//! can be forgotten.
+
+use crate::Result;
+use crate::backend::cuda::Cuda;
+use crate::config::ModelConfig;
+use crate::engine::{Engine, EngineLimits, Report};
+use crate::model::Model;
+use crate::weights::{Checkpoint, ModelTensors, MtpTensors};
+
+/// What a model of this configuration holds on a card of so many bytes, in bf16, and what is left for keys and values.
+///
+/// # Errors
+/// `OutOfMemory` for what does not fit, `Request` for limits that cannot be.
+pub fn memory(config: &ModelConfig, mtp: bool, limits: &EngineLimits, card_bytes: usize) -> Result<Report> {
+    let checkpoint = Checkpoint::random();
+    let tensors = ModelTensors::resolve(&checkpoint, config)?;
+    let mut model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
+    if mtp {
+        model = model.with_mtp(MtpTensors::resolve(&checkpoint, config)?, None)?;
+    }
+    Ok(Engine::new(model, limits, config.vocab, Vec::new())?.report())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{Scheme, family_config, weight_bytes};
+
+    fn of(name: &str, gib: usize) -> Result<Report> {
+        let limits =
+            EngineLimits { max_num_seqs: 64, max_num_batched_tokens: 8192, ..EngineLimits::default() };
+        memory(&family_config(name)?, false, &limits, gib << 30)
+    }
+
+    #[test]
+    fn weights_are_those_of_the_other_plan() {
+        let report = of("35b", 80).unwrap();
+        let other = weight_bytes(&family_config("35b").unwrap(), Scheme::Bf16).unwrap();
+        let found = report.stats.memory["weights"] as f64;
+        assert!((found / other.resident as f64 - 1.0).abs() < 1e-3, "{found} {}", other.resident);
+        let total: usize = report.stats.memory.values().sum();
+        assert!(total < 80 << 30 && report.num_pages * report.page_bytes < total);
+        assert!(report.max_model_len > 8192);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let text = of("122b", 80).unwrap_err().to_string();
+        assert!(text.contains("weights") && text.contains("the device has"), "{text}");
+    }
+}

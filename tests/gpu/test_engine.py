@@ -1,0 +1,120 @@
+"""What is only there on a GPU: recorded steps, tokens chosen on the device, planned memory, random weights of full size."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from qwen35rs import LLM, OutOfMemoryError, SamplingParams, _core, hub, speed
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = [[5 + i, 900 - 7 * i, 31 * i + 2] + list(range(40 + i, 60 + 9 * i)) for i in range(24)]
+
+
+def ids(prompts):
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(hub.EMBEDDED, device="cuda")
+
+
+@pytest.mark.parametrize("num", [1, 2, 24])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_recorded_steps_give_the_same_bits(llm, num, temperature):
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=70, ignore_eos=True, logprobs=4)
+    eager = LLM(hub.EMBEDDED, device="cuda", enforce_eager=True)
+    for _ in range(2):  # the second time every shape is recorded
+        got, want = (model.generate(ids(PROMPTS[:num]), params) for model in (llm, eager))
+        for a, b in zip(got, want, strict=True):
+            assert a.outputs[0].token_ids == b.outputs[0].token_ids
+            assert a.outputs[0].logprobs == b.outputs[0].logprobs
+    assert json.loads(llm._engine.report())["nodes_per_step"] is not None
+    assert json.loads(eager._engine.report())["nodes_per_step"] is None
+
+
+def test_a_recorded_step_follows_its_sequences(llm):
+    """Lengths across the bounds of recorded shapes, and other pages and slots than those that were recorded."""
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    long = [list(range(3, 903)), list(range(700, 2, -1))]
+    eager = LLM(hub.EMBEDDED, device="cuda", enforce_eager=True)
+    for prompts in (long, long[::-1], PROMPTS[:2]):
+        got, want = (model.generate(ids(prompts), params) for model in (llm, eager))
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+
+
+SAMPLED = [
+    SamplingParams(temperature=1.3, top_k=40, seed=1, max_tokens=24),
+    SamplingParams(temperature=0.9, top_p=0.7, seed=2, max_tokens=24, logprobs=5),
+    SamplingParams(temperature=2.0, min_p=0.1, seed=3, max_tokens=24, repetition_penalty=1.3),
+    SamplingParams(temperature=1.0, top_k=7, top_p=0.9, seed=4, max_tokens=24, frequency_penalty=0.6),
+    SamplingParams(temperature=0.0, presence_penalty=1.5, logit_bias={9: 4.0}, max_tokens=24, logprobs=0),
+    SamplingParams(temperature=1.0, seed=6, min_tokens=24, max_tokens=24),
+]
+
+
+def test_tokens_are_those_that_the_host_chooses(llm):
+    """Parameters that the device does not serve (1,024 log-probabilities) bring a request to the host: with the same logits
+    both choose the same."""
+    for params in SAMPLED:
+        fields = {name: getattr(params, name) for name in params.__dataclass_fields__}
+        host = SamplingParams(**{**fields, "logprobs": 1024})
+        got, want = (llm.generate(ids(PROMPTS[:1]), p)[0].outputs[0] for p in (params, host))
+        assert got.token_ids == want.token_ids, params
+        if params.logprobs is not None:
+            for a, b in zip(got.logprobs, want.logprobs, strict=True):
+                assert set(a) <= set(b)
+                for token, found in a.items():
+                    assert found.rank == b[token].rank and abs(found.logprob - b[token].logprob) < 1e-4
+
+
+# In a process of its own, whose device holds nothing else: bytes used, and what the engine says of them.
+MEMORY = """
+import ctypes, json, sys
+from qwen35rs import LLM, SamplingParams
+llm = LLM(sys.argv[1], load_format="dummy", device="cuda", **json.loads(sys.argv[2]))
+llm.generate([{"prompt_token_ids": list(range(700))}] * 4, SamplingParams(max_tokens=8, ignore_eos=True))
+cuda, context, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_int()
+free, total = ctypes.c_size_t(), ctypes.c_size_t()
+assert cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0 and cuda.cuCtxSetCurrent(context) == 0
+assert cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+print(json.dumps([total.value - free.value, llm.memory]))
+"""
+
+
+@pytest.mark.parametrize("model", ["0.8b", "9b"])
+def test_memory_is_what_was_planned(model):
+    free, total = torch.cuda.mem_get_info()
+    limits = {"max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 2048}
+    plan = _core.plan_memory(model, gpu="h200", mtp=False, gpu_memory_utilization=0.9, **limits)
+    planned = json.loads(plan)["memory"]
+    command = [sys.executable, "-c", MEMORY, model, json.dumps(limits)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    used, held = json.loads(done.stdout)
+    assert held == {k: v for k, v in planned.items() if k != "the driver and its kernels"}
+    # What this process holds of the device is not in the plan.
+    assert used - (total - free) == pytest.approx(sum(planned.values()), rel=0.03), (
+        used,
+        total - free,
+        planned,
+    )
+
+
+def test_too_little_memory_is_an_error():
+    with pytest.raises(OutOfMemoryError, match=r"weights .*lower max_model_len"):
+        LLM("397b", load_format="dummy", device="cuda")
+
+
+def test_random_weights_of_full_size():
+    """The same on the device as on the host, up to the last rounding of a few."""
+    on_gpu, on_cpu = (LLM("0.8b", load_format="dummy", device=d, max_model_len=256) for d in ("cuda", "cpu"))
+    tokens = list(range(100, 140))
+    got, want = on_gpu.logits(tokens), on_cpu.logits(tokens)
+    assert np.sqrt(((got - want) ** 2).mean()) < 0.05 * want.std()
+    step = speed.decode(on_gpu, 1, 32, 8)
+    assert step.nodes is not None and step.seconds < 0.1

@@ -1,0 +1,84 @@
+"""Random weights of any configuration, and the speeds that are measured with them."""
+
+import json
+
+import numpy as np
+import pytest
+from qwen35rs import ConfigError, RequestError, SamplingParams, _core, demo, speed
+from qwen35rs.llm import LLM
+
+SMALL = {"num_hidden_layers": 4, "vocab_size": 512, "mtp_num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config.json with nothing beside it."""
+    path = tmp_path_factory.mktemp("dummy") / "config.json"
+    path.write_text(json.dumps(demo.config(400, **SMALL)))
+    return path
+
+
+def test_a_dummy_model_needs_a_configuration_alone(config):
+    tokens = list(range(1, 100))
+    one, two = (LLM(path, load_format="dummy", mtp=True) for path in (config, config.parent))
+    logits = one.logits(tokens)
+    assert np.array_equal(logits, two.logits(tokens))
+    assert np.isfinite(logits).all() and 1.0 < logits.std() < 10.0
+    assert np.isfinite(one.mtp_logits(tokens)).all()
+    (out,) = one.generate([tokens], SamplingParams(max_tokens=5))
+    assert out.outputs[0].token_ids
+
+
+def test_what_is_no_dummy_model(config):
+    with pytest.raises(RequestError, match="load_format: found fast; allowed: auto, dummy"):
+        LLM(config.parent, load_format="fast")
+    with pytest.raises(RequestError, match=r"model: found 36b; allowed: Qwen3.5-0.8B, "):
+        LLM("36b", load_format="dummy")
+    with pytest.raises(ConfigError, match=r"found no weights; expected model\.safetensors"):
+        LLM(config.parent)
+
+
+def test_steps_and_prompts_are_timed(config):
+    llm = LLM(
+        config,
+        load_format="dummy",
+        max_num_seqs=3,
+        max_num_batched_tokens=64,
+        max_model_len=200,
+        device="cpu",
+    )
+    step = speed.decode(llm, 3, 50, 6)
+    facts = step.facts({"read_bytes_per_s": 1e9})
+    assert step.num_steps >= 6 and facts["tokens_per_second"] == pytest.approx(3 / step.seconds)
+    assert facts["share_of_floor"] == pytest.approx(step.num_bytes / 1e9 / step.seconds)
+    # Weights once, each sequence's states twice.
+    few, many = (llm._engine.step_facts(batch, 50, 4)[0] for batch in (1, 3))
+    one, two = (llm._engine.step_facts(1, 50, hit)[0] for hit in (4, 5))
+    expert = 3 * 128 * 64 * 2 * 4
+    assert two - one == expert and 0 < many - few < many
+    prompt = speed.prefill(llm, 100)
+    assert prompt.seconds > 0 and len(prompt.runs) == 3 and prompt.facts(None)["share_of_floor"] is None
+    with pytest.raises(
+        RequestError, match="batch of 4 sequences of 50 tokens: found an LLM for 3 sequences of 200"
+    ):
+        speed.decode(llm, 4, 50)
+
+
+def test_the_memory_of_a_card_is_planned():
+    def plan(**changes):
+        limits = {"mtp": False, "max_model_len": None, "max_num_seqs": 32, "max_num_batched_tokens": 512}
+        text = _core.plan_memory("35b", gpu="h100", gpu_memory_utilization=0.9, **{**limits, **changes})
+        return text and json.loads(text)
+
+    plain = plan()
+    if plain is None:
+        return  # built without CUDA, where nothing is planned
+    memory = plain["memory"]
+    assert memory["weights"] == pytest.approx(69.3e9, rel=0.01)
+    pages = memory["pages of keys"] + memory["pages of values"]
+    assert pages == plain["num_pages"] * plain["page_bytes"]
+    assert 0.95 * 79.6 < sum(memory.values()) / 2**30 < 79.6
+    more = plan(max_num_seqs=64, mtp=True)["memory"]
+    assert more["recurrent states"] == 2 * memory["recurrent states"] and more["weights"] > memory["weights"]
+    with pytest.raises(RequestError, match="max_num_seqs: found 0; allowed: at least 1"):
+        plan(max_num_seqs=0)

@@ -1,5 +1,5 @@
-// Tokens from logits. Blocks share a row by tiles of 2048 logits; the last of them to finish a pass decides what the next
-// looks at, so that every row goes its own way through one sequence of kernels:
+// Tokens from logits. Blocks share a row by tiles of 2048 logits; the last of them to finish a pass decides what the
+// next looks at, so that every row goes its own way through one sequence of kernels:
 //   edit   the edited logits, beside the row
 //   peak   the largest logit; greedy rows are done
 //   weigh  sums of weights by tile, and how many tokens (with which sum) have each range of logits or weights; a draw
@@ -37,8 +37,8 @@ __host__ __device__ inline Space space_of(char *at, int vocab) {
     Space s = {};
     s.jobs = reinterpret_cast<Job *>(at), s.bytes = 2 * sizeof(Job);
     for (int j = 0; j < 2; j++) s.list[j] = reinterpret_cast<Item *>(at + s.bytes), s.bytes += room(j) * sizeof(Item);
-    s.edited = reinterpret_cast<unsigned *>(at + s.bytes), s.bytes += ceil_div(vocab, 32) * int64_t(sizeof(unsigned));
-    s.values = reinterpret_cast<float *>(at + s.bytes), s.bytes += vocab * int64_t(sizeof(float));
+    s.edited = reinterpret_cast<unsigned *>(at + s.bytes), s.bytes += ceil_div(vocab, 32) * sizeof(unsigned);
+    s.values = reinterpret_cast<float *>(at + s.bytes), s.bytes += vocab * sizeof(float);
     s.bytes = ceil_div(s.bytes, 256) * 256;
     return s;
 }
@@ -62,13 +62,7 @@ __device__ __forceinline__ float logprob(const Job &job, float x) {
     return float(double(x) - double(job.rule.max) - log(job.total));
 }
 
-// TILES tiles of a row for this block, all loads ahead of their use.
-template <int TILES>
-__device__ __forceinline__ void load_tiles(const Row &row, float x[TILES][4]) {
-#pragma unroll
-    for (int t = 0; t < TILES; t++) load4(row, (int(blockIdx.x) * TILES + t) * TILE + 4 * threadIdx.x, x[t]);
-}
-
+// The first of the four logits that this thread has of tile t of the TILES of its block.
 template <int TILES>
 __device__ __forceinline__ int first_id(int t) {
     return (int(blockIdx.x) * TILES + t) * TILE + 4 * int(threadIdx.x);
@@ -76,7 +70,7 @@ __device__ __forceinline__ int first_id(int t) {
 
 // ------------------------------------------------------------------------------------------------------------ edit
 
-__global__ void __launch_bounds__(THREADS) edit_kernel(Call c) {
+__global__ void __launch_bounds__(THREADS) edit_kernel(const __grid_constant__ Call c) {
     wait_for_inputs();
     let_next_start();
     const int row = blockIdx.y;
@@ -123,7 +117,7 @@ __device__ void plan_list(const Call &c, int row, Job &job, Item best) {
 }
 
 template <int TILES>
-__global__ void __launch_bounds__(THREADS) peak_kernel(Call c) {
+__global__ void __launch_bounds__(THREADS) peak_kernel(const __grid_constant__ Call c) {
     wait_for_inputs();
     let_next_start();
     __shared__ Item warps[THREADS / 32];
@@ -132,7 +126,7 @@ __global__ void __launch_bounds__(THREADS) peak_kernel(Call c) {
     for (int j = blockIdx.z; j < 2; j += gridDim.z) {
         if (j == 1 && c.sampling[row].num_logprobs < 0) continue;
         float x[TILES][4], most = -INFINITY;
-        load_tiles<TILES>(row_of(c, space, row, j == 0), x);
+        load_tiles<TILES>(row_of(c, space, row, j == 0), first_id<TILES>(0), x);
         int id = 0;
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
@@ -172,16 +166,16 @@ __device__ __forceinline__ double tile_sum(const Job &job, int num_tokens, int t
 }
 
 // A draw from all tokens, by id: the tile, then the token.
-__device__ __noinline__ int draw(Scratch &s, const Job &job, const Row &row, const Rule &rule) {
+__device__ __forceinline__ int draw(Scratch &s, const Job &job, const Row &row, const Rule &rule) {
     const Found tile = find(
         s, 0.0, false, [&](int i) { return tile_sum(job, row.num_tokens, i); }, [&](double all) { return rule.uniform * all; });
     const int first = tile.at * TILE;
-    float x[4];
-    load4(row, first + 4 * threadIdx.x, x);
+    float x[1][4];
+    load_tiles<1>(row, first + 4 * threadIdx.x, x);
     const Found found = find(
         s, tile.before, false,
         [&](int i) {
-            const float weight = weight_of(rule, x[i % 4]);
+            const float weight = weight_of(rule, x[0][i % 4]);
             return weight >= rule.min_p ? double(fixed(weight)) / FIXED_ONE : 0.0;
         },
         [&](double) { return rule.uniform * tile.total; });
@@ -190,7 +184,7 @@ __device__ __noinline__ int draw(Scratch &s, const Job &job, const Row &row, con
 
 // Which bins hold the end of the nucleus, and which may hold the token: it lies at uniform times the sum of the nucleus,
 // and that is known up to what its last bin adds.
-__device__ __noinline__ void bound_nucleus(Scratch &s, Job &job, int num_tokens, const Rule &rule) {
+__device__ __forceinline__ void bound_nucleus(Scratch &s, Job &job, int num_tokens, const Rule &rule) {
     const double total = find(
         s, 0.0, false, [&](int i) { return tile_sum(job, num_tokens, i); }, [](double) { return 0.0; }).total;
     const auto sum = [&](int bin) { return sum_of_bin(job, bin); };
@@ -204,8 +198,30 @@ __device__ __noinline__ void bound_nucleus(Scratch &s, Job &job, int num_tokens,
     }
 }
 
+// By the last block of a row, its sums known.
+__device__ __noinline__ void settle(Scratch &s, const Call &c, int index, int j) {
+    const Space space = space_of(c, index);
+    Job &job = space.jobs[j];
+    const Rule rule = job.rule;
+    if (rule.kind == ALL) {
+        const int token = draw(s, job, row_of(c, space, index, true), rule);
+        if (threadIdx.x == 0) finish(c, index, token), job.rule.kind = NOTHING;
+    } else if (rule.kind == NUCLEUS) {
+        bound_nucleus(s, job, c.num_tokens, rule);
+    } else {
+        if (rule.kind == LIST) {
+            const auto sum = [&](int i) { return tile_sum(job, c.num_tokens, i); };
+            const double total = find(s, 0.0, false, sum, [](double) { return 0.0; }).total;
+            if (threadIdx.x == 0) job.total = total;
+        }
+        const auto count = [&](int bin) { return double(job.count[bin]); };
+        const int cut = find(s, 0.0, false, count, [&](double) { return rule.want - 1.0; }).at;
+        if (threadIdx.x == 0) job.cut = cut;
+    }
+}
+
 template <int TILES>
-__global__ void __launch_bounds__(THREADS, 2) weigh_kernel(Call c) {
+__global__ void __launch_bounds__(THREADS, 2) weigh_kernel(const __grid_constant__ Call c) {
     wait_for_inputs();
     let_next_start();
     __shared__ Scratch s;
@@ -219,7 +235,7 @@ __global__ void __launch_bounds__(THREADS, 2) weigh_kernel(Call c) {
         const Row row = row_of(c, space, index, j == 0);
         const bool binned = rule.kind != ALL && !(rule.kind == LIST && rule.want == 0);
         float x[TILES][4];
-        load_tiles<TILES>(row, x);
+        load_tiles<TILES>(row, first_id<TILES>(0), x);
         __syncthreads();
         if (binned)
             for (int b = threadIdx.x; b < BINS; b += THREADS) s.count[b] = s.low[b] = 0;
@@ -255,30 +271,14 @@ __global__ void __launch_bounds__(THREADS, 2) weigh_kernel(Call c) {
                 if (s.low[b]) atomicAdd(&job.low[b], static_cast<unsigned long long>(s.low[b]));
             }
         }
-        if (!arrives_last(&job.arrived)) continue;
-        if (rule.kind == ALL) {
-            const int token = draw(s, job, row, rule);
-            if (threadIdx.x == 0) finish(c, index, token), job.rule.kind = NOTHING;
-        } else if (rule.kind == NUCLEUS) {
-            bound_nucleus(s, job, c.num_tokens, rule);
-        } else {
-            double total = 0.0;
-            if (rule.kind == LIST)
-                total = find(s, 0.0, false, [&](int i) { return tile_sum(job, c.num_tokens, i); }, [](double) { return 0.0; }).total;
-            int cut = -1;
-            if (binned) {
-                const auto count = [&](int bin) { return double(job.count[bin]); };
-                cut = find(s, 0.0, false, count, [&](double) { return rule.want - 1.0; }).at;
-            }
-            if (threadIdx.x == 0) job.total = total, job.cut = cut;
-        }
+        if (arrives_last(&job.arrived)) settle(s, c, index, j);
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ pick
 
 // Of the want largest logits, in their order.
-__device__ __noinline__ int pick_of_largest(Scratch &s, const Source &from, const Rule &rule) {
+__device__ __forceinline__ int pick_of_largest(Scratch &s, const Source &from, const Rule &rule) {
     const int num = largest(s, from, rule.want);
     const auto weight = [&](int i) { return i < num ? weight_of(rule, logit_of_key(key_of(s.staged[i]))) : 0.0f; };
     int keep = 1 + find(
@@ -296,7 +296,7 @@ __device__ __noinline__ int pick_of_largest(Scratch &s, const Source &from, cons
 }
 
 // Of the nucleus, in the order of weights: first where it ends, then the token.
-__device__ __noinline__ int pick_of_nucleus(Scratch &s, const Source &from, const Job &job, const Rule &rule) {
+__device__ __forceinline__ int pick_of_nucleus(Scratch &s, const Source &from, const Job &job, const Rule &rule) {
     Place end = place_of_bin(job, job.cut, job.before_cut);
     const double reach = double(rule.top_p) * job.total;
     narrow(s, stage(s, from, end), end, ID_BITS, true, reach, true);
@@ -320,8 +320,33 @@ __device__ __noinline__ int pick_of_nucleus(Scratch &s, const Source &from, cons
     return id_of(place.prefix);
 }
 
+// By the last block of a row, its list complete.
+__device__ __noinline__ void choose(Scratch &s, const Call &c, int index, int j) {
+    const Space space = space_of(c, index);
+    Job &job = space.jobs[j];
+    const Rule rule = job.rule;
+    const Row row = row_of(c, space, index, j == 0);
+    const bool fits = job.listed <= unsigned(room(j));
+    const Source from = {fits ? space.list[j] : nullptr, int(job.listed), row, rule};
+    q35_sampled &out = c.out[index];
+    if (rule.kind == LIST) {
+        const int num = largest(s, from, rule.want);
+        for (int i = threadIdx.x; i < num; i += THREADS) {
+            out.top_tokens[i] = id_of(s.staged[i]);
+            out.top_logprobs[i] = logprob(job, logit_of_key(key_of(s.staged[i])));
+        }
+        if (threadIdx.x == 0) out.num_top = num;
+    } else {
+        const int token = rule.kind == TOP_K ? pick_of_largest(s, from, rule) : pick_of_nucleus(s, from, job, rule);
+        if (threadIdx.x == 0) finish(c, index, token);
+    }
+    __syncthreads();
+    for (int b = threadIdx.x; b < BINS; b += THREADS) job.count[b] = 0, job.low[b] = 0;
+    if (threadIdx.x == 0) job.listed = 0;
+}
+
 template <int TILES>
-__global__ void __launch_bounds__(THREADS, 2) pick_kernel(Call c) {
+__global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant__ Call c) {
     wait_for_inputs();
     let_next_start();
     __shared__ Scratch s;
@@ -337,7 +362,7 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(Call c) {
         const int cut = job.cut;
         const int low = rule.kind == NUCLEUS ? job.first : 0, high = rule.kind == NUCLEUS ? job.last : cut;
         float x[TILES][4];
-        load_tiles<TILES>(row, x);
+        load_tiles<TILES>(row, first_id<TILES>(0), x);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             __syncthreads();
@@ -357,31 +382,14 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(Call c) {
             for (int i = threadIdx.x; i < num; i += THREADS)
                 if (start + i < unsigned(room(j))) space.list[j][start + i] = s.staged[i];
         }
-        if (!arrives_last(&job.arrived)) continue;
-        const bool fits = job.listed <= unsigned(room(j));
-        const Source from = {fits ? space.list[j] : nullptr, int(job.listed), row, rule};
-        q35_sampled &out = c.out[index];
-        if (rule.kind == LIST) {
-            const int num = largest(s, from, rule.want);
-            for (int i = threadIdx.x; i < num; i += THREADS) {
-                out.top_tokens[i] = id_of(s.staged[i]);
-                out.top_logprobs[i] = logprob(job, logit_of_key(key_of(s.staged[i])));
-            }
-            if (threadIdx.x == 0) out.num_top = num;
-        } else {
-            const int token = rule.kind == TOP_K ? pick_of_largest(s, from, rule) : pick_of_nucleus(s, from, job, rule);
-            if (threadIdx.x == 0) finish(c, index, token);
-        }
-        __syncthreads();
-        for (int b = threadIdx.x; b < BINS; b += THREADS) job.count[b] = 0, job.low[b] = 0;
-        if (threadIdx.x == 0) job.listed = 0;
+        if (arrives_last(&job.arrived)) choose(s, c, index, j);
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ tidy
 
 template <int TILES>
-__global__ void __launch_bounds__(THREADS) tidy_kernel(Call c) {
+__global__ void __launch_bounds__(THREADS) tidy_kernel(const __grid_constant__ Call c) {
     wait_for_inputs();
     let_next_start();
     const int index = c.n - 1 - int(blockIdx.y);
@@ -397,7 +405,7 @@ __global__ void __launch_bounds__(THREADS) tidy_kernel(Call c) {
     Job &job = space.jobs[1];
     const float chosen = token < 0 ? INFINITY : c.logits[int64_t(index) * c.vocab + token];
     float x[TILES][4];
-    load_tiles<TILES>(row_of(c, space, index, false), x);
+    load_tiles<TILES>(row_of(c, space, index, false), first_id<TILES>(0), x);
     unsigned above = 0;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {

@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int THREADS = 512, TILE = 4 * THREADS, BINS = 2048, STAGED = 2048;
+static_assert(STAGED >= TILE && STAGED >= Q35_MAX_TOP_K && BINS == TILE && TILE % 32 == 0, "see their uses");
 
 // A token with its key, which grows with what it is ordered by: larger first, lower id first among equals. 0 is none.
 typedef unsigned long long Item;
@@ -105,20 +106,30 @@ struct Row {
     bool wide;
 };
 
-// Four neighbours from i, a multiple of 4; -inf from num_tokens on.
-__device__ __forceinline__ void load4(const Row &row, int i, float x[4]) {
-    if (row.wide && i + 3 < row.num_tokens) {
-        const float4 v = *reinterpret_cast<const float4 *>(row.logits + i);
-        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-    } else {
+// N times four neighbours, from i (a multiple of 4) on at distances of a tile; -inf from num_tokens on. The loads of all
+// are ahead of their use.
+template <int N>
+__device__ __forceinline__ void load_tiles(const Row &row, int i, float x[N][4]) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = i + e < row.num_tokens ? row.logits[i + e] : -INFINITY;
+    for (int t = 0; t < N; t++) {
+        const int at = i + t * TILE;
+        if (row.wide && at + 3 < row.num_tokens) {
+            const float4 v = *reinterpret_cast<const float4 *>(row.logits + at);
+            x[t][0] = v.x, x[t][1] = v.y, x[t][2] = v.z, x[t][3] = v.w;
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; e++) x[t][e] = at + e < row.num_tokens ? row.logits[at + e] : -INFINITY;
+        }
     }
-    if (row.edited && i < row.num_tokens) {
-        const unsigned bits = row.edited[i / 32] >> (i % 32) & 15u;
+    if (!row.edited) return;
+    unsigned bits[N];
+#pragma unroll
+    for (int t = 0; t < N; t++) bits[t] = i + t * TILE < row.num_tokens ? row.edited[(i + t * TILE) / 32] : 0;
+#pragma unroll
+    for (int t = 0; t < N; t++) {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            if (bits >> e & 1) x[e] = row.values[i + e];
+            if (bits[t] >> (i % 32 + e) & 1) x[t][e] = row.values[i + t * TILE + e];
     }
 }
 
@@ -260,8 +271,7 @@ __device__ __forceinline__ void for_each(const Source &from, Each each) {
     }
     for (int i = 4 * threadIdx.x; i < from.row.num_tokens; i += AHEAD * TILE) {
         float x[AHEAD][4];
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) load4(from.row, i + a * TILE, x[a]);
+        load_tiles<AHEAD>(from.row, i, x);
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
 #pragma unroll

@@ -27,7 +27,7 @@ struct Call {
 // The workspace of one row.
 struct Space {
     Job *jobs;          // [2]
-    Item *list[2];      // [room]
+    Item *list;         // [room(0) + room(1)]
     unsigned *edited;   // [ceil(vocab / 32)] bits: the token is edited; zero between two uses
     float *values;      // [vocab]: to what
     int64_t bytes;
@@ -36,12 +36,14 @@ struct Space {
 __host__ __device__ inline Space space_of(char *at, int vocab) {
     Space s = {};
     s.jobs = reinterpret_cast<Job *>(at), s.bytes = 2 * sizeof(Job);
-    for (int j = 0; j < 2; j++) s.list[j] = reinterpret_cast<Item *>(at + s.bytes), s.bytes += room(j) * sizeof(Item);
+    s.list = reinterpret_cast<Item *>(at + s.bytes), s.bytes += (room(0) + room(1)) * sizeof(Item);
     s.edited = reinterpret_cast<unsigned *>(at + s.bytes), s.bytes += ceil_div(vocab, 32) * sizeof(unsigned);
     s.values = reinterpret_cast<float *>(at + s.bytes), s.bytes += vocab * sizeof(float);
     s.bytes = ceil_div(s.bytes, 256) * 256;
     return s;
 }
+
+__device__ __forceinline__ Item *list_of(const Space &space, int j) { return space.list + (j == 0 ? 0 : room(0)); }
 
 __device__ __forceinline__ Space space_of(const Call &c, int row) {
     return space_of(c.workspace + row * c.row_bytes, c.vocab);
@@ -123,6 +125,7 @@ __global__ void __launch_bounds__(THREADS) peak_kernel(const __grid_constant__ C
     __shared__ Item warps[THREADS / 32];
     const int row = blockIdx.y;
     const Space space = space_of(c, row);
+#pragma unroll 1
     for (int j = blockIdx.z; j < 2; j += gridDim.z) {
         if (j == 1 && c.sampling[row].num_logprobs < 0) continue;
         float x[TILES][4], most = -INFINITY;
@@ -161,6 +164,11 @@ __global__ void __launch_bounds__(THREADS) peak_kernel(const __grid_constant__ C
 
 // ----------------------------------------------------------------------------------------------------------- weigh
 
+// Whether sums by tile are needed.
+__device__ __forceinline__ bool has_sums(const Rule &rule) {
+    return rule.kind == ALL || rule.kind == LIST || (rule.kind == NUCLEUS && rule.min_p > 0.0f);
+}
+
 __device__ __forceinline__ double tile_sum(const Job &job, int num_tokens, int tile) {
     return tile < ceil_div(num_tokens, TILE) ? double(job.sums[tile]) / FIXED_ONE : 0.0;
 }
@@ -168,7 +176,8 @@ __device__ __forceinline__ double tile_sum(const Job &job, int num_tokens, int t
 // A draw from all tokens, by id: the tile, then the token.
 __device__ __forceinline__ int draw(Scratch &s, const Job &job, const Row &row, const Rule &rule) {
     const Found tile = find(
-        s, 0.0, false, [&](int i) { return tile_sum(job, row.num_tokens, i); }, [&](double all) { return rule.uniform * all; });
+        s, 0.0, false, [&](int i) { return tile_sum(job, row.num_tokens, i); },
+        [&](double total) { return rule.uniform * total; });
     const int first = tile.at * TILE;
     float x[1][4];
     load_tiles<1>(row, first + 4 * threadIdx.x, x);
@@ -182,13 +191,20 @@ __device__ __forceinline__ int draw(Scratch &s, const Job &job, const Row &row, 
     return first + found.at;
 }
 
-// Which bins hold the end of the nucleus, and which may hold the token: it lies at uniform times the sum of the nucleus,
-// and that is known up to what its last bin adds.
+// Which bins hold the end of the nucleus, and which may hold the token: it lies at uniform times the sum of the
+// nucleus, and that is known up to what its last bin adds.
 __device__ __forceinline__ void bound_nucleus(Scratch &s, Job &job, int num_tokens, const Rule &rule) {
-    const double total = find(
-        s, 0.0, false, [&](int i) { return tile_sum(job, num_tokens, i); }, [](double) { return 0.0; }).total;
+    // The bins hold what min-p leaves, but top-p is a part of all.
+    const bool all = has_sums(rule);
+    double total = 0.0;
+    if (all) {
+        const auto sum = [&](int i) { return tile_sum(job, num_tokens, i); };
+        total = find(s, 0.0, false, sum, [](double) { return 0.0; }).total;
+    }
     const auto sum = [&](int bin) { return sum_of_bin(job, bin); };
-    const Found cut = find(s, 0.0, true, sum, [&](double) { return double(rule.top_p) * total; });
+    const Found cut = find(
+        s, 0.0, true, sum, [&](double binned) { return double(rule.top_p) * (all ? total : binned); });
+    if (!all) total = cut.total;
     const double most = cut.before + sum_of_bin(job, cut.at);
     const Found first = find(s, 0.0, false, sum, [&](double) { return rule.uniform * cut.before * (1.0 - 1e-12); });
     const Found last = find(s, 0.0, false, sum, [&](double) { return rule.uniform * most; });
@@ -227,13 +243,14 @@ __global__ void __launch_bounds__(THREADS, 2) weigh_kernel(const __grid_constant
     __shared__ Scratch s;
     const int index = c.n - 1 - int(blockIdx.y);  // back from where the pass before ended: that is in L2
     const Space space = space_of(c, index);
+#pragma unroll 1
     for (int j = blockIdx.z; j < 2; j += gridDim.z) {
         if (j == 1 && c.sampling[index].num_logprobs < 0) continue;
         Job &job = space.jobs[j];
         const Rule rule = job.rule;
         if (rule.kind == NOTHING) continue;
         const Row row = row_of(c, space, index, j == 0);
-        const bool binned = rule.kind != ALL && !(rule.kind == LIST && rule.want == 0);
+        const bool summed = has_sums(rule), binned = rule.kind != ALL && !(rule.kind == LIST && rule.want == 0);
         float x[TILES][4];
         load_tiles<TILES>(row, first_id<TILES>(0), x);
         __syncthreads();
@@ -245,7 +262,7 @@ __global__ void __launch_bounds__(THREADS, 2) weigh_kernel(const __grid_constant
             unsigned long long sum = 0;
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                if (rule.kind != TOP_K) {
+                if (summed) {
                     const float weight = weight_of(rule, x[t][e]);
                     if (rule.kind != ALL || weight >= rule.min_p) sum += fixed(weight);
                 }
@@ -259,7 +276,7 @@ __global__ void __launch_bounds__(THREADS, 2) weigh_kernel(const __grid_constant
                 }
             }
             const int tile = int(blockIdx.x) * TILES + t;
-            if (rule.kind != TOP_K && tile * TILE < c.num_tokens) {
+            if (summed && tile * TILE < c.num_tokens) {
                 sum = block_total(sum);
                 if (threadIdx.x == 0) job.sums[tile] = sum;
             }
@@ -327,7 +344,7 @@ __device__ __noinline__ void choose(Scratch &s, const Call &c, int index, int j)
     const Rule rule = job.rule;
     const Row row = row_of(c, space, index, j == 0);
     const bool fits = job.listed <= unsigned(room(j));
-    const Source from = {fits ? space.list[j] : nullptr, int(job.listed), row, rule};
+    const Source from = {fits ? list_of(space, j) : nullptr, int(job.listed), row, rule};
     q35_sampled &out = c.out[index];
     if (rule.kind == LIST) {
         const int num = largest(s, from, rule.want);
@@ -353,6 +370,7 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
     __shared__ unsigned start;
     const int index = blockIdx.y;
     const Space space = space_of(c, index);
+#pragma unroll 1
     for (int j = blockIdx.z; j < 2; j += gridDim.z) {
         if (j == 1 && c.sampling[index].num_logprobs < 0) continue;
         Job &job = space.jobs[j];
@@ -361,8 +379,10 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
         const Row row = row_of(c, space, index, j == 0);
         const int cut = job.cut;
         const int low = rule.kind == NUCLEUS ? job.first : 0, high = rule.kind == NUCLEUS ? job.last : cut;
+        int first = first_id<TILES>(0);
+        asm volatile("" : "+r"(first));  // not known to be the same for both jobs: what follows from it is not kept
         float x[TILES][4];
-        load_tiles<TILES>(row, first_id<TILES>(0), x);
+        load_tiles<TILES>(row, first, x);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             __syncthreads();
@@ -371,7 +391,7 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int bin;
-                const Item item = item_in(rule, x[t][e], first_id<TILES>(t) + e, bin);
+                const Item item = item_in(rule, x[t][e], first + t * TILE + e, bin);
                 if (item && (bin == cut || (bin >= low && bin <= high))) s.staged[atomicAdd(&s.num_staged, 1)] = item;
             }
             __syncthreads();
@@ -380,7 +400,7 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
             if (threadIdx.x == 0) start = atomicAdd(&job.listed, unsigned(num));
             __syncthreads();
             for (int i = threadIdx.x; i < num; i += THREADS)
-                if (start + i < unsigned(room(j))) space.list[j][start + i] = s.staged[i];
+                if (start + i < unsigned(room(j))) list_of(space, j)[start + i] = s.staged[i];
         }
         if (arrives_last(&job.arrived)) choose(s, c, index, j);
     }

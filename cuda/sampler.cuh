@@ -81,9 +81,11 @@ __device__ __forceinline__ int bin_of_weight(float weight) {
     return int(TOP_BIN) - int(__float_as_uint(weight) >> LOW_BITS);
 }
 
-// Logits have 64 bins a unit, from the largest down; the last holds all that is below.
+// Logits have 128 bins an octave of one and their distance from the largest, from that down; the last holds all below.
 __device__ __forceinline__ int bin_of_logit(float max, float x) {
-    return x == max ? 0 : int(fminf((max - x) * 64.0f, float(BINS - 1)));
+    const float distance = x == max ? 0.0f : max - x;
+    const unsigned bin = (__float_as_uint(distance + 1.0f) - 0x3f800000u) >> 16;
+    return int(bin < BINS ? bin : BINS - 1);
 }
 
 // The item of a token and its bin; 0 where it has no part.
@@ -106,8 +108,8 @@ struct Row {
     bool wide;
 };
 
-// N times four neighbours, from i (a multiple of 4) on at distances of a tile; -inf from num_tokens on. The loads of all
-// are ahead of their use.
+// N times four neighbours, from i (a multiple of 4) on at distances of a tile; -inf from num_tokens on. The loads of
+// all are ahead of their use.
 template <int N>
 __device__ __forceinline__ void load_tiles(const Row &row, int i, float x[N][4]) {
 #pragma unroll

@@ -44,8 +44,9 @@ class Sampler:
         self.space = torch.zeros(self.size + 4096, dtype=torch.uint8).cuda()
         self.space[self.size :] = 0xA5
 
-    def run(self, logits, rows, num_tokens=None):
-        """What is chosen from logits [n, vocab] with the parameters of n rows."""
+    def run(self, logits, rows, num_tokens=None, replays=0):
+        """What is chosen from logits [n, vocab] with the parameters of n rows: at once, or by the last replay of a
+        graph."""
         n, vocab = logits.shape
         assert vocab == self.vocab and n == len(rows) <= self.max_rows
         edits, sampling = [], []
@@ -58,8 +59,18 @@ class Sampler:
         size = ctypes.sizeof(Sampled)
         out = torch.full((n * size + 64,), 0xA5, dtype=torch.uint8).cuda()
         tokens = torch.full((n + 1,), -7, dtype=torch.int32).cuda()
-        given, edited = structs(sampling), structs(edits or [Edit()])
-        call("q35_sample", n, vocab, num_tokens or vocab, device, given, edited, self.space, out, tokens)
+        given, edits_given = structs(sampling), structs(edits or [Edit()])
+        arguments = (n, vocab, num_tokens or vocab, device, given, edits_given, self.space, out, tokens)
+        call("q35_sample", *arguments)
+        if replays:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call("q35_sample", *arguments)
+            for _ in range(replays):
+                out.fill_(0xA5)
+                tokens[:n] = -7
+                graph.replay()
         assert torch.equal(device.view(torch.int32), before), "changed the logits"
         assert (self.space[self.size :] == 0xA5).all() and (out[n * size :] == 0xA5).all()
         assert tokens[n] == -7
@@ -361,7 +372,7 @@ def test_a_row_is_the_same_in_any_company_and_any_workspace(vocab):
     [{}, {"top_p": 0.8}, {"top_k": 12}, {"min_p": 0.1}, {"top_k": 30, "top_p": 0.9, "min_p": 0.02}],
 )
 def test_tokens_come_as_often_as_they_should(changed):
-    vocab, draws = 100, 4096
+    vocab, draws = 100, 2048
     rng = np.random.default_rng(7)
     row = random_row(rng, vocab, 1.5)
     rows = [params(**changed, uniform=(i + 0.5) / draws) for i in range(draws)]
@@ -378,3 +389,14 @@ def test_rows_that_do_not_start_at_16_bytes():
     rng = np.random.default_rng(3)
     rows = mixed_rows(rng, 1003, 9)
     sample(Sampler(1003, 9), np.stack([random_row(rng, 1003) for _ in rows]), rows)
+
+
+@pytest.mark.parametrize("n", [2, 20])
+def test_replays_of_a_graph(n):
+    rng = np.random.default_rng(n)
+    logits = np.stack([random_row(rng, VOCAB) for _ in range(n)])
+    rows = mixed_rows(rng, VOCAB, n)
+    sampler = Sampler(VOCAB, n)
+    want = [fields(f, p) for f, p in zip(sampler.run(logits, rows), rows, strict=True)]
+    found = sampler.run(logits, rows, replays=5)
+    assert [fields(f, p) for f, p in zip(found, rows, strict=True)] == want

@@ -259,27 +259,31 @@ struct Source {
 template <typename Each>
 __device__ __forceinline__ void for_each(const Source &from, Each each) {
     constexpr int AHEAD = 4;
-    if (from.items) {
-        for (int i = threadIdx.x; i < from.count; i += AHEAD * THREADS) {
+    // Copies, since what `each` writes might else change them.
+    const Item *items = from.items;
+    if (items) {
+        const int count = from.count;
+        for (int i = threadIdx.x; i < count; i += AHEAD * THREADS) {
             Item item[AHEAD];
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++)
-                item[a] = i + a * THREADS < from.count ? from.items[i + a * THREADS] : 0;
+            for (int a = 0; a < AHEAD; a++) item[a] = i + a * THREADS < count ? items[i + a * THREADS] : 0;
 #pragma unroll
             for (int a = 0; a < AHEAD; a++)
                 if (item[a]) each(item[a]);
         }
         return;
     }
-    for (int i = 4 * threadIdx.x; i < from.row.num_tokens; i += AHEAD * TILE) {
+    const Row row = from.row;
+    const Rule rule = from.rule;
+    for (int i = 4 * threadIdx.x; i < row.num_tokens; i += AHEAD * TILE) {
         float x[AHEAD][4];
-        load_tiles<AHEAD>(from.row, i, x);
+        load_tiles<AHEAD>(row, i, x);
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int bin;
-                const Item item = item_in(from.rule, x[a][e], i + a * TILE + e, bin);
+                const Item item = item_in(rule, x[a][e], i + a * TILE + e, bin);
                 if (item) each(item);
             }
         }
@@ -301,11 +305,13 @@ __device__ __forceinline__ Place place_of_bin(const Job &job, int bin, double be
 // The items of a place in shared memory where they fit.
 __device__ __noinline__ Source stage(Scratch &s, const Source &from, const Place &place) {
     if (place.count > STAGED) return from;
+    const Item prefix = place.prefix;
+    const int shift = place.shift;
     __syncthreads();
     if (threadIdx.x == 0) s.num_staged = 0;
     __syncthreads();
     for_each(from, [&](Item item) {
-        if (item >> place.shift == place.prefix) s.staged[atomicAdd(&s.num_staged, 1)] = item;
+        if (item >> shift == prefix) s.staged[atomicAdd(&s.num_staged, 1)] = item;
     });
     __syncthreads();
     return {s.staged, s.num_staged, from.row, from.rule};
@@ -316,22 +322,24 @@ __device__ __noinline__ Source stage(Scratch &s, const Source &from, const Place
 __device__ __noinline__ void narrow(Scratch &s, const Source &from, Place &place, int end, bool weighted,
                                     double target, bool reach) {
     while (place.shift > end) {
+        const Item prefix = place.prefix;
+        const int at = place.shift;
         if (place.count == 1) {
             __syncthreads();
             for_each(from, [&](Item item) {
-                if (item >> place.shift == place.prefix) s.only = item;
+                if (item >> at == prefix) s.only = item;
             });
             __syncthreads();
             place.prefix = s.only >> end, place.shift = end;
             return;
         }
-        const int at = place.shift, next = at > 41 ? 41 : at > 30 ? 30 : at > 20 ? 20 : at > 10 ? 10 : 0;
+        const int next = at > 41 ? 41 : at > 30 ? 30 : at > 20 ? 20 : at > 10 ? 10 : 0;
         const int bits = at - next, mask = (1 << bits) - 1;
         __syncthreads();
         for (int b = threadIdx.x; b < BINS; b += THREADS) s.count[b] = s.low[b] = 0;
         __syncthreads();
         for_each(from, [&](Item item) {
-            if (item >> at != place.prefix) return;
+            if (item >> at != prefix) return;
             const int bin = mask - (int(item >> next) & mask);
             atomicAdd(&s.count[bin], 1u);
             if (weighted && next > ID_BITS) atomicAdd(&s.low[bin], key_of(item) & ((1u << (next - ID_BITS)) - 1));
@@ -341,11 +349,11 @@ __device__ __noinline__ void narrow(Scratch &s, const Source &from, Place &place
             s, place.before, reach,
             [&](int bin) {
                 if (!weighted) return double(s.count[bin]);
-                const unsigned key = unsigned((place.prefix << bits | (mask - bin)) << (next - ID_BITS));
+                const unsigned key = unsigned((prefix << bits | (mask - bin)) << (next - ID_BITS));
                 return s.count[bin] ? sum_of_bin(s.count[bin], key, s.low[bin]) : 0.0;
             },
             [&](double) { return target; });
-        place.prefix = place.prefix << bits | (mask - found.at);
+        place.prefix = prefix << bits | (mask - found.at);
         place.shift = next, place.before = found.before, place.count = s.count[found.at];
     }
 }

@@ -138,9 +138,9 @@ __device__ __forceinline__ void load_tiles(const Row &row, int i, float x[N][4])
 // Whether this block is the last of its row to come here. If so it sees all that the others wrote before they came.
 __device__ __forceinline__ bool arrives_last(unsigned *arrived) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();  // after the barrier it holds for what the whole block wrote
         last = atomicAdd(arrived, 1u) == gridDim.x - 1;
         if (last) *arrived = 0;
         __threadfence();

@@ -10,6 +10,7 @@ of a large bf16 product of cuBLAS.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -20,7 +21,18 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
-from launch import AttentionDims, Batch, DeltaDims, MoeDims, MoeWeights, call
+from launch import (
+    AttentionDims,
+    Batch,
+    DeltaDims,
+    Edit,
+    MoeDims,
+    MoeWeights,
+    Sampled,
+    Sampling,
+    call,
+    structs,
+)
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -223,6 +235,37 @@ def attention(table: Table) -> None:
             )
 
 
+def samplers(table: Table) -> None:
+    """With the logits in memory; in a decode step the product that made them has left those of few rows in L2. As in a
+    step, the launches are replayed from a graph: five by way of Python would take longer than the kernels."""
+    vocab, num_tokens = 248_320, 248_077
+    edits = structs([Edit(token, 0.0, 0, 1, token % 3) for token in range(0, 200_000, 200)])
+    for n in (1, 8, 64):
+        logits = random(n, vocab, scale=2.0, dtype=F32)
+        space = torch.zeros(call("q35_sample_workspace", n, vocab), device="cuda", dtype=torch.uint8)
+        out = torch.empty(n * ctypes.sizeof(Sampled), device="cuda", dtype=torch.uint8)
+        tokens = torch.empty(n, device="cuda", dtype=torch.int32)
+        for what, changed in (
+            ("greedy", {"temperature": 0.0}),
+            ("all", {}),
+            ("top-k 50", {"top_k": 50}),
+            ("top-k 1024, top-p 0.95", {"top_k": 1024, "top_p": 0.95}),
+            ("top-p 0.95", {"top_p": 0.95}),
+            ("min-p 0.05", {"min_p": 0.05}),
+            ("top-p 0.95, 1000 edits", {"top_p": 0.95, "num_edits": 1000}),
+            ("top-p 0.95, 20 log-probabilities", {"top_p": 0.95, "num_logprobs": 20}),
+        ):
+            plain = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.1, "num_logprobs": -1}
+            rows = structs([Sampling(uniform=(i + 0.5) / n, **(plain | changed)) for i in range(n)])
+            arguments = (n, vocab, num_tokens, logits, rows, edits, space, out, tokens)
+            call("q35_sample", *arguments)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call("q35_sample", *arguments)
+            table.add(f"sample {n} x {vocab}, {what}", graph.replay, num_bytes=4 * n * vocab)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -232,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     table = Table(Clock(), args.only)
-    for part in (norms, linears, experts, delta_rule, attention):
+    for part in (norms, linears, experts, delta_rule, attention, samplers):
         part(table)
         torch.cuda.empty_cache()
     if args.json:

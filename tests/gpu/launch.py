@@ -50,6 +50,33 @@ class MoeWeights(ctypes.Structure):
     _fields_ = _pointers("router", "gate_up", "down", "shared_gate_up", "shared_down", "shared_gate")
 
 
+def _floats(*names):
+    return [(name, ctypes.c_float) for name in names]
+
+
+class Sampling(ctypes.Structure):
+    _fields_ = [
+        ("uniform", ctypes.c_double),
+        *_floats("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
+        *_floats("presence_penalty"),
+        *_ints("top_k", "num_logprobs", "edit_start", "num_edits"),
+    ]
+
+
+class Edit(ctypes.Structure):
+    _fields_ = [("token", _INT), ("bias", ctypes.c_float), *_ints("banned", "seen", "count")]
+
+
+class Sampled(ctypes.Structure):
+    _fields_ = [
+        *_ints("token", "rank"),
+        ("logprob", ctypes.c_float),
+        ("num_top", _INT),
+        ("top_tokens", _INT * 32),
+        ("top_logprobs", ctypes.c_float * 32),
+    ]
+
+
 _TYPES = {
     "q35_batch": BatchStruct,
     "q35_delta_dims": DeltaDims,
@@ -170,6 +197,11 @@ class Batch:
         """int32 [num_tokens, 3]; where they are not the text's own."""
         self.positions = positions.cpu()
         self._kept["positions"].copy_(positions.to(torch.int32))
+
+
+def structs(items):
+    """An array of ctypes structures on the device, as bytes."""
+    return torch.frombuffer(bytearray(b"".join(bytes(x) for x in items)), dtype=torch.uint8).cuda()
 
 
 def randn(*shape, dtype=torch.bfloat16, seed=0, scale=1.0, mean=0.0):

@@ -30,11 +30,11 @@ __device__ __forceinline__ void ask_into_l2(const bf16 *from, int bytes) {
 #endif
 }
 
-// About one block a multiprocessor; block b has the tiles b, b + gridDim.x, ... A block's warps split k: warp i takes the
+// About one block a multiprocessor; block b has the tiles b, b + gridDim.x, ... Its warps split k: warp i takes the
 // chunks i, i + WARPS, ... in this order, and the sums of the warps are added in their order, whatever n is. The
-// weights come through a ring of RING units for each warp, filled before the inputs are there; a lane reads back what it
-// copied itself, so the ring needs no barriers. Which element of k stands in which place of the tensor cores' tile does
-// not matter while w and x agree.
+// weights come through a ring of RING units for each warp, filled before the inputs are there; a lane reads back what
+// it copied itself, so the ring needs no barriers. Which element of k stands in which place of the tensor cores' tile
+// does not matter while w and x agree.
 //
 // x is their 16-row operand (BOTH: its upper 8 rows are there too), and lies in shared memory in the order in which it
 // is read: `slab` chunks of each warp at a time. Where one slab is not all of k, TILES tiles share it.

@@ -49,11 +49,11 @@ __global__ void __launch_bounds__(32 * HEAD_WARPS) qk_norm_rope_write_kernel(Rop
     if (active) words = *reinterpret_cast<const uint4 *>(from + start);
     const int *positions = batch.positions + 3 * int64_t(token);
     float position = float(positions[axis]);
-    int place = 0, page = 0;
+    int place = 0, entry = 0, page = 0;
     if (is_kept) {
         const int seq = batch.seq_of[token];
         place = batch.cached_len[seq] + token - batch.query_start[seq];
-        page = batch.page_start[seq] + place / Q35_PAGE_LEN;
+        entry = batch.page_start[seq] + place / Q35_PAGE_LEN;
     }
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
         if (i != int(threadIdx.x)) frequency = args.inv_freq[i], position = float(positions[args.axis[i]]);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * HEAD_WARPS) qk_norm_rope_write_kernel(Rop
         sines[i] = sine * args.rope_scale;
         cosines[i] = cosine * args.rope_scale;
     }
-    if (is_kept) page = batch.pages[page];
+    if (is_kept) page = batch.pages[entry];
     __syncthreads();
 
     if (head >= num_heads) return;

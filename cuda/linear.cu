@@ -308,12 +308,12 @@ cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16
     constexpr int RING_BYTES = WARPS * UNIT * int(sizeof(bf16)), SUMS_BYTES = 2 * SUMS * int(sizeof(float));
     const int chunk_bytes = n * WARPS * CHUNK * int(sizeof(bf16));  // of x, a chunk of every warp
     const int chunks = ceil_div(in, WARPS * CHUNK);
-    // Two blocks of a multiprocessor: this kernel's, and the next one's that loads its weights meanwhile. The driver
-    // keeps 1 KB of each.
+    // Two blocks of a multiprocessor: this kernel's, and the next one's that loads its weights meanwhile; a ring of 5
+    // units is as short as the memory's speed allows. The driver keeps 1 KB of each block.
     const int half = (card.shared + 1024) / 2 - 1024 - SUMS_BYTES, all = card.shared - SUMS_BYTES;
     const int64_t x_bytes = int64_t(chunks) * chunk_bytes;
-    const bool deep = 8 * RING_BYTES + x_bytes <= half || (4 * RING_BYTES + x_bytes > half && 12 * RING_BYTES <= all);
-    const int ring_bytes = (deep ? 8 : 4) * RING_BYTES;
+    const bool deep = 8 * RING_BYTES + x_bytes <= half || (5 * RING_BYTES + x_bytes > half && 16 * RING_BYTES <= all);
+    const int ring_bytes = (deep ? 8 : 5) * RING_BYTES;
     const int room = (all - ring_bytes) / chunk_bytes, slab = room < chunks ? room : chunks;
     if (slab < 1) return cudaErrorInvalidValue;
     const int tiles = ceil_div(out_dim, TILE_W), blocks = ceil_div(tiles, ceil_div(tiles, card.blocks));
@@ -325,11 +325,11 @@ cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16
         return launch(kernel, blocks, 32 * WARPS, size_t(shared), stream, n, in, out_dim, slab, x, w, out);
     };
     if (slab < chunks) {
-        if (n <= 8) return deep ? run(few_rows_kernel<4, false, 8, Out>) : run(few_rows_kernel<4, false, 4, Out>);
-        return deep ? run(few_rows_kernel<4, true, 8, Out>) : run(few_rows_kernel<4, true, 4, Out>);
+        if (n <= 8) return deep ? run(few_rows_kernel<4, false, 8, Out>) : run(few_rows_kernel<4, false, 5, Out>);
+        return deep ? run(few_rows_kernel<4, true, 8, Out>) : run(few_rows_kernel<4, true, 5, Out>);
     }
-    if (n <= 8) return deep ? run(few_rows_kernel<1, false, 8, Out>) : run(few_rows_kernel<1, false, 4, Out>);
-    return deep ? run(few_rows_kernel<1, true, 8, Out>) : run(few_rows_kernel<1, true, 4, Out>);
+    if (n <= 8) return deep ? run(few_rows_kernel<1, false, 8, Out>) : run(few_rows_kernel<1, false, 5, Out>);
+    return deep ? run(few_rows_kernel<1, true, 8, Out>) : run(few_rows_kernel<1, true, 5, Out>);
 }
 
 template <bool VECTOR, typename Out>

@@ -21,8 +21,6 @@ constexpr int CLUSTER = TEAM;
 #define IN_CLUSTERS __cluster_dims__(TEAM, 1, 1)
 #endif
 
-inline int parts_of_team() { return has_dependent_launch() ? 1 : TEAM; }  // TEAM / CLUSTER, known to the host
-
 // WRITTEN: what a block wrote before is there for the others after it; without, only what they read has been read.
 template <bool WRITTEN>
 __device__ __forceinline__ void cluster_sync() {
@@ -194,15 +192,20 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
         const bf16 *k_row = stages + stage * STAGE + (lane / 16 * 8 + lane % 8) * (D + 8) + lane / 8 % 2 * 8;
-        float s[2][4] = {};
-#pragma unroll 8
-        for (int k = 0; k < D; k += 16) {
-            uint32_t a[4], b[4];
-            load_matrices(a, q_row + k);
-            load_matrices(b, k_row + k);
-            mma(s[0], a, b);
-            mma(s[1], a, b + 2);
+        float s[2][4] = {}, odd[2][4] = {};  // of every other step: products of one sum wait for each other
+#pragma unroll 4
+        for (int k = 0; k < D; k += 32) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t a[4], b[4];
+                load_matrices(a, q_row + k + 16 * h);
+                load_matrices(b, k_row + k + 16 * h);
+                mma(h == 0 ? s[0] : odd[0], a, b);
+                mma(h == 0 ? s[1] : odd[1], a, b + 2);
+            }
         }
+#pragma unroll
+        for (int j = 0; j < 8; j++) s[j / 4][j % 4] += odd[j / 4][j % 4];
         next_stage(2 * i + 3);
         softmax_step<2, D>(args, s, (first + i * DECODE_WARPS) * DECODE_KEYS, position, top, sum, out);
         const uint32_t a0 = pack2(s[0][0], s[0][1]), a1 = pack2(s[0][2], s[0][3]);
@@ -387,6 +390,13 @@ __global__ void IN_CLUSTERS __launch_bounds__(DECODE_THREADS, 2) decode_kernel(A
             }
         }
     }
+}
+
+// TEAM / CLUSTER of the code that runs on this card, which may be an older architecture's.
+int parts_of_team() {
+    cudaFuncAttributes code = {};
+    if (cudaFuncGetAttributes(&code, decode_kernel<64>) != cudaSuccess) return TEAM;
+    return code.ptxVersion >= 90 ? 1 : TEAM;
 }
 
 template <int D>

@@ -35,6 +35,17 @@ __global__ void embed(q35_batch batch, const bf16 *table, int hidden, float *out
 // lanes of each 32 in a butterfly, and the eight sums in ascending order. Here a thread is a lane.
 constexpr int NORM_LANES = 256;
 
+__device__ __forceinline__ float norm_scale(float squares, int hidden, float eps) {
+    __shared__ float parts[NORM_LANES / 32];
+    squares = lane_sum(squares);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = squares;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_LANES / 32; i++) sum += parts[i];
+    return 1.0f / sqrtf(sum / hidden + eps);
+}
+
 // The row stays in registers between the sum and the scaling: VECS groups of 8 elements a thread.
 template <int VECS>
 __global__ void __launch_bounds__(NORM_LANES) rmsnorm_residual(int hidden, const bf16 *delta, float *residual,
@@ -74,7 +85,7 @@ __global__ void __launch_bounds__(NORM_LANES) rmsnorm_residual(int hidden, const
             for (int j = 0; j < 8; j++) squares = fmaf(x[v][j], x[v][j], squares);
         }
     }
-    const float scale = 1.0f / sqrtf(block_sum(squares) / hidden + eps);
+    const float scale = norm_scale(squares, hidden, eps);
 #pragma unroll
     for (int v = 0; v < VECS; v++) {
         const int i = 8 * (threadIdx.x + v * NORM_LANES);
@@ -104,7 +115,7 @@ __global__ void __launch_bounds__(NORM_LANES) rmsnorm_residual_any(int hidden, c
             squares = fmaf(x, x, squares);
         }
     }
-    const float scale = 1.0f / sqrtf(block_sum(squares) / hidden + eps);
+    const float scale = norm_scale(squares, hidden, eps);
     for (int first = width * threadIdx.x; first < hidden; first += width * NORM_LANES) {
         for (int i = first; i < first + width; i++) {
             out[row + i] = __float2bfloat16(residual[row + i] * scale * w[i]);

@@ -16,10 +16,17 @@ constexpr int UNIT = TILE_W * CHUNK;  // what is loaded at a time: one warp's ch
 constexpr int SUMS = WARPS * TILE_W * FEW;
 constexpr int L2_AHEAD = 64 << 10;  // bytes of its weights that a block asks into L2 beside those in the ring
 
+// For weights, which are read once: the first to leave L2, where the next kernel's may wait already.
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // 16 bytes of w to shared memory; zeros, and nothing is read, where `there` is false.
-__device__ __forceinline__ void copy_weights(uint32_t to, const bf16 *from, bool there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
-                 "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+__device__ __forceinline__ void copy_weights(uint32_t to, const bf16 *from, bool there, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0), "l"(policy)
                  : "memory");
 }
 
@@ -48,6 +55,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
     uint4 *ring = reinterpret_cast<uint4 *>(sums + 2 * SUMS) + warp * RING * (UNIT / 8) + lane;
     uint4 *x_kept = reinterpret_cast<uint4 *>(sums + 2 * SUMS) + WARPS * RING * (UNIT / 8) + warp * slab * n * 8;
     const uint32_t ring_address = shared_address(ring);
+    const uint64_t policy = read_once();
 
     // What is loaded next: tile `first + t * step`.
     int next_first = warp < num_chunks ? blockIdx.x : num_tiles, next_chunk = warp, next_t = 0;
@@ -58,8 +66,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
             const int k = next_chunk * CHUNK + place;
             const bf16 *from = w + (int64_t(row) * in + k);
             const uint32_t to = ring_address + slot * (UNIT * 2);
-            copy_weights(to, from, k < in);
-            copy_weights(to + UNIT, from + 32, k + 32 < in);
+            copy_weights(to, from, k < in, policy);
+            copy_weights(to + UNIT, from + 32, k + 32 < in, policy);
             if (TILES == 1 || ++next_t == TILES || next_first + next_t * step >= num_tiles) {
                 next_t = 0;
                 next_chunk += WARPS;

@@ -109,21 +109,21 @@ class Table:
 
 
 def norms(table: Table) -> None:
-    for n in (1, 64, 8192):
-        hidden = 3072
+    for n, hidden in ((1, 2048), (1, 3072), (64, 3072), (8192, 3072)):
         delta, residual, out = random(n, hidden), random(n, hidden, dtype=F32), random(n, hidden)
         w = random(hidden, dtype=F32)
         table.add(
             f"rmsnorm_residual {n} x {hidden}",
-            lambda d=delta, r=residual, o=out, n=n, w=w: call(
-                "q35_rmsnorm_residual", n, 3072, d, r, w, 1e-6, o
+            lambda d=delta, r=residual, o=out, n=n, w=w, h=hidden: call(
+                "q35_rmsnorm_residual", n, h, d, r, w, 1e-6, o
             ),
             num_bytes=12 * n * hidden,
         )
 
 
 def linears(table: Table) -> None:
-    for out_dim, width in ((9216, 2048), (2048, 4096), (248320, 2048), (20480, 3072)):
+    shapes = ((9216, 2048), (12352, 2048), (2048, 4096), (248320, 2048), (20480, 3072), (3072, 8192))
+    for out_dim, width in shapes:
         w = weights(out_dim, width)
         for n in (1, 4, 16, 2048) if out_dim < 100_000 else (1, 16):
             x, out = random(n, width), torch.empty(n, out_dim, device="cuda", dtype=BF16)
@@ -141,6 +141,44 @@ def linears(table: Table) -> None:
                 num_bytes=2 * w.numel(),
                 flops=2 * 2048 * w.numel(),
             )
+
+
+def chains(table: Table) -> None:
+    """What is around the mixers of some layers, in a graph, so that kernels overlap as they do in a step."""
+    for name, hidden, projected, inner in (("35B", 2048, 12352, 4096), ("122B", 3072, 20480, 8192)):
+        num_layers = 8
+        layers = [(weights(projected, hidden), weights(hidden, inner)) for _ in range(num_layers)]
+        norm = random(hidden, dtype=F32)
+        for n in (1, 4, 8, 16):
+            delta, residual, x = random(n, hidden), random(n, hidden, dtype=F32), random(n, hidden)
+            wide = random(n, projected)
+
+            def run(
+                n: int = n,
+                d: torch.Tensor = delta,
+                r: torch.Tensor = residual,
+                x: torch.Tensor = x,
+                y: torch.Tensor = wide,
+                w: torch.Tensor = norm,
+                all_weights: list[tuple[torch.Tensor, torch.Tensor]] = layers,
+            ) -> None:
+                for first, second in all_weights:
+                    call("q35_rmsnorm_residual", n, len(second), d, r, w, 1e-6, x)
+                    call("q35_linear", n, len(second), len(first), x, first, y)
+                    # The rows are not those of y, but as many numbers of it.
+                    call("q35_linear", n, second.shape[1], len(second), y, second, d)
+
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            table.add(
+                f"norm, linear, linear {name}, {n} rows, {num_layers} layers",
+                graph.replay,
+                num_bytes=num_layers
+                * (2 * hidden * (projected + inner) + 2 * n * (6 * hidden + 2 * projected)),
+            )
+        del layers
 
 
 def experts(table: Table) -> None:
@@ -214,16 +252,22 @@ def attention(table: Table) -> None:
         for what, seqs in (
             ("decode 1, 1k", [(1024, 1, 0)]),
             ("decode 1, 32k", [(32768, 1, 0)]),
+            ("decode 1, 1k, up to 32k", [(1024, 1, 0)]),
+            ("decode 1, 4k", [(4096, 1, 0)]),
             ("decode 64, 1k", [(1024, 1, 0)] * 64),
+            ("decode 64, 1k, up to 32k", [(1024, 1, 0)] * 64),
+            ("decode 64, 8k", [(8192, 1, 0)] * 64),
             ("prefill 8192", [(0, 8192, 8192)]),
         ):
             batch = Batch(seqs)
             n, longest = batch.num_tokens, max(c + q for c, q, _ in seqs)
+            if "up to" in what:
+                longest = batch.struct.max_kv_len = 32768
             q, projected = random(n, q_heads * 256), random(n, stride)
             pages = [random(batch.num_pages, 2, 64, 256) for _ in range(2)]
             out = torch.empty_like(q)
             size = call("q35_attention_workspace", n, len(seqs), longest, dims)
-            space = torch.empty(max(1, size), device="cuda", dtype=F32)
+            space = torch.zeros(max(1, size), device="cuda", dtype=F32)
             keys = sum((c + (q + 1) / 2) * q for c, q, _ in seqs)
             table.add(
                 f"attention {name} {what}",
@@ -232,6 +276,15 @@ def attention(table: Table) -> None:
                 ),
                 num_bytes=2 * 2 * 2 * 256 * sum(c + q for c, q, _ in seqs) + 6 * n * q_heads * 256,
                 flops=4 * q_heads * 256 * keys,
+            )
+            norm, freqs = random(256, dtype=F32), random(32, dtype=F32)
+            axis = torch.zeros(32, device="cuda", dtype=torch.uint8)
+            table.add(
+                f"norm, rotation, write {name} {what}",
+                lambda b=batch, d=dims, w=norm, f=freqs, a=axis, p=projected, s=stride, q=q, k=pages: call(
+                    "q35_qk_norm_rope_write", b.struct, d, w, w, 1e-6, f, a, 32, 1.0, p, s, q, k[0], k[1]
+                ),
+                num_bytes=2 * n * (q_heads + 2 * 2) * 256 * 2,
             )
 
 
@@ -275,7 +328,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     table = Table(Clock(), args.only)
-    for part in (norms, linears, experts, delta_rule, attention, samplers):
+    for part in (norms, linears, chains, experts, delta_rule, attention, samplers):
         part(table)
         torch.cuda.empty_cache()
     if args.json:

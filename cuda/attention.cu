@@ -25,41 +25,53 @@ __global__ void __launch_bounds__(32 * HEAD_WARPS) qk_norm_rope_write_kernel(Rop
     extern __shared__ float rotation[];  // cosines [half], sines [half]
     const q35_batch &batch = args.batch;
     const int token = blockIdx.x, d = args.head_dim, half = args.half;
+    const int head = blockIdx.y * HEAD_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, start = 8 * lane;
+    const int num_heads = args.q_heads + 2 * args.kv_heads, other = head - args.q_heads;
+    const bool is_kept = head >= args.q_heads && head < num_heads, is_value = other >= args.kv_heads;
+    const bool active = VECTOR && start < d && head < num_heads;
+    const float *norm = head < args.q_heads ? args.q_norm : args.k_norm;
     float *cosines = rotation, *sines = rotation + half;
-    for (int i = threadIdx.x; i < half; i += blockDim.x) {
-        const float angle = float(batch.positions[3 * int64_t(token) + args.axis[i]]) * args.inv_freq[i];
-        sincosf(angle, &sines[i], &cosines[i]);
-        sines[i] *= args.rope_scale;
-        cosines[i] *= args.rope_scale;
+    float weights[8] = {};
+    if (active && !is_value) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) weights[i] = norm[start + i];
     }
+    float frequency = 0.0f;
+    int axis = 0;
+    if (int(threadIdx.x) < half) frequency = args.inv_freq[threadIdx.x], axis = args.axis[threadIdx.x];
+    let_next_start();
+    wait_for_inputs();
+
+    // What comes from memory is on its way before the angles are computed: the row, and step by step the page.
+    const bf16 *from = args.projected + int64_t(token) * args.stride +
+                       (head < args.q_heads ? int64_t(2) * head * d : (int64_t(2) * args.q_heads + other) * d);
+    uint4 words = make_uint4(0, 0, 0, 0);
+    if (active) words = *reinterpret_cast<const uint4 *>(from + start);
+    const int *positions = batch.positions + 3 * int64_t(token);
+    float position = float(positions[axis]);
+    int place = 0, entry = 0, page = 0;
+    if (is_kept) {
+        const int seq = batch.seq_of[token];
+        place = batch.cached_len[seq] + token - batch.query_start[seq];
+        entry = batch.page_start[seq] + place / Q35_PAGE_LEN;
+    }
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        if (i != int(threadIdx.x)) frequency = args.inv_freq[i], position = float(positions[args.axis[i]]);
+        float sine, cosine;
+        sincosf(position * frequency, &sine, &cosine);
+        sines[i] = sine * args.rope_scale;
+        cosines[i] = cosine * args.rope_scale;
+    }
+    if (is_kept) page = batch.pages[entry];
     __syncthreads();
 
-    const int head = blockIdx.y * HEAD_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (head >= args.q_heads + 2 * args.kv_heads) return;
-    const bf16 *row = args.projected + int64_t(token) * args.stride;
-    const bf16 *from;
-    bf16 *to;
-    if (head < args.q_heads) {
-        from = row + int64_t(2) * head * d;
-        to = args.q + (int64_t(token) * args.q_heads + head) * d;
-    } else {
-        const int other = head - args.q_heads;
-        from = row + (int64_t(2) * args.q_heads + other) * d;
-        const int seq = batch.seq_of[token];
-        const int place = batch.cached_len[seq] + token - batch.query_start[seq];
-        const int page = batch.pages[batch.page_start[seq] + place / Q35_PAGE_LEN];
+    if (head >= num_heads) return;
+    bf16 *to = args.q + (int64_t(token) * args.q_heads + head) * d;
+    if (is_kept) {
         const int64_t kept = int64_t(page) * args.kv_heads + other % args.kv_heads;
-        to = (other < args.kv_heads ? args.k_pages : args.v_pages) +
-             (kept * Q35_PAGE_LEN + place % Q35_PAGE_LEN) * d;
+        to = (is_value ? args.v_pages : args.k_pages) + (kept * Q35_PAGE_LEN + place % Q35_PAGE_LEN) * d;
     }
-    const bool is_value = head >= args.q_heads + args.kv_heads;
-    const float *norm = head < args.q_heads ? args.q_norm : args.k_norm;
-
     if constexpr (VECTOR) {
-        const int start = 8 * lane;
-        const bool active = start < d;
-        uint4 words = make_uint4(0, 0, 0, 0);
-        if (active) words = *reinterpret_cast<const uint4 *>(from + start);
         if (is_value) {
             if (active) *reinterpret_cast<uint4 *>(to + start) = words;
             return;
@@ -70,7 +82,7 @@ __global__ void __launch_bounds__(32 * HEAD_WARPS) qk_norm_rope_write_kernel(Rop
         for (int i = 0; i < 8; i++) squares += x[i] * x[i];
         const float scale = 1.0f / sqrtf(lane_sum(squares) / float(d) + args.eps);
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = active ? x[i] * scale * norm[start + i] : 0.0f;
+        for (int i = 0; i < 8; i++) x[i] = x[i] * scale * weights[i];
         // The lanes of the first half trade with those of the second; the others trade with themselves.
         const int distance = half / 8;
         const int partner = lane < distance ? lane + distance : lane < 2 * distance ? lane - distance : lane;
@@ -111,6 +123,8 @@ constexpr int PLAIN_WARPS = 4;
 // the family has.
 template <int PER_LANE>
 __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(AttentionArgs args) {
+    let_next_start();
+    wait_for_inputs();
     const q35_batch &batch = args.batch;
     const int64_t task = int64_t(blockIdx.x) * PLAIN_WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32, d = args.head_dim;
@@ -160,12 +174,8 @@ cudaError_t plain(cudaStream_t stream, const AttentionArgs &args) {
     const int64_t tasks = int64_t(args.batch.num_tokens) * args.q_heads;
     const int64_t blocks = ceil_div(tasks, PLAIN_WARPS);
     if (blocks > INT32_MAX || args.head_dim > 1024) return cudaErrorInvalidValue;
-    if (args.head_dim <= 256) {
-        plain_kernel<8><<<unsigned(blocks), 32 * PLAIN_WARPS, 0, stream>>>(args);
-    } else {
-        plain_kernel<32><<<unsigned(blocks), 32 * PLAIN_WARPS, 0, stream>>>(args);
-    }
-    return cudaGetLastError();
+    return launch(args.head_dim <= 256 ? plain_kernel<8> : plain_kernel<32>, unsigned(blocks), 32 * PLAIN_WARPS, 0,
+                  stream, args);
 }
 
 bool has_tiles(int head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
@@ -178,7 +188,7 @@ bool fits(const AttentionArgs &args) {
         cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
         return false;
     }
-    const bool is_aligned = aligned(args.q, 16) && aligned(args.k, 16) && aligned(args.v, 16) && aligned(args.out, 4);
+    const bool is_aligned = aligned(args.q, 16) && aligned(args.k, 16) && aligned(args.v, 16) && aligned(args.out, 8);
     return is_aligned && attention_decode_fits(args.head_dim, limit) && attention_prefill_fits(args.head_dim, limit);
 }
 
@@ -200,19 +210,14 @@ extern "C" int q35_qk_norm_rope_write(void *stream, q35_batch batch, q35_attenti
     if (grid.y > 65535 || shared > 48 * 1024) return cudaErrorInvalidValue;
     const bool vector = d % 8 == 0 && d <= 256 && num_freqs % 8 == 0 && stride % 8 == 0 && aligned(projected, 16) &&
                         aligned(q, 16) && aligned(k_pages, 16) && aligned(v_pages, 16);
-    const cudaStream_t on = as_stream(stream);
-    if (vector) {
-        qk_norm_rope_write_kernel<true><<<grid, 32 * HEAD_WARPS, shared, on>>>(args);
-    } else {
-        qk_norm_rope_write_kernel<false><<<grid, 32 * HEAD_WARPS, shared, on>>>(args);
-    }
-    return cudaGetLastError();
+    return launch(vector ? qk_norm_rope_write_kernel<true> : qk_norm_rope_write_kernel<false>, grid, 32 * HEAD_WARPS,
+                  shared, as_stream(stream), args);
 }
 
 extern "C" int64_t q35_attention_workspace(int max_tokens, int max_seqs, int max_kv_len, q35_attention_dims dims) {
-    (void)max_tokens;
+    (void)max_tokens, (void)max_kv_len;
     if (!has_tiles(dims.head_dim)) return 0;
-    return attention_decode_workspace(max_seqs, max_kv_len, dims);
+    return attention_decode_workspace(max_seqs, dims);
 }
 
 extern "C" int q35_gated_attention(void *stream, q35_batch batch, q35_attention_dims dims, const q35_bf16 *q,

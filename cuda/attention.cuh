@@ -31,7 +31,7 @@ cudaError_t attention_prefill(cudaStream_t stream, const AttentionArgs &args);
 cudaError_t attention_decode(cudaStream_t stream, const AttentionArgs &args, float *workspace);
 bool attention_prefill_fits(int head_dim, int shared_limit);
 bool attention_decode_fits(int head_dim, int shared_limit);
-int64_t attention_decode_workspace(int max_seqs, int max_kv_len, q35_attention_dims dims);
+int64_t attention_decode_workspace(int max_seqs, q35_attention_dims dims);
 
 // A step of the running softmax: the products s of 16 rows with the 8 TILES keys from key0 on become weights. Of this
 // thread's rows i = 0, 1, which see the keys up to position[i]: the highest score so far, the sum of the weights

@@ -3,105 +3,174 @@
 
 namespace {
 
-constexpr int DECODE_WARPS = 4, DECODE_THREADS = 32 * DECODE_WARPS, DECODE_ROWS = 16, DECODE_KEYS = 16, STAGES = 2;
-constexpr int MIN_SEGMENT = 128;
+constexpr int DECODE_WARPS = 4, DECODE_THREADS = 32 * DECODE_WARPS, DECODE_ROWS = 16, DECODE_KEYS = 16;
+constexpr int STAGES = 3;  // for each warp, 16 keys or 16 values in each
+// A token's keys are split over teams of TEAM blocks.
+constexpr int TEAM = 8;
 // Partial results of one launch; more sequences take several launches. A GPU is full long before.
-constexpr int64_t MAX_PARTIALS = int64_t(24) << 20;
+constexpr int64_t MAX_PARTIALS = int64_t(16) << 20;
+constexpr int COUNTERS = 32768;  // at the start of the workspace; zero between launches
 
-// Segments that the keys of a token are split into, at most: enough blocks for one sequence to fill the GPU.
-__host__ __device__ inline int max_segments(int kv_heads) {
-    const int n = 128 / kv_heads;
-    return n < 8 ? 8 : n > 64 ? 64 : n;
+// From compute capability 9.0 on a team is a cluster: its blocks merge through each other's shared memory, each some of
+// the rows. On older cards every block is on its own, and all is merged through the workspace.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int CLUSTER = 1;
+#define IN_CLUSTERS
+#else
+constexpr int CLUSTER = TEAM;
+#define IN_CLUSTERS __cluster_dims__(TEAM, 1, 1)
+#endif
+
+// WRITTEN: what a block wrote before is there for the others after it; without, only what they read has been read.
+template <bool WRITTEN>
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    if (WRITTEN) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    else asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+    __syncthreads();
+#endif
 }
 
-// Keys of a segment of a token that sees `len` keys: a function of nothing else, so that neither the batch nor the
-// tokens beside it change its bits.
-__host__ __device__ inline int64_t segment_len(int len, int most) {
-    int64_t segment = MIN_SEGMENT;
-    while (segment * most < len) segment *= 2;
-    return segment;
+// What the block of this rank has at an address of shared memory.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+#else
+    return address;
+#endif
 }
 
-inline int segments_bound(int max_kv_len, int most) {
-    const int n = max_kv_len / MIN_SEGMENT + 1;
+__device__ __forceinline__ float4 load4_in_block(uint32_t address) {
+    float4 x;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+#else
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+#endif
+    return x;
+}
+
+// How the keys of a token are split: functions of how many tiles of 16 keys it sees and of nothing else, so that
+// neither the batch nor the tokens beside it change its bits. Up to 2048 keys one team has them all: merging over
+// several costs more than 256 keys of a block. Above, enough blocks for one sequence to fill the GPU.
+__host__ __device__ inline int max_teams(int kv_heads) {
+    const int n = 128 / TEAM / kv_heads;
+    return n < 1 ? 1 : n;
+}
+
+__host__ __device__ inline int num_teams(int tiles, int most) {
+    if (tiles * DECODE_KEYS <= 2048) return 1;
+    const int n = ceil_div(tiles * DECODE_KEYS, 1024);
     return n < most ? n : most;
 }
 
-inline int64_t floats_per_token(int segments, int q_heads, int head_dim) {
-    return int64_t(segments) * q_heads * (head_dim + 2);
-}
+// Tiles of rows of a sequence and key head: all rows of up to MAX_DECODE_LEN tokens, and one more where the number of
+// tiles of keys grows between them.
+inline int64_t row_tiles_bound(int slots, int group) { return ceil_div(int64_t(slots) * group, DECODE_ROWS) + 1; }
 
-// Partial results, [slot, segment, query head]: slot = sequence of this launch * slots_per_seq + new token.
+inline int64_t floats_of_part(int head_dim) { return int64_t(DECODE_ROWS) * (head_dim + 2); }
+
+// Partial results of one launch, [sequence of the launch, key head, tile of rows, part].
 struct Partials {
-    float *sums;     // [.., D], weighted values, not yet divided
-    float2 *scales;  // the highest score and the sum of weights relative to it
-    int segments, slots_per_seq, first_seq;
-
-    __device__ int64_t at(int seq, int token, int segment, int q_heads) const {
-        return ((int64_t(seq - first_seq) * slots_per_seq + token) * segments + segment) * q_heads;
-    }
+    float *sums;     // [.., DECODE_ROWS, D], weighted values, not yet divided
+    float2 *scales;  // [.., DECODE_ROWS], the highest score and the sum of weights relative to it
+    int *counters;   // [sequence of the launch, key head, tile of rows, TEAM]: parts that are there
+    int parts, row_tiles, first_seq;
 };
 
 template <int D>
 constexpr int decode_shared_bytes() {
-    return (DECODE_ROWS + DECODE_WARPS * STAGES * 2 * DECODE_KEYS) * (D + 8) * int(sizeof(bf16));
+    return (DECODE_ROWS + DECODE_WARPS * STAGES * DECODE_KEYS) * (D + 8) * int(sizeof(bf16)) +
+           (DECODE_WARPS + 1) * DECODE_ROWS * int(sizeof(float2)) + 16;
 }
 
-// Keys key0.. of a page and head, and their values, for one warp; those from `len` on are zeros (see load_page of
-// attention_prefill.cu).
+// The keys or values of a tile, for one warp; those from `len` on are zeros (see load_page of attention_prefill.cu).
 template <int D>
-__device__ void load_keys(bf16 *stage, const bf16 *k, const bf16 *v, int len) {
+__device__ void load_tile(bf16 *stage, const bf16 *from, int len) {
 #pragma unroll
     for (int i = threadIdx.x % 32; i < DECODE_KEYS * (D / 8); i += 32) {
         const int row = i / (D / 8), column = i % (D / 8) * 8;
-        copy16(stage + row * (D + 8) + column, k + row * D + column, row < len);
-    }
-    stage += DECODE_KEYS * (D + 8);
-#pragma unroll
-    for (int i = threadIdx.x % 32; i < DECODE_KEYS * (D / 8); i += 32) {
-        const int row = i / (D / 8), column = i % (D / 8) * 8;
-        copy16(stage + row * (D + 8) + column, v + row * D + column, row < len);
+        copy16(stage + row * (D + 8) + column, from + row * D + column, row < len);
     }
 }
 
-// 16 rows (row = new token * group + head of the group; rows row0 .. row_end) over the keys begin .. end of a sequence.
-// Each warp has its own 16 keys of every 64 and its own sums; they are merged at the end, in the order of the warps.
+// Sums of weighted values relative to their highest scores, added one after the other.
+struct Merged {
+    float highest, weights;
+    float4 sum;
+
+    __device__ Merged(float highest) : highest(highest == -INFINITY ? 0.0f : highest), weights(0), sum{0, 0, 0, 0} {}
+    __device__ void add(float2 scale, float4 x) {
+        const float fade = exp2f(scale.x - highest);
+        weights += scale.y * fade;
+        sum.x += fade * x.x, sum.y += fade * x.y, sum.z += fade * x.z, sum.w += fade * x.w;
+    }
+};
+
+// What a block works at: rows row0 .. row_end (row = new token * group + head of the group; the `row_tile`-th tile of
+// them) of a sequence and key head, and of their `tiles` tiles of keys its part of a team's.
+struct Task {
+    int seq, head, cached, first_token, row_tile, row0, row_end, tiles, team, teams;
+    const int *pages;
+
+    __device__ int begin(int rank) const { return unsigned(tiles) * (team * TEAM + rank) / (teams * TEAM); }
+};
+
+// A warp takes every fourth tile of the block's keys and has its own sums, which are merged in the order of the warps,
+// then of the blocks of a team, then of the teams.
 template <int D>
-__device__ void decode_tile(const AttentionArgs &args, const Partials &partials, int seq, int head, int segment,
-                            int row0, int row_end, int begin, int end, unsigned char *memory) {
-    const q35_batch &batch = args.batch;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = args.group();
-    const int cached = batch.cached_len[seq];
-    const int64_t first = batch.query_start[seq];
-    const int *pages = batch.pages + batch.page_start[seq];
+__device__ void decode_rows(const AttentionArgs &args, const Partials &partials, const Task &task,
+                            unsigned char *memory) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = args.group(), rank = blockIdx.x % TEAM;
+    const int row0 = task.row0, row_end = task.row_end, head = task.head, cached = task.cached;
+    const int64_t first_token = task.first_token;
+    constexpr int STAGE = DECODE_KEYS * (D + 8);
     bf16 *q_tile = reinterpret_cast<bf16 *>(memory);
-    constexpr int STAGE = 2 * DECODE_KEYS * (D + 8);
-    bf16 *stages = q_tile + DECODE_ROWS * (D + 8) + warp * STAGES * STAGE;
-    __shared__ float2 warp_scales[DECODE_WARPS][DECODE_ROWS];
+    bf16 *all_stages = q_tile + DECODE_ROWS * (D + 8), *stages = all_stages + warp * STAGES * STAGE;
+    float2 *warp_scales = reinterpret_cast<float2 *>(all_stages + DECODE_WARPS * STAGES * STAGE);
+    float2 *block_scales = warp_scales + DECODE_WARPS * DECODE_ROWS;
+    int *is_last = reinterpret_cast<int *>(block_scales + DECODE_ROWS);
 
-    __syncthreads();  // the tile before this one is done with the shared memory
+    const int begin = task.begin(rank), end = task.begin(rank + 1), end_key = cached + (row_end - 1) / group + 1;
+    const int first = begin + warp, count = end > first ? ceil_div(end - first, DECODE_WARPS) : 0;
+    // The warp's tiles lie in pages that follow each other: a lane has the page of every 32nd.
+    static_assert(DECODE_WARPS * DECODE_KEYS == Q35_PAGE_LEN, "a tile of each warp is a page");
+    auto pages_from = [&](int i) {
+        return i + lane < count ? task.pages[first / DECODE_WARPS + i + lane] : 0;
+    };
+    int page_ids = pages_from(0);
     for (int i = threadIdx.x; i < DECODE_ROWS * (D / 8); i += DECODE_THREADS) {
-        const int r = i / (D / 8), column = i % (D / 8) * 8, row = row0 + r;
-        uint4 words = make_uint4(0, 0, 0, 0);
-        if (row < row_end) {
-            const int64_t at = (first + row / group) * args.q_heads + head * group + row % group;
-            words = *reinterpret_cast<const uint4 *>(args.q + at * D + column);
-        }
-        *reinterpret_cast<uint4 *>(q_tile + r * (D + 8) + column) = words;
+        const int r = i / (D / 8), column = i % (D / 8) * 8;
+        const bool there = row0 + r < row_end;
+        const int row = there ? row0 + r : row0;
+        const int64_t at = (first_token + row / group) * args.q_heads + head * group + row % group;
+        copy16(q_tile + r * (D + 8) + column, args.q + at * D + column, there);
     }
-
-    const int num_tiles = ceil_div(end - begin, DECODE_KEYS);
-    auto load = [&](int tile, int stage) {
-        if (tile < num_tiles) {
-            const int key0 = begin + tile * DECODE_KEYS;
-            const int64_t at =
-                args.page_at(pages[key0 / Q35_PAGE_LEN], head) + int64_t(key0 % Q35_PAGE_LEN) * D;
-            load_keys<D>(stages + stage * STAGE, args.k + at, args.v + at, end - key0);
+    // Step 2 i: the keys of the warp's tile i; step 2 i + 1: its values.
+    auto load = [&](int step, int stage) {
+        const int i = step / 2;
+        if (i < count) {
+            if (step % 2 == 0 && i > 0 && i % 32 == 0) page_ids = pages_from(i);
+            const int key0 = (first + i * DECODE_WARPS) * DECODE_KEYS;
+            const int64_t at = args.page_at(__shfl_sync(ALL_LANES, page_ids, i % 32), head) +
+                               int64_t(key0 % Q35_PAGE_LEN) * D;
+            load_tile<D>(stages + stage * STAGE, (step % 2 == 0 ? args.k : args.v) + at, end_key - key0);
         }
         copy_commit();
     };
-    load(warp, 0);
-    load(warp + DECODE_WARPS, 1);
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) load(i, i);
+    copy_wait<STAGES - 1>();
     __syncthreads();  // the queries are there
 
     int position[2];
@@ -113,25 +182,35 @@ __device__ void decode_tile(const AttentionArgs &args, const Partials &partials,
     float out[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
     const bf16 *q_row = q_tile + lane % 16 * (D + 8) + lane / 16 * 8;
     int stage = 0;
-    for (int tile = warp; tile < num_tiles; tile += DECODE_WARPS, stage ^= 1) {
-        copy_wait<1>();
+    auto next_stage = [&](int step) {
+        __syncwarp();  // the stage is free
+        load(step, stage);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        copy_wait<STAGES - 1>();
         __syncwarp();
-        const bf16 *keys = stages + stage * STAGE, *values = keys + DECODE_KEYS * (D + 8);
-        const bf16 *k_row = keys + (lane / 16 * 8 + lane % 8) * (D + 8) + lane / 8 % 2 * 8;
-        const bf16 *v_row = values + lane % 16 * (D + 8) + lane / 16 * 8;
-        float s[2][4] = {};
-#pragma unroll 8
-        for (int k = 0; k < D; k += 16) {
-            uint32_t a[4], b[4];
-            load_matrices(a, q_row + k);
-            load_matrices(b, k_row + k);
-            mma(s[0], a, b);
-            mma(s[1], a, b + 2);
+    };
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        const bf16 *k_row = stages + stage * STAGE + (lane / 16 * 8 + lane % 8) * (D + 8) + lane / 8 % 2 * 8;
+        float s[2][4] = {}, odd[2][4] = {};  // of every other step: products of one sum wait for each other
+#pragma unroll 4
+        for (int k = 0; k < D; k += 32) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t a[4], b[4];
+                load_matrices(a, q_row + k + 16 * h);
+                load_matrices(b, k_row + k + 16 * h);
+                mma(h == 0 ? s[0] : odd[0], a, b);
+                mma(h == 0 ? s[1] : odd[1], a, b + 2);
+            }
         }
-        const int key0 = begin + tile * DECODE_KEYS;
-        softmax_step<2, D>(args, s, key0, position, top, sum, out);
+#pragma unroll
+        for (int j = 0; j < 8; j++) s[j / 4][j % 4] += odd[j / 4][j % 4];
+        next_stage(2 * i + 3);
+        softmax_step<2, D>(args, s, (first + i * DECODE_WARPS) * DECODE_KEYS, position, top, sum, out);
         const uint32_t a0 = pack2(s[0][0], s[0][1]), a1 = pack2(s[0][2], s[0][3]);
         const uint32_t a2 = pack2(s[1][0], s[1][1]), a3 = pack2(s[1][2], s[1][3]);
+        const bf16 *v_row = stages + stage * STAGE + lane % 16 * (D + 8) + lane / 16 * 8;
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             uint32_t b[4];
@@ -139,150 +218,220 @@ __device__ void decode_tile(const AttentionArgs &args, const Partials &partials,
             mma(out[2 * n], a0, a1, a2, a3, b[0], b[1]);
             mma(out[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
         }
-        __syncwarp();  // the stage is free
-        load(tile + STAGES * DECODE_WARPS, stage);
+        next_stage(2 * i + 4);
     }
 
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 1);
         sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 2);
-        if (lane % 4 == 0) warp_scales[warp][lane / 4 + 8 * i] = make_float2(top[i], sum[i]);
+        if (lane % 4 == 0) warp_scales[warp * DECODE_ROWS + lane / 4 + 8 * i] = make_float2(top[i], sum[i]);
     }
     copy_wait<0>();
     __syncthreads();  // the scales are there, and the stages are free for the sums of the warps
-    float *merged = reinterpret_cast<float *>(q_tile + DECODE_ROWS * (D + 8));  // [warp][row][D + 8]
-    static_assert(DECODE_WARPS * DECODE_ROWS * (D + 8) * 4 <= DECODE_WARPS * STAGES * STAGE * 2, "sums fit in stages");
+    float *sums = reinterpret_cast<float *>(all_stages);  // [warp][row][D + 8]; those of the block in the first warp's
+    static_assert(DECODE_ROWS * (D + 8) * 4 <= STAGES * STAGE * 2, "sums fit in stages");
+    auto highest_of_block = [&](int r) {
+        float highest = -INFINITY;
+#pragma unroll
+        for (int w = 0; w < DECODE_WARPS; w++) highest = fmaxf(highest, warp_scales[w * DECODE_ROWS + r].x);
+        return highest;
+    };
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int r = lane / 4 + 8 * i;
-        float highest = -INFINITY;
-#pragma unroll
-        for (int w = 0; w < DECODE_WARPS; w++) highest = fmaxf(highest, warp_scales[w][r].x);
+        const float highest = highest_of_block(r);
         const float fade = exp2f(top[i] - (highest == -INFINITY ? 0.0f : highest));
-        float *to = merged + (warp * DECODE_ROWS + r) * (D + 8) + lane % 4 * 2;
+        float *to = sums + (warp * DECODE_ROWS + r) * (D + 8) + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             *reinterpret_cast<float2 *>(to + 8 * n) = make_float2(out[n][2 * i] * fade, out[n][2 * i + 1] * fade);
         }
     }
+    if (threadIdx.x < DECODE_ROWS) {
+        const float highest = highest_of_block(threadIdx.x), safe = highest == -INFINITY ? 0.0f : highest;
+        float weights = 0.0f;
+#pragma unroll
+        for (int w = 0; w < DECODE_WARPS; w++) {
+            const float2 scale = warp_scales[w * DECODE_ROWS + threadIdx.x];
+            weights += scale.y * exp2f(scale.x - safe);
+        }
+        block_scales[threadIdx.x] = make_float2(highest, weights);
+    }
+
+    // From here on a block has some of the rows, four neighbouring columns a thread at a time.
+    constexpr int ROWS_HERE = DECODE_ROWS / CLUSTER, ITEMS = ROWS_HERE * (D / 4);
+    const int r0 = CLUSTER == 1 ? 0 : rank * ROWS_HERE;
+    auto is_row = [&](int item) { return item < ITEMS && row0 + r0 + item / (D / 4) < row_end; };
+    auto gates_of = [&](int item) {
+        float4 gates = make_float4(0, 0, 0, 0);
+        if (is_row(item)) {
+            const int row = row0 + r0 + item / (D / 4);
+            const bf16 *from = args.gate(first_token + row / group, head * group + row % group) + item % (D / 4) * 4;
+            gates = make_float4(__bfloat162float(from[0]), __bfloat162float(from[1]), __bfloat162float(from[2]),
+                                __bfloat162float(from[3]));
+        }
+        return gates;
+    };
+    auto finish = [&](int item, const Merged &merged, float4 gates) {
+        const int row = row0 + r0 + item / (D / 4);
+        const int64_t at = (first_token + row / group) * args.q_heads + head * group + row % group;
+        const float4 x = merged.sum;
+        const float w = merged.weights;
+        *reinterpret_cast<uint2 *>(args.out + at * D + item % (D / 4) * 4) =
+            make_uint2(pack2(x.x / w * sigmoid(gates.x), x.y / w * sigmoid(gates.y)),
+                       pack2(x.z / w * sigmoid(gates.z), x.w / w * sigmoid(gates.w)));
+    };
+    float4 gates = gates_of(threadIdx.x);  // long before they are needed
     __syncthreads();
     for (int i = threadIdx.x; i < DECODE_ROWS * (D / 4); i += DECODE_THREADS) {
-        const int r = i / (D / 4), column = i % (D / 4) * 4, row = row0 + r;
-        if (row >= row_end) continue;
+        float *at = sums + i / (D / 4) * (D + 8) + i % (D / 4) * 4;
         float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int w = 0; w < DECODE_WARPS; w++) {
-            const float4 x = *reinterpret_cast<const float4 *>(merged + (w * DECODE_ROWS + r) * (D + 8) + column);
+            const float4 x = *reinterpret_cast<const float4 *>(at + w * DECODE_ROWS * (D + 8));
             total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
         }
-        const int64_t at = partials.at(seq, row / group, segment, args.q_heads) + head * group + row % group;
-        *reinterpret_cast<float4 *>(partials.sums + at * D + column) = total;
-        if (column == 0) {
-            float highest = -INFINITY, weights = 0.0f;
-            for (int w = 0; w < DECODE_WARPS; w++) highest = fmaxf(highest, warp_scales[w][r].x);
-            const float safe = highest == -INFINITY ? 0.0f : highest;
-            for (int w = 0; w < DECODE_WARPS; w++) weights += warp_scales[w][r].y * exp2f(warp_scales[w][r].x - safe);
-            partials.scales[at] = make_float2(highest, weights);
+        *reinterpret_cast<float4 *>(at) = total;
+    }
+    cluster_sync<true>();
+
+    const int num_parts = task.teams * (TEAM / CLUSTER), part = CLUSTER == 1 ? task.team * TEAM + rank : task.team;
+    const int64_t tile = (int64_t(task.seq - partials.first_seq) * args.kv_heads + head) * partials.row_tiles +
+                         task.row_tile;
+    const int64_t part0 = tile * partials.parts;
+    for (int item = threadIdx.x; is_row(item); item += DECODE_THREADS) {
+        const int r = r0 + item / (D / 4), column = item % (D / 4) * 4;
+        const uint32_t scale_at = shared_address(block_scales + r);
+        const uint32_t sum_at = shared_address(sums + r * (D + 8) + column);
+        float2 scales[CLUSTER];
+        float4 x[CLUSTER];
+        float highest = -INFINITY;
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++) {
+            const int from = CLUSTER == 1 ? rank : b;
+            const float4 two = load4_in_block(in_block(scale_at & ~15u, from));  // this row's and its neighbour's
+            scales[b] = r % 2 == 0 ? make_float2(two.x, two.y) : make_float2(two.z, two.w);
+            x[b] = load4_in_block(in_block(sum_at, from));
+            highest = fmaxf(highest, scales[b].x);
         }
+        Merged merged(highest);
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++) merged.add(scales[b], x[b]);
+        if (num_parts == 1) {
+            finish(item, merged, gates);
+            gates = gates_of(item + DECODE_THREADS);
+        } else {
+            const int64_t at = (part0 + part) * DECODE_ROWS + r;
+            *reinterpret_cast<float4 *>(partials.sums + at * D + column) = merged.sum;
+            if (column == 0) partials.scales[at] = make_float2(highest, merged.weights);
+        }
+    }
+    cluster_sync<false>();  // nobody reads this block's shared memory any more
+    if (num_parts == 1) return;
+
+    // The last block to get here has all parts of its rows before it.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int *counter = partials.counters + tile * TEAM + (CLUSTER == 1 ? 0 : rank);
+        *is_last = atomicAdd(counter, 1) == num_parts - 1;
+        if (*is_last) *counter = 0;
+    }
+    __syncthreads();
+    if (!*is_last) return;
+    __threadfence();
+    for (int item = threadIdx.x; is_row(item); item += DECODE_THREADS) {
+        const int r = r0 + item / (D / 4), column = item % (D / 4) * 4;
+        const float2 *scales = partials.scales + part0 * DECODE_ROWS + r;
+        const float *from = partials.sums + (part0 * DECODE_ROWS + r) * D + column;
+        float highest = -INFINITY;
+#pragma unroll 8
+        for (int i = 0; i < num_parts; i++) highest = fmaxf(highest, __ldcg(scales + i * DECODE_ROWS).x);
+        Merged merged(highest);
+#pragma unroll 8
+        for (int i = 0; i < num_parts; i++) {
+            merged.add(__ldcg(scales + i * DECODE_ROWS),
+                       __ldcg(reinterpret_cast<const float4 *>(from + int64_t(i) * DECODE_ROWS * D)));
+        }
+        finish(item, merged, gates);
+        gates = gates_of(item + DECODE_THREADS);
     }
 }
 
 // Flash-decoding (Dao et al. 2023) with the heads of a key head packed into the rows of a tile; own code.
-// blockIdx: sequence and key head, segment, tiles z, z + gridDim.z, ... of the rows.
+// blockIdx: block of a team and teams x / TEAM, + gridDim.x / TEAM, ...; sequence and key head; tiles z, z + gridDim.z,
+// ... of the rows.
 template <int D>
-__global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(AttentionArgs args, Partials partials) {
+__global__ void IN_CLUSTERS __launch_bounds__(DECODE_THREADS, 2) decode_kernel(AttentionArgs args, Partials partials) {
     extern __shared__ __align__(16) unsigned char memory[];
+    let_next_start();
     const q35_batch &batch = args.batch;
-    const int seq = partials.first_seq + blockIdx.x / args.kv_heads, head = blockIdx.x % args.kv_heads;
-    const int segment = blockIdx.y, group = args.group();
-    const int query_len = batch.query_len[seq], cached = batch.cached_len[seq];
+    Task task;
+    task.seq = partials.first_seq + blockIdx.y / args.kv_heads, task.head = blockIdx.y % args.kv_heads;
+    task.row_tile = 0;
+    const int group = args.group(), most = max_teams(args.kv_heads);
+    wait_for_inputs();
+    const int query_len = batch.query_len[task.seq], cached = batch.cached_len[task.seq];
+    task.cached = cached, task.first_token = batch.query_start[task.seq];
+    task.pages = batch.pages + batch.page_start[task.seq];
     if (query_len > MAX_DECODE_LEN) return;
-    const int most = max_segments(args.kv_heads);
-    unsigned tile = 0;
-    // Tokens whose segments are of one length, at a time; mostly that is all of them.
+    // Tokens that see equally many tiles of keys, at a time; mostly that is all of them.
     for (int token = 0, next; token < query_len; token = next) {
-        const int64_t len = segment_len(cached + token + 1, most);
+        task.tiles = ceil_div(cached + token + 1, DECODE_KEYS);
+        task.teams = num_teams(task.tiles, most);
         next = token + 1;
-        while (next < query_len && segment_len(cached + next + 1, most) == len) next++;
-        for (int row0 = token * group; row0 < next * group; row0 += DECODE_ROWS, tile++) {
-            if (tile % gridDim.z != blockIdx.z) continue;
-            const int row_end = min(row0 + DECODE_ROWS, next * group);
-            const int64_t begin = segment * len;
-            const int64_t end = min(begin + len, int64_t(cached + (row_end - 1) / group + 1));
-            if (begin >= end) continue;
-            decode_tile<D>(args, partials, seq, head, segment, row0, row_end, int(begin), int(end), memory);
+        while (next < query_len && ceil_div(cached + next + 1, DECODE_KEYS) == task.tiles) next++;
+        for (int row0 = token * group; row0 < next * group; row0 += DECODE_ROWS, task.row_tile++) {
+            if (task.row_tile % gridDim.z != blockIdx.z) continue;
+            task.row0 = row0, task.row_end = min(row0 + DECODE_ROWS, next * group);
+            for (task.team = blockIdx.x / TEAM; task.team < task.teams; task.team += gridDim.x / TEAM) {
+                decode_rows<D>(args, partials, task, memory);
+            }
         }
     }
 }
 
-// Merges the segments of a token and query head in a fixed order, and gates. A thread has four elements of every
-// fourth segment.
-template <int D>
-__global__ void __launch_bounds__(D) decode_merge_kernel(AttentionArgs args, Partials partials) {
-    __shared__ float2 scales[64];
-    __shared__ float weights[64];
-    __shared__ float4 parts[4][D / 4];
-    const q35_batch &batch = args.batch;
-    const int seq = partials.first_seq + blockIdx.x / partials.slots_per_seq;
-    const int index = blockIdx.x % partials.slots_per_seq, head = blockIdx.y;
-    const int query_len = batch.query_len[seq];
-    if (query_len > MAX_DECODE_LEN || index >= query_len) return;
-    const int len = batch.cached_len[seq] + index + 1;
-    const int64_t segment = segment_len(len, max_segments(args.kv_heads));
-    const int num = int(ceil_div(len, segment)), t = threadIdx.x;
-    const int64_t at = partials.at(seq, index, 0, args.q_heads) + head;
-    if (t < num) scales[t] = partials.scales[at + int64_t(t) * args.q_heads];
-    __syncthreads();
-    float highest = -INFINITY, total = 0.0f;
-    for (int i = 0; i < num; i++) highest = fmaxf(highest, scales[i].x);
-    const float safe = highest == -INFINITY ? 0.0f : highest;
-    if (t < num) weights[t] = exp2f(scales[t].x - safe);
-    __syncthreads();
-    for (int i = 0; i < num; i++) total += scales[i].y * weights[i];
-    const int part = t / (D / 4), column = t % (D / 4) * 4;
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-    for (int i = part; i < num; i += 4) {
-        const float w = weights[i];
-        const float4 x =
-            *reinterpret_cast<const float4 *>(partials.sums + (at + int64_t(i) * args.q_heads) * D + column);
-        sum.x += w * x.x, sum.y += w * x.y, sum.z += w * x.z, sum.w += w * x.w;
-    }
-    parts[part][column / 4] = sum;
-    __syncthreads();
-    float value = 0.0f;
-    for (int i = 0; i < 4; i++) value += reinterpret_cast<const float *>(parts[i])[t];
-    const int64_t token = int64_t(batch.query_start[seq]) + index;
-    const float gate = __bfloat162float(args.gate(token, head)[t]);
-    args.out[(token * args.q_heads + head) * D + t] = __float2bfloat16_rn(value / total * sigmoid(gate));
+// TEAM / CLUSTER of the code that runs on this card, which may be an older architecture's.
+int parts_of_team() {
+    cudaFuncAttributes code = {};
+    if (cudaFuncGetAttributes(&code, decode_kernel<64>) != cudaSuccess) return TEAM;
+    return code.ptxVersion >= 90 ? 1 : TEAM;
 }
 
 template <int D>
-cudaError_t launch(cudaStream_t stream, const AttentionArgs &args, float *workspace) {
+cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *workspace) {
     const q35_batch &batch = args.batch;
+    const int group = args.q_heads / args.kv_heads;
     const int slots = batch.max_query_len < MAX_DECODE_LEN ? batch.max_query_len : MAX_DECODE_LEN;
-    const int segments = segments_bound(batch.max_kv_len, max_segments(args.kv_heads));
-    const int64_t each = slots * floats_per_token(segments, args.q_heads, D);
-    const int64_t seqs = MAX_PARTIALS / each > 1 ? MAX_PARTIALS / each : 1;
+    const int teams = num_teams(ceil_div(batch.max_kv_len, DECODE_KEYS), max_teams(args.kv_heads));
+    const int64_t row_tiles = row_tiles_bound(slots, group), tiles = row_tiles * args.kv_heads;
+    const int parts = teams * parts_of_team();
+    const int64_t floats = tiles * parts * floats_of_part(D);
+    int64_t most = COUNTERS / (tiles * TEAM);
+    if (parts > 1 && most > MAX_PARTIALS / floats) most = MAX_PARTIALS / floats > 1 ? MAX_PARTIALS / floats : 1;
+    if (most > 65535 / args.kv_heads) most = 65535 / args.kv_heads;
     // Beside prefill most sequences have one new token: no blocks for tiles of rows that hardly any has.
-    const int rows = slots * (args.q_heads / args.kv_heads);
-    int tiles = 1;
-    if (batch.max_query_len <= MAX_DECODE_LEN) tiles = ceil_div(rows, DECODE_ROWS);
-    if (args.q_heads > 65535 || tiles > 65535) return cudaErrorInvalidValue;
+    const int rows = batch.max_query_len <= MAX_DECODE_LEN ? slots * group : 1;
+    const int blocks_z = ceil_div(rows, DECODE_ROWS);
+    if (most < 1 || blocks_z > 65535) return cudaErrorInvalidValue;
     const cudaError_t status = cudaFuncSetAttribute(decode_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                     decode_shared_bytes<D>());
     if (status != cudaSuccess) return status;
-    for (int64_t first = 0; first < batch.num_seqs; first += seqs) {
-        const int64_t left = batch.num_seqs - first, n = left < seqs ? left : seqs;
-        float *scales = workspace + n * slots * segments * args.q_heads * D;
-        const Partials partials{workspace, reinterpret_cast<float2 *>(scales), segments, slots, int(first)};
-        const dim3 grid(unsigned(n * args.kv_heads), unsigned(segments), unsigned(tiles));
-        decode_kernel<D><<<grid, DECODE_THREADS, decode_shared_bytes<D>(), stream>>>(args, partials);
-        decode_merge_kernel<D>
-            <<<dim3(unsigned(n * slots), unsigned(args.q_heads)), D, 0, stream>>>(args, partials);
+    for (int64_t first = 0; first < batch.num_seqs; first += most) {
+        const int64_t left = batch.num_seqs - first, n = left < most ? left : most;
+        float *sums = workspace + COUNTERS, *scales = sums + n * tiles * parts * DECODE_ROWS * D;
+        const Partials partials{sums,  reinterpret_cast<float2 *>(scales), reinterpret_cast<int *>(workspace),
+                                parts, int(row_tiles),                     int(first)};
+        // Not more teams than fill the GPU: max_kv_len may be far above what the sequences have.
+        const int64_t useful = ceil_div(32, n * args.kv_heads);
+        const dim3 grid(unsigned(TEAM * (teams < useful ? teams : useful)), unsigned(n * args.kv_heads),
+                        unsigned(blocks_z));
+        const cudaError_t launched = launch(decode_kernel<D>, grid, DECODE_THREADS, size_t(decode_shared_bytes<D>()),
+                                            stream, args, partials);
+        if (launched != cudaSuccess) return launched;
     }
-    return cudaGetLastError();
+    return cudaSuccess;
 }
 
 }  // namespace
@@ -291,22 +440,24 @@ bool attention_decode_fits(int head_dim, int shared_limit) {
     const int needed = head_dim == 64    ? decode_shared_bytes<64>()
                        : head_dim == 128 ? decode_shared_bytes<128>()
                                          : decode_shared_bytes<256>();
-    return needed + 1024 <= shared_limit;  // and the static arrays
+    return needed <= shared_limit;
 }
 
-int64_t attention_decode_workspace(int max_seqs, int max_kv_len, q35_attention_dims dims) {
-    const int segments = segments_bound(max_kv_len, max_segments(dims.num_kv_heads));
+int64_t attention_decode_workspace(int max_seqs, q35_attention_dims dims) {
+    const int group = dims.num_q_heads / dims.num_kv_heads;
+    const int64_t tiles = row_tiles_bound(MAX_DECODE_LEN, group) * dims.num_kv_heads;
+    const int64_t parts = max_teams(dims.num_kv_heads) * parts_of_team();
     // What one sequence needs at the most, and what all need if that is less than the bound of one launch.
-    const int64_t one = MAX_DECODE_LEN * floats_per_token(segments, dims.num_q_heads, dims.head_dim);
+    const int64_t one = tiles * parts * floats_of_part(dims.head_dim);
     const int64_t all = max_seqs * one, most = one > MAX_PARTIALS ? one : MAX_PARTIALS;
-    return all < most ? all : most;
+    return COUNTERS + (all < most ? all : most);
 }
 
 cudaError_t attention_decode(cudaStream_t stream, const AttentionArgs &args, float *workspace) {
     switch (args.head_dim) {
-        case 64: return launch<64>(stream, args, workspace);
-        case 128: return launch<128>(stream, args, workspace);
-        case 256: return launch<256>(stream, args, workspace);
+        case 64: return decode<64>(stream, args, workspace);
+        case 128: return decode<128>(stream, args, workspace);
+        case 256: return decode<256>(stream, args, workspace);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -54,6 +54,8 @@ __device__ bool find_tile(const q35_batch &batch, int group, int index, int &seq
 // they are, so a token's bits depend on its position alone.
 template <int D>
 __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args) {
+    let_next_start();
+    wait_for_inputs();
     const q35_batch &batch = args.batch;
     const int head = blockIdx.x % args.kv_heads, group = args.group();
     int tile, seq;
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
 }
 
 template <int D>
-cudaError_t launch(cudaStream_t stream, const AttentionArgs &args) {
+cudaError_t prefill(cudaStream_t stream, const AttentionArgs &args) {
     const int64_t group = args.q_heads / args.kv_heads;
     // Not more than this: each sequence has one tile that is not full.
     const int64_t tiles = args.batch.num_tokens * group / ROWS + args.batch.num_seqs, blocks = tiles * args.kv_heads;
@@ -169,8 +171,7 @@ cudaError_t launch(cudaStream_t stream, const AttentionArgs &args) {
     const cudaError_t status =
         cudaFuncSetAttribute(prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>());
     if (status != cudaSuccess) return status;
-    prefill_kernel<D><<<unsigned(blocks), THREADS, shared_bytes<D>(), stream>>>(args);
-    return cudaGetLastError();
+    return launch(prefill_kernel<D>, unsigned(blocks), THREADS, size_t(shared_bytes<D>()), stream, args);
 }
 
 }  // namespace
@@ -183,9 +184,9 @@ bool attention_prefill_fits(int head_dim, int shared_limit) {
 
 cudaError_t attention_prefill(cudaStream_t stream, const AttentionArgs &args) {
     switch (args.head_dim) {
-        case 64: return launch<64>(stream, args);
-        case 128: return launch<128>(stream, args);
-        case 256: return launch<256>(stream, args);
+        case 64: return prefill<64>(stream, args);
+        case 128: return prefill<128>(stream, args);
+        case 256: return prefill<256>(stream, args);
         default: return cudaErrorInvalidValue;
     }
 }

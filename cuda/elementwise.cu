@@ -14,6 +14,8 @@ unsigned stride_blocks(int64_t n) {
 
 template <bool VEC>
 __global__ void embed(q35_batch batch, const bf16 *table, int hidden, float *out) {
+    let_next_start();
+    wait_for_inputs();
     const int64_t t = blockIdx.x;
     const bf16 *row = table + static_cast<int64_t>(batch.token_ids[t]) * hidden;
     out += t * hidden;
@@ -28,21 +30,53 @@ __global__ void embed(q35_batch batch, const bf16 *table, int hidden, float *out
     }
 }
 
+// The sum of squares of a row has one order for every kernel that needs it: of 256 lanes, lane l adds its elements in
+// ascending order, element i being of lane i / 8 % 256, or of lane i % 256 where `hidden` is no multiple of 8; then the
+// lanes of each 32 in a butterfly, and the eight sums in ascending order. Here a thread is a lane.
+constexpr int NORM_LANES = 256;
+
+__device__ __forceinline__ float norm_scale(float squares, int hidden, float eps) {
+    __shared__ float parts[NORM_LANES / 32];
+    squares = lane_sum(squares);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = squares;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_LANES / 32; i++) sum += parts[i];
+    return 1.0f / sqrtf(sum / hidden + eps);
+}
+
 // The row stays in registers between the sum and the scaling: VECS groups of 8 elements a thread.
 template <int VECS>
-__global__ void rmsnorm_residual(int hidden, const bf16 *delta, float *residual, const float *w, float eps,
-                                 bf16 *out) {
+__global__ void __launch_bounds__(NORM_LANES) rmsnorm_residual(int hidden, const bf16 *delta, float *residual,
+                                                               const float *w, float eps, bf16 *out) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * hidden;
-    float x[VECS][8];
-    float squares = 0.0f;
+    float scales[VECS][8], x[VECS][8], squares = 0.0f;
 #pragma unroll
     for (int v = 0; v < VECS; v++) {
-        const int i = 8 * (threadIdx.x + v * blockDim.x);
+        const int i = 8 * (threadIdx.x + v * NORM_LANES);
+        if (i < hidden) load8(w + i, scales[v]);
+    }
+    let_next_start();
+    wait_for_inputs();
+    // All loads are under way before the first store, which they might alias for all the compiler knows.
+    uint4 deltas[VECS];
+#pragma unroll
+    for (int v = 0; v < VECS; v++) {
+        const int i = 8 * (threadIdx.x + v * NORM_LANES);
+        deltas[v] = make_uint4(0, 0, 0, 0);
         if (i < hidden) {
             load8(residual + row + i, x[v]);
+            if (delta) deltas[v] = *reinterpret_cast<const uint4 *>(delta + row + i);
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < VECS; v++) {
+        const int i = 8 * (threadIdx.x + v * NORM_LANES);
+        if (i < hidden) {
             if (delta) {
                 float d[8];
-                load8(delta + row + i, d);
+                unpack8(deltas[v], d);
 #pragma unroll
                 for (int j = 0; j < 8; j++) x[v][j] += d[j];
                 store8(residual + row + i, x[v]);
@@ -51,40 +85,48 @@ __global__ void rmsnorm_residual(int hidden, const bf16 *delta, float *residual,
             for (int j = 0; j < 8; j++) squares = fmaf(x[v][j], x[v][j], squares);
         }
     }
-    const float scale = 1.0f / sqrtf(block_sum(squares) / hidden + eps);
+    const float scale = norm_scale(squares, hidden, eps);
 #pragma unroll
     for (int v = 0; v < VECS; v++) {
-        const int i = 8 * (threadIdx.x + v * blockDim.x);
+        const int i = 8 * (threadIdx.x + v * NORM_LANES);
         if (i < hidden) {
-            float y[8];
-            load8(w + i, y);
 #pragma unroll
-            for (int j = 0; j < 8; j++) y[j] *= x[v][j] * scale;
-            store8(out + row + i, y);
+            for (int j = 0; j < 8; j++) x[v][j] = x[v][j] * scale * scales[v][j];
+            store8(out + row + i, x[v]);
         }
     }
 }
 
 // A thread reads back only what it wrote itself.
-__global__ void rmsnorm_residual_any(int hidden, const bf16 *delta, float *residual, const float *w, float eps,
-                                     bf16 *out) {
+__global__ void __launch_bounds__(NORM_LANES) rmsnorm_residual_any(int hidden, const bf16 *delta, float *residual,
+                                                                   const float *w, float eps, bf16 *out) {
+    let_next_start();
+    wait_for_inputs();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * hidden;
+    const int width = hidden % 8 == 0 ? 8 : 1;
     float squares = 0.0f;
-    for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
-        float x = residual[row + i];
-        if (delta) {
-            x += __bfloat162float(delta[row + i]);
-            residual[row + i] = x;
+    for (int first = width * threadIdx.x; first < hidden; first += width * NORM_LANES) {
+        for (int i = first; i < first + width; i++) {
+            float x = residual[row + i];
+            if (delta) {
+                x += __bfloat162float(delta[row + i]);
+                residual[row + i] = x;
+            }
+            squares = fmaf(x, x, squares);
         }
-        squares = fmaf(x, x, squares);
     }
-    const float scale = 1.0f / sqrtf(block_sum(squares) / hidden + eps);
-    for (int i = threadIdx.x; i < hidden; i += blockDim.x)
-        out[row + i] = __float2bfloat16(residual[row + i] * scale * w[i]);
+    const float scale = norm_scale(squares, hidden, eps);
+    for (int first = width * threadIdx.x; first < hidden; first += width * NORM_LANES) {
+        for (int i = first; i < first + width; i++) {
+            out[row + i] = __float2bfloat16(residual[row + i] * scale * w[i]);
+        }
+    }
 }
 
 template <typename T>
 __global__ void gather(const int32_t *rows, const T *x, int64_t width, T *out) {
+    let_next_start();
+    wait_for_inputs();
     const T *from = x + rows[blockIdx.x] * width;
     T *to = out + blockIdx.x * width;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
@@ -92,6 +134,8 @@ __global__ void gather(const int32_t *rows, const T *x, int64_t width, T *out) {
 
 template <bool VEC>
 __global__ void silu_mul(int64_t total, int width, const bf16 *gate_up, bf16 *out) {
+    let_next_start();
+    wait_for_inputs();
     constexpr int N = VEC ? 8 : 1;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < total; item += step) {
@@ -121,9 +165,11 @@ __global__ void gated_rmsnorm(int64_t heads, int v_heads, const float *w, float 
     const int64_t head = item < heads ? item : heads - 1;
     const bf16 *z = projected + head / v_heads * stride + z_start + head % v_heads * DIM;
     float x[8], y[8], gate[8];
+    load8(w + i, y);
+    let_next_start();
+    wait_for_inputs();
     load8(core + head * DIM + i, x);
     load8(z + i, gate);
-    load8(w + i, y);
     float squares = 0.0f;
 #pragma unroll
     for (int j = 0; j < 8; j++) squares = fmaf(x[j], x[j], squares);
@@ -136,6 +182,8 @@ __global__ void gated_rmsnorm(int64_t heads, int v_heads, const float *w, float 
 // A warp takes a head.
 __global__ void gated_rmsnorm_any(int64_t heads, int v_heads, int v_dim, const float *w, float eps,
                                   const bf16 *projected, int stride, int z_start, bf16 *core) {
+    let_next_start();
+    wait_for_inputs();
     const int64_t head = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
     if (head >= heads) return;
     const int lane = threadIdx.x % 32;
@@ -159,6 +207,8 @@ __device__ __forceinline__ void convert(bf16 x, float &out) { out = __bfloat162f
 // `groups` groups of 8, then what is left of `n`.
 template <typename From, typename To>
 __global__ void convert_all(int64_t n, int64_t groups, const From *x, To *out) {
+    let_next_start();
+    wait_for_inputs();
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     for (int64_t i = first; i < groups; i += step) {
@@ -177,6 +227,8 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
 
 // splitmix64 (Steele et al. 2014) of the counter, then Box-Muller. The first uniform is never 0.
 __global__ void fill_normal(int64_t n, uint64_t seed, float scale, bf16 *out) {
+    let_next_start();
+    wait_for_inputs();
     const uint64_t key = mix(seed + 0x9e3779b97f4a7c15ull);
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
@@ -192,8 +244,7 @@ int launch_convert(void *stream, int64_t n, const From *x, To *out) {
     if (n <= 0) return 0;
     const int64_t groups = aligned(x, 16) && aligned(out, 16) ? n / 8 : 0;
     const int64_t items = groups > n - 8 * groups ? groups : n - 8 * groups;
-    convert_all<<<stride_blocks(items), THREADS, 0, as_stream(stream)>>>(n, groups, x, out);
-    return cudaGetLastError();
+    return launch(convert_all<From, To>, stride_blocks(items), THREADS, 0, as_stream(stream), n, groups, x, out);
 }
 
 // Threads for a row of `items` items: whole warps.
@@ -208,24 +259,21 @@ extern "C" int q35_embed(void *stream, q35_batch batch, const q35_bf16 *table, i
     if (batch.num_tokens <= 0 || hidden <= 0) return 0;
     const bool vec = hidden % 8 == 0 && aligned(table, 16) && aligned(out, 16);
     const int threads = row_threads(vec ? hidden / 8 : hidden, THREADS);
-    (vec ? embed<true> : embed<false>)<<<batch.num_tokens, threads, 0, as_stream(stream)>>>(batch, as_bf16(table),
-                                                                                          hidden, out);
-    return cudaGetLastError();
+    return launch(vec ? embed<true> : embed<false>, batch.num_tokens, threads, 0, as_stream(stream), batch,
+                  as_bf16(table), hidden, out);
 }
 
 extern "C" int q35_rmsnorm_residual(void *stream, int n, int hidden, const q35_bf16 *delta, float *residual,
                                     const float *w, float eps, q35_bf16 *out) {
     if (n <= 0 || hidden <= 0) return 0;
-    const bool vec = hidden % 8 == 0 && hidden <= 4 * 8 * 512 && aligned(delta, 16) && aligned(residual, 16) &&
+    const bool vec = hidden % 8 == 0 && hidden <= 8 * 8 * NORM_LANES && aligned(delta, 16) && aligned(residual, 16) &&
                      aligned(w, 16) && aligned(out, 16);
-    const int threads = row_threads(vec ? hidden / 8 : hidden, 512);
-    const int vecs = static_cast<int>(ceil_div(hidden / 8, threads));
-    const auto kernel = !vec        ? rmsnorm_residual_any
-                        : vecs <= 1 ? rmsnorm_residual<1>
-                        : vecs <= 2 ? rmsnorm_residual<2>
-                                    : rmsnorm_residual<4>;
-    kernel<<<n, threads, 0, as_stream(stream)>>>(hidden, as_bf16(delta), residual, w, eps, as_bf16(out));
-    return cudaGetLastError();
+    const auto kernel = !vec                            ? rmsnorm_residual_any
+                        : hidden <= 8 * NORM_LANES      ? rmsnorm_residual<1>
+                        : hidden <= 2 * 8 * NORM_LANES  ? rmsnorm_residual<2>
+                        : hidden <= 4 * 8 * NORM_LANES  ? rmsnorm_residual<4>
+                                                        : rmsnorm_residual<8>;
+    return launch(kernel, n, NORM_LANES, 0, as_stream(stream), hidden, as_bf16(delta), residual, w, eps, as_bf16(out));
 }
 
 extern "C" int q35_gather(void *stream, const int32_t *rows, int num_rows, const void *x, int64_t row_bytes,
@@ -234,23 +282,20 @@ extern "C" int q35_gather(void *stream, const int32_t *rows, int num_rows, const
     const cudaStream_t s = as_stream(stream);
     if (row_bytes % 16 == 0 && aligned(x, 16) && aligned(out, 16)) {
         const int64_t width = row_bytes / 16;
-        gather<<<num_rows, row_threads(width, THREADS), 0, s>>>(rows, static_cast<const uint4 *>(x), width,
-                                                               static_cast<uint4 *>(out));
-    } else {
-        const int64_t width = row_bytes / 2;
-        gather<<<num_rows, row_threads(width, THREADS), 0, s>>>(rows, static_cast<const uint16_t *>(x), width,
-                                                               static_cast<uint16_t *>(out));
+        return launch(gather<uint4>, num_rows, row_threads(width, THREADS), 0, s, rows, static_cast<const uint4 *>(x),
+                      width, static_cast<uint4 *>(out));
     }
-    return cudaGetLastError();
+    const int64_t width = row_bytes / 2;
+    return launch(gather<uint16_t>, num_rows, row_threads(width, THREADS), 0, s, rows,
+                  static_cast<const uint16_t *>(x), width, static_cast<uint16_t *>(out));
 }
 
 extern "C" int q35_silu_mul(void *stream, int n, int width, const q35_bf16 *gate_up, q35_bf16 *out) {
     if (n <= 0 || width <= 0) return 0;
     const bool vec = width % 8 == 0 && aligned(gate_up, 16) && aligned(out, 16);
     const int64_t items = static_cast<int64_t>(n) * width / (vec ? 8 : 1);
-    (vec ? silu_mul<true> : silu_mul<false>)<<<stride_blocks(items), THREADS, 0, as_stream(stream)>>>(
-        items, width, as_bf16(gate_up), as_bf16(out));
-    return cudaGetLastError();
+    return launch(vec ? silu_mul<true> : silu_mul<false>, stride_blocks(items), THREADS, 0, as_stream(stream), items,
+                  width, as_bf16(gate_up), as_bf16(out));
 }
 
 extern "C" int q35_gated_rmsnorm(void *stream, int n, int v_heads, int v_dim, const float *w, float eps,
@@ -261,16 +306,12 @@ extern "C" int q35_gated_rmsnorm(void *stream, int n, int v_heads, int v_dim, co
                      aligned(core, 16);
     const cudaStream_t s = as_stream(stream);
     const auto blocks = [&](int lanes) { return static_cast<unsigned>(ceil_div(heads * lanes, THREADS)); };
-    if (vec && v_dim == 128)
-        gated_rmsnorm<16><<<blocks(16), THREADS, 0, s>>>(heads, v_heads, w, eps, as_bf16(projected), stride, z_start,
-                                                         as_bf16(core));
-    else if (vec && v_dim == 64)
-        gated_rmsnorm<8><<<blocks(8), THREADS, 0, s>>>(heads, v_heads, w, eps, as_bf16(projected), stride, z_start,
-                                                       as_bf16(core));
-    else
-        gated_rmsnorm_any<<<blocks(32), THREADS, 0, s>>>(heads, v_heads, v_dim, w, eps, as_bf16(projected), stride,
-                                                         z_start, as_bf16(core));
-    return cudaGetLastError();
+    if (vec && (v_dim == 128 || v_dim == 64)) {
+        return launch(v_dim == 128 ? gated_rmsnorm<16> : gated_rmsnorm<8>, blocks(v_dim / 8), THREADS, 0, s, heads,
+                      v_heads, w, eps, as_bf16(projected), stride, z_start, as_bf16(core));
+    }
+    return launch(gated_rmsnorm_any, blocks(32), THREADS, 0, s, heads, v_heads, v_dim, w, eps, as_bf16(projected),
+                  stride, z_start, as_bf16(core));
 }
 
 extern "C" int q35_to_bf16(void *stream, int64_t n, const float *x, q35_bf16 *out) {
@@ -283,6 +324,5 @@ extern "C" int q35_to_f32(void *stream, int64_t n, const q35_bf16 *x, float *out
 
 extern "C" int q35_fill_normal(void *stream, int64_t n, uint64_t seed, float scale, q35_bf16 *out) {
     if (n <= 0) return 0;
-    fill_normal<<<stride_blocks(n), THREADS, 0, as_stream(stream)>>>(n, seed, scale, as_bf16(out));
-    return cudaGetLastError();
+    return launch(fill_normal, stride_blocks(n), THREADS, 0, as_stream(stream), n, seed, scale, as_bf16(out));
 }

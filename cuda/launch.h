@@ -123,7 +123,8 @@ int q35_qk_norm_rope_write(void *stream, q35_batch batch, q35_attention_dims dim
 // Causal softmax attention of each token over its sequence's pages (the new tokens are there already), scores scaled by
 // d^-1/2, times sigmoid(gate) read from projected. What is in pages past a sequence's end, NaN too, is not touched.
 // q, out bf16 [num_tokens, Hq * d]. Decode splits the keys over blocks; the split depends on a token's position alone,
-// never on the batch. workspace: f32 [q35_attention_workspace(...)] elements.
+// never on the batch. max_kv_len of the batch may be larger than any of its sequences. workspace: f32
+// [q35_attention_workspace(...)] elements, zero before the first use, kept between uses.
 int64_t q35_attention_workspace(int max_tokens, int max_seqs, int max_kv_len, q35_attention_dims dims);
 int q35_gated_attention(void *stream, q35_batch batch, q35_attention_dims dims, const q35_bf16 *q,
                         const q35_bf16 *projected, int stride, const q35_bf16 *k_pages, const q35_bf16 *v_pages,

@@ -31,7 +31,7 @@ def test_embed(hidden):
     assert torch.equal(out[:-1], table[ids.cuda()].float()) and out[-1].isnan().all()
 
 
-@pytest.mark.parametrize("hidden", [3072, 2048, 4096, 6144, 9000, 20000, 50, 24, 7])
+@pytest.mark.parametrize("hidden", [3072, 2048, 4096, 6144, 9000, 16384, 20000, 50, 24, 7])
 @pytest.mark.parametrize("with_delta", [True, False])
 def test_rmsnorm_residual(hidden, with_delta):
     n = 9
@@ -51,6 +51,33 @@ def test_rmsnorm_residual(hidden, with_delta):
     alone, y = residual[4:5].clone(), poisoned(1, hidden)
     call(name, 1, hidden, delta[4:5].contiguous() if with_delta else None, alone, w, EPS, y)
     assert same_bits(y, out[4:5]) and same_bits(alone, found[4:5])
+
+
+@pytest.mark.parametrize("hidden", [3072, 2048, 1000, 20000, 50])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rmsnorm_has_one_order_of_sums(hidden, shift):
+    """256 lanes, a butterfly over each 32 and the eight sums in turn, however the row is read."""
+    n = 3
+    x = randn(n, hidden, dtype=torch.float32, scale=3)
+    w = (1 + randn(hidden + 1, dtype=torch.float32, seed=2, scale=0.1))[shift : shift + hidden]
+    out = poisoned(n, hidden)
+    call("q35_rmsnorm_residual", n, hidden, None, x, w, EPS, out)
+    width = 8 if hidden % 8 == 0 else 1
+    rounds = -(-hidden // (256 * width))
+    padded = torch.zeros(n, rounds * 256 * width)
+    padded[:, :hidden] = x.cpu()
+    terms = padded.reshape(n, rounds, 256, width).transpose(1, 2).reshape(n, 256, -1)
+    lanes = torch.zeros(n, 256)
+    for i in range(terms.shape[-1]):
+        lanes = (lanes.double() + terms[..., i].double() ** 2).float()
+    for step in (16, 8, 4, 2, 1):
+        lanes = lanes + lanes[:, torch.arange(256) ^ step]
+    total = torch.zeros(n)
+    for i in range(8):
+        total = total + lanes[:, 32 * i]
+    scale = 1.0 / (total / hidden + torch.tensor(EPS, dtype=torch.float32)).sqrt()
+    want = (x.cpu() * scale[:, None] * w.cpu()).bfloat16()
+    assert same_bits(out.cpu(), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,5 +1,7 @@
 """The linear launchers against plain float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from launch import call, error, randn, same_bits
@@ -28,20 +30,24 @@ def check(x, w):
         assert same_bits(found, linear(x, w, dtype))
 
 
+# Those of the family, then any; from 4104 on, x of 16 rows does not fit in a block's shared memory.
 SHAPES = [
-    *[(2048, 8192), (2048, 2048), (3072, 512), (2048, 256), (4096, 3072), (2048, 16400), (512, 1), (8, 17)],
+    *[(2048, 12352), (4096, 2048), (2048, 9216), (3072, 20480), (8192, 3072), (2048, 256), (3072, 256)],
+    *[(2048, 8192), (2048, 2048), (3072, 512), (4096, 3072), (2048, 16400), (512, 1), (8, 17)],
     *[(64, 5000), (72, 4231), (200, 16391), (50, 33), (10, 1), (1, 7), (33, 300), (24, 40)],
+    *[(4104, 4300), (9000, 31), (17408, 5120)],
 ]
 
 
 @pytest.mark.parametrize(("inner", "out_dim"), SHAPES)
-@pytest.mark.parametrize("n", [1, 3, 8, 9, 16, 17, 129])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 15, 16, 17, 129])
 def test_linear(n, inner, out_dim):
     check(randn(n, inner, seed=n), randn(out_dim, inner, seed=100 + out_dim))
 
 
 @pytest.mark.parametrize(
-    ("inner", "out_dim"), [(2048, 8192), (2048, 512), (3072, 16391), (50, 33), (72, 100)]
+    ("inner", "out_dim"),
+    [(2048, 8192), (2048, 512), (3072, 16391), (8192, 3072), (9000, 1100), (50, 33), (72, 100)],
 )
 def test_rows_are_the_same_in_any_number(inner, out_dim):
     x, w = randn(300, inner, seed=1), randn(out_dim, inner, seed=2)
@@ -76,6 +82,44 @@ def test_vocabulary_head():
     assert torch.isfinite(found).all()
     assert error(found[:, some], x.double() @ w[some].double().T) < 1e-4
     assert same_bits(found[1:2], linear(x[1:2], w, torch.float32))
+
+
+@pytest.mark.parametrize("n", [1, 8, 16])
+def test_a_chain_in_a_graph(n):
+    """Kernels that start under the ones before them see what those wrote, in a graph too."""
+    dims = (2048, 12352, 2048, 9216, 3072, 8192, 3072, 2048)
+    ws = [randn(b, a, seed=i, scale=a**-0.5) for i, (a, b) in enumerate(pairwise(dims))]
+    norm = 1 + randn(2048, dtype=torch.float32, seed=20, scale=0.1)
+    start = randn(n, 2048, seed=21)
+    rows = [torch.full((n, d), float("nan"), dtype=torch.bfloat16, device="cuda") for d in (2048, *dims[:-1])]
+    residual = torch.zeros(n, 2048, dtype=torch.float32, device="cuda")
+
+    def layers(between):
+        for _ in range(3):
+            call("q35_rmsnorm_residual", n, 2048, rows[0], residual, norm, 1e-6, rows[1])
+            between()
+            for w, x, y in zip(ws, rows[1:], [*rows[2:], rows[0]], strict=True):
+                call("q35_linear", n, w.shape[1], len(w), x, w, y)
+                between()
+
+    def reset():
+        rows[0].copy_(start)
+        residual.zero_()
+        torch.cuda.synchronize()
+
+    reset()
+    layers(torch.cuda.synchronize)
+    want = rows[0].clone()
+    assert torch.isfinite(want).all()
+    graph = torch.cuda.CUDAGraph()
+    reset()
+    with torch.cuda.graph(graph):
+        layers(lambda: None)
+    for run in (lambda: layers(lambda: None), graph.replay, graph.replay):
+        reset()
+        run()
+        torch.cuda.synchronize()
+        assert same_bits(rows[0], want)
 
 
 def test_nothing_to_do():

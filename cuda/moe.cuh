@@ -42,10 +42,17 @@ struct Norm {
     float eps;
 };
 
+// Rows of up to so many elements are normed and routed by the fast kernels.
+constexpr int MOST_HIDDEN = 4096;
+
 // Whether the fast kernels take up to 16 tokens of this block. That may not depend on how many they are.
 bool few_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x);
 // With a norm, which asks for few_is_fast, x is written, else read.
 int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *out);
+// Its parts: p.logits and p.gate; then routing and the list of experts hit; and, for any sizes, the whole of it.
+int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x);
+int launch_route(cudaStream_t stream, const Plan &p);
+int launch_any(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 // out[:, col0 .. col0 + cols] = the weighted sums of y.
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
@@ -117,6 +124,14 @@ __device__ __forceinline__ void warp_dots(const bf16 *const (&w)[R], const bf16 
 
 __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
 
+// The `i`-th token of a mask, or 0.
+__device__ __forceinline__ int token_of(unsigned mask, int i) {
+    for (; i > 0; i--) mask &= mask - 1;
+    return mask != 0 ? __ffs(mask) - 1 : 0;
+}
+
+__device__ __forceinline__ unsigned all_tokens(int n) { return (1u << n) - 1; }
+
 // Unsigned order of the keys is the order of routing: NaN 1, then -inf up to +inf, -0 with +0. 0 is no logit.
 __device__ __forceinline__ uint32_t route_key(float x) {
     if (x != x) return 1;
@@ -137,11 +152,11 @@ __device__ int route_row(const float *row, int num_experts, int rounds, int want
                          int lane) {
     uint32_t keys[P > 0 ? P : 1];
     if (P > 0) {
+        float values[P > 0 ? P : 1];  // all loads before the first use
 #pragma unroll
-        for (int i = 0; i < P; i++) {
-            const int e = lane + 32 * i;
-            keys[i] = e < num_experts ? route_key(__ldcg(row + e)) : 0;
-        }
+        for (int i = 0; i < P; i++) values[i] = __ldcg(row + min(lane + 32 * i, num_experts - 1));
+#pragma unroll
+        for (int i = 0; i < P; i++) keys[i] = lane + 32 * i < num_experts ? route_key(values[i]) : 0;
     }
     uint32_t last_key = 0xffffffffu;  // above every key
     int last = -1, wanted = 0;

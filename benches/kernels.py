@@ -203,6 +203,36 @@ def experts(table: Table) -> None:
                 num_bytes=2 * 3 * hidden * (hit * width + shared) + 2 * 256 * hidden + 4 * n * hidden,
                 flops=6 * n * hidden * (8 * width + shared),
             )
+            if n > 16:
+                continue
+            # Layer after layer in a graph, past L2, as in a step: what a launch costs alone is not in it. Each layer has
+            # a router and a shared expert of its own, and so other experts of the same weights.
+            layers = max(2, -(-(1 << 30) // (6 * hidden * (hit * width + shared))))
+            residual, norm = random(n, hidden, dtype=F32), random(hidden, dtype=F32)
+            deltas = [random(n, hidden, scale=1e-3) for _ in range(layers)]
+            routers = [weights(256, hidden) for _ in range(layers)]
+            own = ("shared_gate_up", "shared_down")
+            sets = [{**parts, "router": r, **{k: parts[k].clone() for k in own}} for r in routers]
+            structs = [MoeWeights(**{k: v.data_ptr() for k, v in tensors.items()}) for tensors in sets]
+            normed = torch.empty_like(x)
+
+            def step(n=n, h=normed, o=out, s=space, d=dims, r=residual, g=norm, de=deltas, st=structs):
+                for delta, struct in zip(de, st, strict=True):
+                    call("q35_norm_moe", n, d, struct, delta, r, g, 1e-6, h, s, o)
+
+            step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            # What the layers hit, from the x of each.
+            num_bytes = 0
+            for delta, router, struct in zip(deltas, routers, structs, strict=True):
+                call("q35_norm_moe", n, dims, struct, delta, residual, norm, 1e-6, normed, space, out)
+                hit = (normed.float() @ router.float().T).topk(8).indices.unique().numel()
+                num_bytes += 2 * 3 * hidden * (hit * width + shared) + 2 * 256 * hidden + 14 * n * hidden
+            table.add(
+                f"norm moe {name} {n} tokens, {layers} layers in a graph", graph.replay, num_bytes=num_bytes
+            )
         del parts
 
 

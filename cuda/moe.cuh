@@ -19,22 +19,40 @@ struct Plan {
     float *weights;     // [n, top_k]
     int *experts;       // [n, top_k]
     float *gate;        // [n]: shared_gate . x
-    int *rank;          // few: [n, E], where an expert stands among the token's, for those chosen
-    int *hit;           // few: [E], the experts hit, ascending
-    unsigned *hit_by;   // few: [E], bit t: token t sent to hit[i]
+    int slots;          // few: no more experts than this are hit
+    int4 *hits;         // few: [slots], an expert hit, its tokens (bit t: token t), where they start in `sorted`
     int *num_hit;       // few: [1]
+    int *place;         // few: [n * top_k], where an assignment stands in `sorted`
     int *counts;        // many: [num_chunks, E], then the assignments of the chunks before
     int *offsets;       // many: [E + 1], where an expert's assignments start in `sorted`
     int2 *tiles;        // many: [max_tiles], expert and first of its assignments
     int *num_tiles;     // many: [1]
-    int *sorted;        // many: [n * top_k], assignments by expert, then token
-    bf16 *act;          // [n * top_k, width]: few in the order of assignments, many in that of `sorted`
+    int *sorted;        // [n * top_k], assignments by expert, then token
+    bf16 *act;          // [n * top_k, width], in the order of `sorted`
     bf16 *shared_act;   // [n, shared_width]
     float *y;           // [n * top_k + n, y_cols]: by assignment, then the shared expert's
     int64_t bytes;
 };
 
-int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+// The norm before a sparse block; without one `w` is null.
+struct Norm {
+    const bf16 *delta;
+    float *residual;
+    const float *w;
+    float eps;
+};
+
+// Rows of up to so many elements are normed and routed by the fast kernels.
+constexpr int MOST_HIDDEN = 4096;
+
+// Whether the fast kernels take up to 16 tokens of this block. That may not depend on how many they are.
+bool few_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x);
+// With a norm, which asks for few_is_fast, x is written, else read.
+int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *out);
+// Its parts: p.logits and p.gate; then routing and the list of experts hit; and, for any sizes, the whole of it.
+int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x);
+int launch_route(cudaStream_t stream, const Plan &p);
+int launch_any(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 // out[:, col0 .. col0 + cols] = the weighted sums of y.
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
@@ -54,7 +72,7 @@ __device__ __forceinline__ void dot_step(const bf16 *const (&w)[R], const bf16 *
 #pragma unroll
         for (int m = 0; m < M; m++) {
             float a[8];
-            unpack8(__ldg(reinterpret_cast<const uint4 *>(x[m] + i + u * 256)), a);
+            load8(x[m] + i + u * 256, a);
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 float b[8];
@@ -106,6 +124,14 @@ __device__ __forceinline__ void warp_dots(const bf16 *const (&w)[R], const bf16 
 
 __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
 
+// The `i`-th token of a mask, or 0.
+__device__ __forceinline__ int token_of(unsigned mask, int i) {
+    for (; i > 0; i--) mask &= mask - 1;
+    return mask != 0 ? __ffs(mask) - 1 : 0;
+}
+
+__device__ __forceinline__ unsigned all_tokens(int n) { return (1u << n) - 1; }
+
 // Unsigned order of the keys is the order of routing: NaN 1, then -inf up to +inf, -0 with +0. 0 is no logit.
 __device__ __forceinline__ uint32_t route_key(float x) {
     if (x != x) return 1;
@@ -119,17 +145,18 @@ __device__ __forceinline__ float route_value(uint32_t key) {
 
 // The `rounds` best of a row of logits by one warp, a maximum a round; returns the expert of round `want`. With
 // `weights`, rounds is top_k, and they and `experts` are written, element r by lane r % 32.
-// P: logits a lane holds in registers (num_experts <= 32 P), or 0: they are read again every round.
+// P: logits a lane holds in registers (num_experts <= 32 P), or 0: they are read again every round. They are read past
+// L1, which may hold older ones while kernels overlap.
 template <int P>
 __device__ int route_row(const float *row, int num_experts, int rounds, int want, float *weights, int *experts,
                          int lane) {
     uint32_t keys[P > 0 ? P : 1];
     if (P > 0) {
+        float values[P > 0 ? P : 1];  // all loads before the first use
 #pragma unroll
-        for (int i = 0; i < P; i++) {
-            const int e = lane + 32 * i;
-            keys[i] = e < num_experts ? route_key(row[e]) : 0;
-        }
+        for (int i = 0; i < P; i++) values[i] = __ldcg(row + min(lane + 32 * i, num_experts - 1));
+#pragma unroll
+        for (int i = 0; i < P; i++) keys[i] = lane + 32 * i < num_experts ? route_key(values[i]) : 0;
     }
     uint32_t last_key = 0xffffffffu;  // above every key
     int last = -1, wanted = 0;
@@ -145,7 +172,7 @@ __device__ int route_row(const float *row, int num_experts, int rounds, int want
             }
         } else {
             for (int e = lane; e < num_experts; e += 32) {
-                const uint32_t key = route_key(row[e]);
+                const uint32_t key = route_key(__ldcg(row + e));
                 const bool left = key < last_key || (key == last_key && e > last);
                 if (left && key > best_key) best_key = key, best = e;
             }

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from launch import MoeDims, MoeWeights, call, error, same_bits
+from launch import MoeDims, MoeWeights, call, error, poisoned, randn, same_bits
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = 4e-3
+EPS = 1e-6
 
 # hidden, experts, top_k, width, shared_width
 SMALL_FAMILY = (2048, 256, 8, 512, 512)  # 35B-A3B
@@ -81,6 +82,25 @@ class Block:
         call("q35_moe", n, MoeDims(*self.dims), self.weights(), x, space, out)
         assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
         return out
+
+    def run_norm(self, delta, residual, w, *, misaligned=False):
+        """q35_norm_moe: the residual after it, x and the output."""
+        n, hidden = residual.shape
+        residual, space = residual.clone(), self.workspace(n)
+        x = empty((n + 1) * hidden, misaligned).fill_(float("nan")).view(n + 1, hidden)
+        out = poisoned(n + 1, hidden)
+        dims, weights = MoeDims(*self.dims), self.weights()
+        call("q35_norm_moe", n, dims, weights, delta, residual, w, EPS, x, space, out)
+        assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
+        assert x[-1].isnan().all() and out[-1].isnan().all()
+        return residual, x[:-1], out[:-1]
+
+    def run_norm_apart(self, delta, residual, w, *, misaligned=False):
+        n, hidden = residual.shape
+        residual = residual.clone()
+        x = empty(n * hidden, misaligned).fill_(float("nan")).view(n, hidden)
+        call("q35_rmsnorm_residual", n, hidden, delta, residual, w, EPS, x)
+        return residual, x, self.run(x)
 
     def reference(self, x):
         """The block in f64, rounded between gate_up and down as the contract says, and the tokens whose experts f32
@@ -225,7 +245,7 @@ def test_route_of_nothing():
 # -------------------------------------------------------------------------------------------------- the block
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 64, 300, 1000])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 15, 16, 17, 64, 300, 1000])
 def test_small_family(small_family, n):
     small_family.check(small_family.tokens(n))
 
@@ -354,3 +374,91 @@ def test_workspace_serves_fewer_tokens(dims):
     sizes = [call("q35_moe_workspace", n, MoeDims(*dims)) for n in tokens]
     assert sizes == sorted(sizes)
     assert all(s % 256 == 0 for s in sizes)
+
+
+# ------------------------------------------------------------------------------------------ the norm before it
+
+
+def norm_inputs(n, hidden, *, with_delta=True, seed=0):
+    residual = randn(n, hidden, dtype=torch.float32, scale=3, seed=seed)
+    delta = randn(n, hidden, seed=seed + 1) if with_delta else None
+    return delta, residual, 1 + randn(hidden, dtype=torch.float32, scale=0.1, seed=seed + 2)
+
+
+def check_norm(block, n, *, with_delta=True, misaligned=False):
+    delta, residual, w = norm_inputs(n, block.dims[0], with_delta=with_delta)
+    together = block.run_norm(delta, residual, w, misaligned=misaligned)
+    apart = block.run_norm_apart(delta, residual, w, misaligned=misaligned)
+    for a, b in zip(together, apart, strict=True):
+        assert same_bits(a, b)
+    want = residual.double() + (delta.double() if with_delta else 0)
+    assert error(together[0], want) < 1e-6
+    want = want / (want.square().mean(-1, keepdim=True) + EPS).sqrt() * w.double()
+    assert error(together[1], want) < TOLERANCE
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 100])
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_norm_moe_small_family(small_family, n, with_delta):
+    check_norm(small_family, n, with_delta=with_delta)
+
+
+@pytest.mark.parametrize("n", [1, 4, 9, 16, 17])
+def test_norm_moe_large_family(large_family, n):
+    check_norm(large_family, n)
+
+
+@pytest.mark.parametrize("dims", [*ODD, (4096, 16, 2, 8, 8), (4104, 16, 2, 8, 8)], ids=str)
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_norm_moe_odd_sizes(dims, misaligned):
+    block = Block(dims, misaligned=misaligned)
+    for n in (1, 2, 7, 8, 9, 16, 17):
+        check_norm(block, n, with_delta=n != 7, misaligned=misaligned)
+
+
+@pytest.mark.parametrize("dims", [SMALL_FAMILY, (264, 12, 3, 136, 72), (64, 128, 32, 16, 16)], ids=str)
+def test_norm_moe_of_a_token_does_not_see_the_batch(dims, small_family):
+    block = small_family if dims == SMALL_FAMILY else Block(dims)
+    delta, residual, w = norm_inputs(16, dims[0])
+    alone = [block.run_norm(delta[t : t + 1], residual[t : t + 1], w) for t in range(16)]
+    for n in (2, 5, 8, 9, 16):
+        found = block.run_norm(delta[:n], residual[:n], w)
+        for piece, rows in zip(found, zip(*alone, strict=True), strict=True):
+            assert same_bits(piece, torch.cat(rows[:n]))
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_norm_moe_layer_after_layer(small_family, n):
+    """Kernels of neighbouring layers overlap, and share a workspace: many in a graph, against one at a time."""
+    blocks = [small_family, Block(SMALL_FAMILY, seed=5)]
+    dims, hidden, layers = MoeDims(*SMALL_FAMILY), SMALL_FAMILY[0], 24
+    first, start, w = norm_inputs(n, hidden)
+    space = small_family.workspace(n)
+    residual, x = start.clone(), torch.empty_like(first)
+    deltas = [first, *(torch.empty_like(first) for _ in range(2))]
+
+    def step(layer):
+        delta = deltas[0] if layer == 0 else deltas[1 + (layer - 1) % 2]
+        weights, out = blocks[layer % 2].weights(), deltas[1 + layer % 2]
+        call("q35_norm_moe", n, dims, weights, delta, residual, w, EPS, x, space, out)
+
+    for layer in range(layers):
+        step(layer)
+        torch.cuda.synchronize()
+    last = deltas[1 + (layers - 1) % 2]
+    want = residual.clone(), last.clone()
+    assert want[1].isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            step(layer)
+    for _ in range(20):
+        residual.copy_(start)
+        last.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(residual, want[0]) and same_bits(last, want[1])
+
+
+def test_norm_moe_of_nothing(small_family):
+    dims, weights = MoeDims(*small_family.dims), small_family.weights()
+    call("q35_norm_moe", 0, dims, weights, None, None, None, EPS, None, None, None)

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(128) many_route(Plan p, const bf16 *shared_gat
 }
 
 // How the assignments of an expert become tiles: as few as have at most `most` rows, shared out evenly in multiples of
-// `step`.
+// `step`, of which `most` has up to 31.
 struct Heights {
     int most, step;
 };
@@ -40,36 +40,58 @@ __device__ __forceinline__ void count_chunk(const Plan &p, int chunk, int *count
     __syncthreads();
 }
 
-// Second: where each expert starts, and the tiles. `totals` [E] are of all chunks.
+// The rows of an expert's tiles, in steps.
+__device__ __forceinline__ int height_of(int total, Heights heights) {
+    const int tiles = ceil_div(total, heights.most);
+    return tiles == 0 ? 0 : ceil_div(ceil_div(total, tiles), heights.step);
+}
+
+// before[e] = the sum of value(i) over i < e where value(e) is not 0, by one warp; returns the sum of all.
+template <typename Value>
+__device__ __forceinline__ int sums_before(int count, Value value, int *before) {
+    const int lane = threadIdx.x % 32;
+    int sum = 0;
+    for (int first = 0; first < count; first += 32) {
+        const int e = first + lane, own = e < count ? value(e) : 0;
+        int upto = own;  // inclusive sums over the lanes
+#pragma unroll
+        for (int d = 1; d < 32; d <<= 1) {
+            const int a = __shfl_up_sync(ALL_LANES, upto, d);
+            if (lane >= d) upto += a;
+        }
+        if (own != 0) before[e] = sum + upto - own;
+        sum += __shfl_sync(ALL_LANES, upto, 31);
+    }
+    return sum;
+}
+
+// Second: where each expert starts, and the list of tiles: the highest first, so that blocks that take every so-many'th
+// have about the same to do; those of an expert together. `totals` [E] are of all chunks; a warp a height.
 __device__ __forceinline__ void place_experts(const Plan &p, Heights heights, const int *totals, int *starts,
                                               int *tile_starts) {
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x;
-        int start = 0, tile_start = 0;
-        for (int first = 0; first < p.num_experts; first += 32) {
-            const int e = first + lane, total = e < p.num_experts ? totals[e] : 0;
-            const int tiles = ceil_div(total, heights.most);
-            int before = total, tiles_before = tiles;  // inclusive sums over the lanes
-#pragma unroll
-            for (int d = 1; d < 32; d <<= 1) {
-                const int a = __shfl_up_sync(ALL_LANES, before, d), b = __shfl_up_sync(ALL_LANES, tiles_before, d);
-                if (lane >= d) before += a, tiles_before += b;
-            }
-            if (e < p.num_experts) {
-                starts[e] = start + before - total;
-                tile_starts[e] = tile_start + tiles_before - tiles;
-            }
-            start += __shfl_sync(ALL_LANES, before, 31);
-            tile_start += __shfl_sync(ALL_LANES, tiles_before, 31);
-        }
-        if (lane == 0) *p.num_tiles = tile_start;
+    __shared__ int of_height[32];  // tiles
+    const int warp = threadIdx.x / 32, highest = heights.most / heights.step;
+    auto tiles_of = [&](int e) { return ceil_div(totals[e], heights.most); };
+    if (warp == 0) {
+        sums_before(p.num_experts, [&](int e) { return totals[e]; }, starts);
+    } else if (warp <= highest) {
+        auto tiles = [&](int e) { return height_of(totals[e], heights) == warp ? tiles_of(e) : 0; };
+        const int sum = sums_before(p.num_experts, tiles, tile_starts);
+        if (threadIdx.x % 32 == 0) of_height[warp] = sum;
     }
     __syncthreads();
     for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
-        const int total = totals[e], tiles = ceil_div(total, heights.most);
-        const int rows = tiles == 0 ? 0 : ceil_div(ceil_div(total, tiles), heights.step) * heights.step;
-        for (int i = 0; i < tiles; i++)
-            p.tiles[tile_starts[e] + i] = tile_entry(e, min(rows, total - i * rows), starts[e] + i * rows);
+        const int total = totals[e], tiles = tiles_of(e), height = height_of(total, heights);
+        const int rows = height * heights.step;
+        if (tiles == 0) continue;
+        int2 *to = p.tiles + tile_starts[e];
+        for (int h = height + 1; h <= highest; h++) to += of_height[h];
+        for (int i = 0; i < tiles; i++) to[i] = tile_entry(e, min(rows, total - i * rows), starts[e] + i * rows);
+    }
+    if (threadIdx.x == 0) {
+        int sum = 0;
+        for (int h = 1; h <= highest; h++) sum += of_height[h];
+        *p.num_tiles = sum;
     }
 }
 
@@ -144,14 +166,15 @@ __global__ void __launch_bounds__(1024) many_offsets(Plan p, Heights heights) {
     }
     __syncthreads();
     place_experts(p, heights, totals, starts, starts + p.num_experts);
-    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) p.offsets[e] = starts[e];
+    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x)
+        if (totals[e] != 0) p.offsets[e] = starts[e];
 }
 
 __global__ void __launch_bounds__(32) many_scatter(Plan p) {
     extern __shared__ int next[];  // [E]
     wait_for_inputs();
     let_next_start();
-    for (int e = threadIdx.x; e < p.num_experts; e += 32)
+    for (int e = threadIdx.x; e < p.num_experts; e += 32)  // what is never used may be anything
         next[e] = p.offsets[e] + p.counts[int64_t(blockIdx.x) * p.num_experts + e];
     scatter_chunk(p, blockIdx.x, next);
 }

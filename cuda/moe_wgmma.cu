@@ -11,6 +11,7 @@ enum Mode { LOGITS, GATE_UP, DOWN };
 constexpr int FEATURES = 128;  // rows of the weights: 64 for each of two warpgroups
 constexpr int TILE_K = 64;
 constexpr int STAGES = 4;      // each filled by a warp of its own
+constexpr int AHEAD = 4;       // steps from the copy of weights to what is asked of L2 meanwhile
 constexpr int LOGITS_ROWS = 64;
 constexpr int THREADS = 384;   // a warpgroup that copies and two that multiply
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 that a thread starts with
@@ -87,6 +88,14 @@ __device__ __forceinline__ void load_rows(const Plan &p, const Item &item, int l
     }
 }
 
+// The boxes of a tile of weights, each from a row of theirs: for GATE_UP 8 rows of gate, then the 8 of up for the same
+// features, for each warp that multiplies.
+template <int MODE, typename Copy>
+__device__ __forceinline__ void each_box(Copy copy) {
+#pragma unroll
+    for (int i = 0; i < (MODE == GATE_UP ? FEATURES / 16 : 1); i++) copy(i, 8 * i);
+}
+
 // Fills stage `warp` with every fourth step of the tiles of this block: the weights by tensor copies of one lane, the
 // rows of the tokens, which lie anywhere, 16 bytes a lane.
 template <int MODE>
@@ -126,14 +135,18 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const CUte
             const int k0 = step * TILE_K;
             if (lane == 0) {
                 barrier_arrive_expecting(full, WEIGHT_BYTES);
-                if (MODE == GATE_UP) {
-                    // 8 rows of gate, then the 8 of up for the same features, for each warp that multiplies.
-#pragma unroll
-                    for (int i = 0; i < FEATURES / 16; i++)
-                        tensor_copy(stage + i * 2048, map, k0, item.feature + 8 * i, 0, item.expert, full);
-                } else {
-                    tensor_copy(stage, map, k0, item.feature, 0, item.expert, full);
-                }
+                each_box<MODE>([&](int i, int row) {
+                    tensor_copy(stage + i * 2048, map, k0, item.feature + row, 0, item.expert, full);
+                });
+                // The weights come from memory, once: L2 asks for them when their stage is not yet free.
+                const bool same = step + AHEAD < steps;
+                const int later = same ? step + AHEAD : step + AHEAD - steps;
+                const int first = same ? item.feature : next.feature, expert = same ? item.expert : next.expert;
+                const CUtensorMap *of = (same ? item.dense : next.dense) ? dense_weights : weights;
+                if (same || (index + stride < total && later < steps_of<MODE>(p, a, next)))
+                    each_box<MODE>([&](int, int row) {
+                        tensor_prefetch(of, later * TILE_K, first + row, 0, expert);
+                    });
             }
             __syncwarp();
             const bool there = k0 + c * 8 < k;

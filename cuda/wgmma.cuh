@@ -59,6 +59,13 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map,
                  : "memory");
 }
 
+// Has L2 fetch the same box.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap *map, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+                 "r"(c2), "r"(c3)
+                 : "memory");
+}
+
 // Stores 8x8 matrices that lie over a warp as in `mma`'s c, columns of them as rows of 16 bytes: lane 8 i + j has the
 // address of column j of matrix i.
 __device__ __forceinline__ void store_transposed(uint32_t column, uint32_t m0, uint32_t m1) {

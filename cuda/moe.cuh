@@ -194,3 +194,11 @@ bool has_wgmma(const Plan &p, const q35_moe_weights &w, const bf16 *x, const bf1
 int launch_wgmma_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x);
 // From the sorted list to `out`: both projections and the weighted sum.
 int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+
+// silu(gate) * up with the quick exponential and reciprocal: some units in the last place of an f32.
+__device__ __forceinline__ float quick_swiglu(float gate, float up) {
+    float e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(gate * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + e));
+    return gate * r * up;
+}

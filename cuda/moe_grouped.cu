@@ -121,8 +121,9 @@ __device__ __forceinline__ void scatter_chunk(const Plan &p, int chunk, int *nex
     }
 }
 
-// The three in one block, where there is one chunk.
-__global__ void __launch_bounds__(1024) many_sort(Plan p, Heights heights) {
+// The three in one block, where there is one chunk: a warp for each height, and one more.
+constexpr int SORT_THREADS = 32 * (1 + WGMMA_ROWS / WGMMA_STEP);
+__global__ void __launch_bounds__(SORT_THREADS) many_sort(Plan p, Heights heights) {
     extern __shared__ int totals[];  // [E], then [E] starts, then [E] starts of tiles
     int *starts = totals + p.num_experts;
     wait_for_inputs();
@@ -410,7 +411,7 @@ int launch_sort(cudaStream_t stream, const Plan &p, Heights heights) {
     auto kernel = p.num_chunks == 1 ? many_sort : many_offsets;
     int code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 3 * bytes);
     if (code != cudaSuccess) return code;
-    if (p.num_chunks == 1) return launch(kernel, dim3(1), dim3(1024), 3 * bytes, stream, p, heights);
+    if (p.num_chunks == 1) return launch(kernel, dim3(1), dim3(SORT_THREADS), 3 * bytes, stream, p, heights);
     code = launch(many_count, dim3(p.num_chunks), dim3(256), bytes, stream, p);
     if (code != cudaSuccess) return code;
     code = launch(kernel, dim3(1), dim3(1024), 3 * bytes, stream, p, heights);

@@ -6,12 +6,17 @@
 
 namespace {
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HERE = true;
+#else
+constexpr bool HERE = false;  // for another architecture the kernel is empty
+#endif
+
 enum Mode { LOGITS, GATE_UP, DOWN };
 
 constexpr int FEATURES = 128;  // rows of the weights: 64 for each of two warpgroups
 constexpr int TILE_K = 64;
 constexpr int STAGES = 4;      // each filled by a warp of its own
-constexpr int AHEAD = 4;       // steps from the copy of weights to what is asked of L2 meanwhile
 constexpr int LOGITS_ROWS = 64;
 constexpr int THREADS = 384;   // a warpgroup that copies and two that multiply
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 that a thread starts with
@@ -139,6 +144,7 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const CUte
                     tensor_copy(stage + i * 2048, map, k0, item.feature + row, 0, item.expert, full);
                 });
                 // The weights come from memory, once: L2 asks for them when their stage is not yet free.
+                constexpr int AHEAD = STAGES;
                 const bool same = step + AHEAD < steps;
                 const int later = same ? step + AHEAD : step + AHEAD - steps;
                 const int first = same ? item.feature : next.feature, expert = same ? item.expert : next.expert;
@@ -171,21 +177,6 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const CUte
     }
 }
 
-__device__ __forceinline__ void sync_group(int group) {
-    if (group == 0)
-        group_barrier<1>();
-    else
-        group_barrier<2>();
-}
-
-// silu(gate) * up with the quick exponential and reciprocal: some units in the last place of an f32.
-__device__ __forceinline__ float quick_swiglu(float gate, float up) {
-    float e, r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(gate * -1.44269504f));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + e));
-    return gate * r * up;
-}
-
 // Stores what a warpgroup has of a tile: features `feature` .. of COLS tokens. `group` is the warpgroup, t its thread.
 template <int MODE, int COLS>
 __device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const Item &item, const float (&d)[COLS / 2],
@@ -201,7 +192,7 @@ __device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const I
         }
     } else if constexpr (MODE == GATE_UP) {
         // 32 features a token: 64 bytes, of which a warp has 16. Two tokens are a row of all banks.
-        sync_group(group);
+        group_barrier(group);
         const int column = lane % 16;
         const uint32_t to = staging + column * 64 + ((warp ^ (column / 2 & 3)) << 4);
 #pragma unroll
@@ -214,7 +205,7 @@ __device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const I
             }
             store_transposed(to + j * 512, m[0], m[1]);
         }
-        sync_group(group);
+        group_barrier(group);
         const int c = t % 4, col = item.feature + group * 32 + c * 8;
         const uint32_t from = staging + t / 4 * 64 + ((c ^ (t / 8 & 3)) << 4);
         const int width = item.dense ? p.shared_width : p.width;
@@ -231,7 +222,7 @@ __device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const I
         const int *places = reinterpret_cast<const int *>(__cvta_shared_to_generic(rows_at));
 #pragma unroll
         for (int half = 0; half < COLS; half += 128) {
-            sync_group(group);
+            group_barrier(group);
             if (half == 0) {
                 int *place = const_cast<int *>(places);
                 place[t] = sorted[0], place[t + 128] = sorted[1];
@@ -244,7 +235,7 @@ __device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const I
                 store_transposed(to + (j - half / 8) * 1024, pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]),
                                  pack2(v[6], v[7]));
             }
-            sync_group(group);
+            group_barrier(group);
             const int c = t % 8, col = item.feature + group * 64 + c * 8;
             const uint32_t from = staging + t / 8 * 128 + ((c ^ (t / 8 & 7)) << 4);
 #pragma unroll
@@ -304,53 +295,53 @@ template <int MODE>
 __global__ void __launch_bounds__(THREADS, 1)
     wgmma_kernel(Plan p, Args a, const __grid_constant__ CUtensorMap weights,
                  const __grid_constant__ CUtensorMap dense_weights) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    extern __shared__ __align__(1024) uint8_t smem[];
-    const uint32_t shared = shared_address(smem);
-    // The same for a whole warp, and known to be.
-    const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(shared + FULL + i * 8, 2);    // for the tensor copies, and for the others
-            barrier_init(shared + EMPTY + i * 8, 8);  // the warps that multiply
-        }
-        barrier_init_fence();
-        prefetch_map(&weights);
-        prefetch_map(&dense_weights);
-    }
-    __syncthreads();
-    wait_for_inputs();
-    let_next_start();
-    const int total = (a.dense_tiles + (a.routed ? *p.num_tiles : 0)) * a.feature_tiles;
-
-    if (warp < 4) {
-        give_registers<PRODUCER_REGISTERS>();
-        produce<MODE>(p, a, &weights, &dense_weights, shared, total, warp, lane);
-    } else {
-        take_registers<CONSUMER_REGISTERS>();
-        const int group = warp / 4 - 1, t = threadIdx.x % 128;
-        bf16 *y = reinterpret_cast<bf16 *>(p.y);
-        const int stride = gridDim.x;
-        int2 entry = entry_at(p, a, blockIdx.x, total);
-        uint32_t done = 0;
-        for (int index = blockIdx.x; index < total; index += stride) {
-            const Item item = item_at<MODE>(p, a, index, entry);
-            entry = entry_at(p, a, index + stride, total);
-            int places[2] = {};
-            if (MODE == DOWN) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int row = t + 128 * i;
-                    if (row < item.rows)
-                        places[i] = item.dense ? p.n * p.top_k + item.first + row : p.sorted[item.first + row];
-                }
+    if constexpr (HERE) {
+        extern __shared__ __align__(1024) uint8_t smem[];
+        const uint32_t shared = shared_address(smem);
+        // The same for a whole warp, and known to be.
+        const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < STAGES; i++) {
+                barrier_init(shared + FULL + i * 8, 2);   // for the tensor copies, and for the others
+                barrier_init(shared + EMPTY + i * 8, 8);  // the warps that multiply
             }
-            const int steps = steps_of<MODE>(p, a, item);
-            if (steps > 0) consume_any<MODE>(p, a, item, shared, done, places, group, t, y);
-            done += steps;
+            barrier_init_fence();
+            prefetch_map(&weights);
+            prefetch_map(&dense_weights);
+        }
+        __syncthreads();
+        wait_for_inputs();
+        let_next_start();
+        const int total = (a.dense_tiles + (a.routed ? *p.num_tiles : 0)) * a.feature_tiles;
+
+        if (warp < 4) {
+            give_registers<PRODUCER_REGISTERS>();
+            produce<MODE>(p, a, &weights, &dense_weights, shared, total, warp, lane);
+        } else {
+            take_registers<CONSUMER_REGISTERS>();
+            const int group = warp / 4 - 1, t = threadIdx.x % 128;
+            bf16 *y = reinterpret_cast<bf16 *>(p.y);
+            const int stride = gridDim.x;
+            int2 entry = entry_at(p, a, blockIdx.x, total);
+            uint32_t done = 0;
+            for (int index = blockIdx.x; index < total; index += stride) {
+                const Item item = item_at<MODE>(p, a, index, entry);
+                entry = entry_at(p, a, index + stride, total);
+                int places[2] = {};
+                if (MODE == DOWN) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const int row = t + 128 * i;
+                        if (row < item.rows)
+                            places[i] = item.dense ? p.n * p.top_k + item.first + row : p.sorted[item.first + row];
+                    }
+                }
+                const int steps = steps_of<MODE>(p, a, item);
+                if (steps > 0) consume_any<MODE>(p, a, item, shared, done, places, group, t, y);
+                done += steps;
+            }
         }
     }
-#endif
 }
 
 // out[:, col0 .. col0 + cols] = the weighted sums of y in bf16, the experts in the order of their weights, then the

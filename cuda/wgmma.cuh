@@ -32,10 +32,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         "r"(parity)
         : "memory");
 }
-// A barrier of the 128 threads of a warpgroup; 0 is the whole block's.
-template <int NAME>
-__device__ __forceinline__ void group_barrier() {
-    asm volatile("bar.sync %0, 128;" ::"n"(NAME) : "memory");
+// A barrier of the 128 threads of warpgroup 0 or 1 of a block's two.
+__device__ __forceinline__ void group_barrier(int group) {
+    if (group == 0)
+        asm volatile("bar.sync 1, 128;" ::: "memory");
+    else
+        asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
 // --------------------------------------------------------------------------------------------------------- copies

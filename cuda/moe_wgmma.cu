@@ -210,22 +210,23 @@ __device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const I
         const uint32_t from = staging + t / 4 * 64 + ((c ^ (t / 8 & 3)) << 4);
         const int width = item.dense ? p.shared_width : p.width;
         bf16 *out = (item.dense ? p.shared_act : p.act) + int64_t(item.first) * width + col;
+        uint4 v[ceil_div(COLS, 32)];
+#pragma unroll
+        for (int i = 0; i < ceil_div(COLS, 32); i++) v[i] = load_shared16(from + i * 2048);
 #pragma unroll
         for (int i = 0; i < ceil_div(COLS, 32); i++) {
             const int row = t / 4 + 32 * i;
-            if (row < item.rows && col < end)
-                *reinterpret_cast<uint4 *>(out + int64_t(row) * width) = load_shared16(from + i * 2048);
+            store_global16(out + int64_t(row) * width, v[i], row < item.rows && col < end);
         }
     } else {
         // 64 features a token: 128 bytes, of which a warp has 32; 128 tokens at a time.
-        const uint32_t rows_at = shared + ROWS + group * ROWS_BYTES;
-        const int *places = reinterpret_cast<const int *>(__cvta_shared_to_generic(rows_at));
+        const uint32_t places = shared + ROWS + group * ROWS_BYTES;
 #pragma unroll
         for (int half = 0; half < COLS; half += 128) {
             group_barrier(group);
             if (half == 0) {
-                int *place = const_cast<int *>(places);
-                place[t] = sorted[0], place[t + 128] = sorted[1];
+#pragma unroll
+                for (int i = 0; i < 2; i++) store_shared4(places + (t + 128 * i) * 4, sorted[i]);
             }
             const int column = lane / 16 * 8 + lane % 8, part = 2 * warp + (lane / 8 & 1);
             const uint32_t to = staging + column * 128 + ((part ^ (lane & 7)) << 4);
@@ -238,12 +239,20 @@ __device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const I
             group_barrier(group);
             const int c = t % 8, col = item.feature + group * 64 + c * 8;
             const uint32_t from = staging + t / 8 * 128 + ((c ^ (t / 8 & 7)) << 4);
+            constexpr int MOST = COLS < 128 ? COLS / 16 : 8;
+            uint4 v[MOST];
+            int place[MOST];
 #pragma unroll
-            for (int i = 0; i < (COLS - half < 128 ? COLS - half : 128) / 16; i++) {
-                const int row = half + t / 8 + 16 * i;
-                if (row < item.rows && col < end)
-                    *reinterpret_cast<uint4 *>(y + int64_t(places[row]) * a.cols + (col - a.col0)) =
-                        load_shared16(from + i * 2048);
+            for (int i = 0; i < MOST; i++) {
+                if (half + 16 * i >= COLS) continue;
+                v[i] = load_shared16(from + i * 2048);
+                place[i] = load_shared4(places + (half + t / 8 + 16 * i) * 4);
+            }
+#pragma unroll
+            for (int i = 0; i < MOST; i++) {
+                if (half + 16 * i >= COLS) continue;
+                const bool there = half + t / 8 + 16 * i < item.rows && col < end;
+                store_global16(y + int64_t(place[i]) * a.cols + (col - a.col0), v[i], there);
             }
         }
     }
@@ -356,47 +365,36 @@ __global__ void __launch_bounds__(256) wgmma_sum(Plan p, int col0, int cols, bf1
     const float *weights = p.weights + int64_t(token) * p.top_k;
     const bf16 *y = reinterpret_cast<const bf16 *>(p.y) + int64_t(token) * p.top_k * cols + col;
     float sum[8] = {};
-    auto add = [&](float weight, const bf16 *from) {
+    auto load16 = [](const bf16 *from) { return *reinterpret_cast<const uint4 *>(from); };
+    auto add = [&](float weight, uint4 packed) {
         float v[8];
-        load8(from, v);
+        unpack8(packed, v);
 #pragma unroll
         for (int i = 0; i < 8; i++) sum[i] = fmaf(weight, v[i], sum[i]);
     };
-#pragma unroll 8
-    for (int r = 0; r < p.top_k; r++) add(weights[r], y + int64_t(r) * cols);
-    if (p.has_shared)
-        add(precise_sigmoid(p.gate[token]),
-            reinterpret_cast<const bf16 *>(p.y) + (int64_t(p.n) * p.top_k + token) * cols + col);
+    uint4 of_shared = {};
+    float gate = 0.f;
+    if (p.has_shared) {
+        gate = p.gate[token];
+        of_shared = load16(reinterpret_cast<const bf16 *>(p.y) + (int64_t(p.n) * p.top_k + token) * cols + col);
+    }
+    for (int first = 0; first < p.top_k; first += 4) {
+        uint4 v[4];  // loaded together
+        float weight[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int r = min(first + i, p.top_k - 1);
+            weight[i] = weights[r], v[i] = load16(y + int64_t(r) * cols);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (first + i < p.top_k) add(weight[i], v[i]);
+    }
+    if (p.has_shared) add(precise_sigmoid(gate), of_shared);
     store8(out + int64_t(token) * p.hidden + col0 + col, sum);
 }
 
 // ------------------------------------------------------------------------------------------------------- launchers
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver, which is not linked.
-Encode encoder() {
-    static const Encode found = [] {
-        void *function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                                  cudaEnableDefault, &result);
-        return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
-                                                                            : nullptr;
-    }();
-    return found;
-}
-
-// Weights [experts, parts, rows, k], and the box that a copy takes of them: 64 of k by so many rows of so many parts.
-bool encode(CUtensorMap *map, const bf16 *weights, int experts, int parts, int rows, int k, int box_rows) {
-    const cuuint64_t row_bytes = cuuint64_t(k) * 2;
-    const cuuint64_t dims[4] = {cuuint64_t(k), cuuint64_t(rows), cuuint64_t(parts), cuuint64_t(experts)};
-    const cuuint64_t strides[3] = {row_bytes, row_bytes * rows, row_bytes * rows * parts};
-    const cuuint32_t box[4] = {TILE_K, cuuint32_t(box_rows), cuuint32_t(parts), 1}, every[4] = {1, 1, 1, 1};
-    return encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16 *>(weights), dims, strides, box, every,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 struct Device {
     bool asked, serves;
@@ -416,7 +414,7 @@ Device this_device() {
             cudaFuncGetAttributes(&attributes, wgmma_kernel<GATE_UP>) != cudaSuccess)
             return {};
         // Where the build has no code for sm_90a the kernel is empty, which shows in its registers.
-        d.serves = major == 9 && minor == 0 && attributes.numRegs > 64 && encoder() != nullptr;
+        d.serves = major == 9 && minor == 0 && attributes.numRegs > 64 && map_encoder() != nullptr;
         d.asked = true;
     }
     return d;
@@ -451,7 +449,7 @@ int launch_wgmma_logits(cudaStream_t stream, const Plan &p, const q35_moe_weight
     a.feature_tiles = ceil_div(p.num_experts, FEATURES);
     a.dense_rows = LOGITS_ROWS, a.dense_tiles = ceil_div(p.n, LOGITS_ROWS);
     CUtensorMap router;
-    if (!encode(&router, as_bf16(w.router), 1, 1, p.num_experts, p.hidden, FEATURES)) return cudaErrorInvalidValue;
+    if (!encode_map(&router, as_bf16(w.router), 1, 1, p.num_experts, p.hidden, FEATURES)) return cudaErrorInvalidValue;
     return launch_wgmma<LOGITS>(stream, p, a, router, router);
 }
 
@@ -460,12 +458,12 @@ int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weigh
     a.routed = true;
     a.dense_rows = WGMMA_ROWS, a.dense_tiles = p.has_shared ? ceil_div(p.n, WGMMA_ROWS) : 0;
     CUtensorMap up, down, shared_up, shared_down;
-    bool encoded = encode(&up, as_bf16(w.gate_up), p.num_experts, 2, p.width, p.hidden, 8) &&
-                   encode(&down, as_bf16(w.down), p.num_experts, 1, p.hidden, p.width, FEATURES);
+    bool encoded = encode_map(&up, as_bf16(w.gate_up), p.num_experts, 2, p.width, p.hidden, 8) &&
+                   encode_map(&down, as_bf16(w.down), p.num_experts, 1, p.hidden, p.width, FEATURES);
     shared_up = up, shared_down = down;
     if (p.has_shared)
-        encoded = encoded && encode(&shared_up, as_bf16(w.shared_gate_up), 1, 2, p.shared_width, p.hidden, 8) &&
-                  encode(&shared_down, as_bf16(w.shared_down), 1, 1, p.hidden, p.shared_width, FEATURES);
+        encoded = encoded && encode_map(&shared_up, as_bf16(w.shared_gate_up), 1, 2, p.shared_width, p.hidden, 8) &&
+                  encode_map(&shared_down, as_bf16(w.shared_down), 1, 1, p.hidden, p.shared_width, FEATURES);
     if (!encoded) return cudaErrorInvalidValue;
 
     a.in = a.dense = x;

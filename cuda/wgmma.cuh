@@ -42,6 +42,31 @@ __device__ __forceinline__ void group_barrier(int group) {
 
 // --------------------------------------------------------------------------------------------------------- copies
 
+// cuTensorMapEncodeTiled, from the driver, which is not linked; null where there is none.
+inline decltype(&cuTensorMapEncodeTiled) map_encoder() {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode found = [] {
+        void *function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                                  cudaEnableDefault, &result);
+        return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
+                                                                            : nullptr;
+    }();
+    return found;
+}
+
+// Weights [experts, parts, rows, k], and the box that a copy takes of them: 64 of k by so many rows of every part.
+inline bool encode_map(CUtensorMap *map, const bf16 *weights, int experts, int parts, int rows, int k, int box_rows) {
+    const cuuint64_t row_bytes = cuuint64_t(k) * 2;
+    const cuuint64_t dims[4] = {cuuint64_t(k), cuuint64_t(rows), cuuint64_t(parts), cuuint64_t(experts)};
+    const cuuint64_t strides[3] = {row_bytes, row_bytes * rows, row_bytes * rows * parts};
+    const cuuint32_t box[4] = {64, cuuint32_t(box_rows), cuuint32_t(parts), 1}, every[4] = {1, 1, 1, 1};
+    return map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16 *>(weights), dims, strides, box,
+                         every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 // Waits for this thread's copy16, and lets products read what they and its stores have written to shared memory, once
 // the threads that issue those are told.
 __device__ __forceinline__ void copies_to_products() {
@@ -87,6 +112,21 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t at) {
                  : "r"(at)
                  : "memory");
     return v;
+}
+__device__ __forceinline__ int load_shared4(uint32_t at) {
+    int v;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared4(uint32_t at, int v) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+// 16 bytes to global memory, in one piece, if `there`.
+__device__ __forceinline__ void store_global16(void *to, uint4 v, bool there) {
+    asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %5, 0;\n"
+                 "@there st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(there))
+                 : "memory");
 }
 
 // ------------------------------------------------------------------------------------------------------- products

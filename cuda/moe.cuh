@@ -201,3 +201,31 @@ __device__ __forceinline__ int route_any(const float *row, int num_experts, int 
     if (num_experts <= 512) return route_row<16>(row, num_experts, rounds, want, weights, experts, lane);
     return route_row<0>(row, num_experts, rounds, want, weights, experts, lane);
 }
+
+// -------------------------------------------------------------------------------------- many tokens, and on Hopper
+
+// An entry of Plan::tiles: an expert, how many rows, and where in `sorted` they start.
+__device__ __forceinline__ int2 tile_entry(int expert, int rows, int first) {
+    return make_int2(expert | rows << 16, first);
+}
+__device__ __forceinline__ int tile_expert(int2 tile) { return tile.x & 0xffff; }
+__device__ __forceinline__ int tile_rows(int2 tile) { return tile.x >> 16; }
+__device__ __forceinline__ int tile_first(int2 tile) { return tile.y; }
+
+// moe_wgmma.cu: the products for cards of compute capability 9.0. Their tiles have up to so many rows; an expert's are
+// shared out evenly, in multiples of the step.
+constexpr int WGMMA_ROWS = 256;
+constexpr int WGMMA_STEP = 16;
+// Whether they serve this card, these sizes and addresses.
+bool has_wgmma(const Plan &p, const q35_moe_weights &w, const bf16 *x, const bf16 *out);
+int launch_wgmma_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x);
+// From the sorted list to `out`: both projections and the weighted sum.
+int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+
+// silu(gate) * up with the quick exponential and reciprocal: some units in the last place of an f32.
+__device__ __forceinline__ float quick_swiglu(float gate, float up) {
+    float e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(gate * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + e));
+    return gate * r * up;
+}

@@ -462,3 +462,81 @@ def test_norm_moe_layer_after_layer(small_family, n):
 def test_norm_moe_of_nothing(small_family):
     dims, weights = MoeDims(*small_family.dims), small_family.weights()
     call("q35_norm_moe", 0, dims, weights, None, None, None, EPS, None, None, None)
+
+
+# ------------------------------------------------------------------------------------------------- many tokens
+
+
+@pytest.mark.parametrize("dims", [(256, 8, 1, 128, 64), (264, 8, 1, 136, 0)], ids=str)
+def test_an_expert_of_any_number_of_tokens(dims):
+    """Tiles of every height and of two and three parts, and the same bits from each."""
+    block = Block(dims)
+    block.router.zero_()
+    x = block.tokens(800)
+    out = block.check(x)
+    for n in (
+        17,
+        31,
+        32,
+        33,
+        47,
+        64,
+        65,
+        96,
+        127,
+        128,
+        129,
+        160,
+        191,
+        208,
+        240,
+        255,
+        256,
+        257,
+        511,
+        513,
+        769,
+    ):
+        assert same_bits(block.check(x[:n]), out[:n])
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [(512, 24, 2, 192, 128), (328, 300, 4, 72, 104), (1032, 40, 3, 64, 0), (128, 8, 2, 320, 72)],
+    ids=str,
+)
+def test_experts_of_uneven_shares(dims):
+    block = Block(dims)
+    block.router *= torch.linspace(0.2, 3, dims[1], device="cuda")[:, None]
+    x = block.tokens(1200)
+    out = block.check(x)
+    for first, n in ((0, 17), (300, 128), (640, 129), (500, 400)):
+        assert same_bits(block.run(x[first : first + n]), out[first : first + n])
+
+
+def test_several_blocks_of_columns(small_family):
+    x = small_family.tokens(5200)
+    out = small_family.check(x)
+    assert same_bits(small_family.run(x[3000:3100]), out[3000:3100])
+    assert same_bits(small_family.run(x), out)
+
+
+def test_many_tokens_of_the_large_family(large_family):
+    x = large_family.tokens(2000)
+    out = large_family.check(x)
+    assert same_bits(large_family.run(x[1000:1050]), out[1000:1050])
+
+
+@pytest.mark.parametrize("n", [200, 1500])
+def test_many_tokens_in_a_graph(small_family, n):
+    x = small_family.tokens(n)
+    want = small_family.run(x)
+    space, out = small_family.workspace(n), torch.full_like(x, float("nan"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call("q35_moe", n, MoeDims(*small_family.dims), small_family.weights(), x, space, out)
+        call("q35_moe", n, MoeDims(*small_family.dims), small_family.weights(), x, space, out)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(out, want)

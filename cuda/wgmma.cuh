@@ -1,0 +1,233 @@
+// Hopper's own tensor-core products and what feeds them: barriers in shared memory, tensor copies, tiles of which the
+// copies and the products agree on the layout. For code compiled for sm_90a.
+//
+// A tile has rows of 64 bf16: 128 bytes. It starts at a multiple of 1024 bytes, row r at 128 r, and the 16 bytes c of a
+// row are at place c ^ (r % 8): what a tensor copy with a swizzle of 128 bytes writes.
+#pragma once
+#include <cuda.h>
+
+#include "mma.cuh"
+
+// ------------------------------------------------------------------------------------------------------- barriers
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes the barriers that this thread has set up known to the copies too.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and has the phase wait for so many bytes of tensor copies.
+__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Waits for the end of the phase of this parity: phases count from 0; the one before the first counts as ended.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\n"
+        "bra again;\nover:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+// A barrier of the 128 threads of warpgroup 0 or 1 of a block's two.
+__device__ __forceinline__ void group_barrier(int group) {
+    if (group == 0)
+        asm volatile("bar.sync 1, 128;" ::: "memory");
+    else
+        asm volatile("bar.sync 2, 128;" ::: "memory");
+}
+
+// --------------------------------------------------------------------------------------------------------- copies
+
+// cuTensorMapEncodeTiled, from the driver, which is not linked; null where there is none.
+inline decltype(&cuTensorMapEncodeTiled) map_encoder() {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode found = [] {
+        void *function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                                  cudaEnableDefault, &result);
+        return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
+                                                                            : nullptr;
+    }();
+    return found;
+}
+
+// Weights [experts, parts, rows, k], and the box that a copy takes of them: 64 of k by so many rows of every part.
+inline bool encode_map(CUtensorMap *map, const bf16 *weights, int experts, int parts, int rows, int k, int box_rows) {
+    const cuuint64_t row_bytes = cuuint64_t(k) * 2;
+    const cuuint64_t dims[4] = {cuuint64_t(k), cuuint64_t(rows), cuuint64_t(parts), cuuint64_t(experts)};
+    const cuuint64_t strides[3] = {row_bytes, row_bytes * rows, row_bytes * rows * parts};
+    const cuuint32_t box[4] = {64, cuuint32_t(box_rows), cuuint32_t(parts), 1}, every[4] = {1, 1, 1, 1};
+    return map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16 *>(weights), dims, strides, box,
+                         every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Waits for this thread's copy16, and lets products read what they and its stores have written to shared memory, once
+// the threads that issue those are told.
+__device__ __forceinline__ void copies_to_products() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// The box of a tensor of four dimensions that starts at (c0, c1, c2, c3), innermost first; zeros outside the tensor.
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2, int c3,
+                                            uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                 "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
+                 : "memory");
+}
+
+// Has L2 fetch the same box.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap *map, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1),
+                 "r"(c2), "r"(c3)
+                 : "memory");
+}
+
+// Stores 8x8 matrices that lie over a warp as in `mma`'s c, columns of them as rows of 16 bytes: lane 8 i + j has the
+// address of column j of matrix i.
+__device__ __forceinline__ void store_transposed(uint32_t column, uint32_t m0, uint32_t m1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(column), "r"(m0), "r"(m1)
+                 : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t column, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column), "r"(m0),
+                 "r"(m1), "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared16(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ int load_shared4(uint32_t at) {
+    int v;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared4(uint32_t at, int v) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+// 16 bytes to global memory, in one piece, if `there`.
+__device__ __forceinline__ void store_global16(void *to, uint4 v, bool there) {
+    asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %5, 0;\n"
+                 "@there st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(there))
+                 : "memory");
+}
+
+// ------------------------------------------------------------------------------------------------------- products
+
+// Registers of a thread, for all threads of the warpgroup that calls it.
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// A tile at `at` as an operand. Bits 0 to 13: the address; 16 to 29: not used with this swizzle, 1; 32 to 45: the 1024
+// bytes from 8 rows to the next 8, all in units of 16 bytes; 49 to 51: 0, the tile starts where the swizzle does;
+// 62 and 63: 1, the swizzle of 128 bytes. 2 more is 16 elements further along k.
+__device__ __forceinline__ uint64_t operand(uint32_t at) {
+    return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | (at & 0x3ffff) >> 4;
+}
+
+// Before the first product, and after the accumulators were touched otherwise.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most `N` of the latest groups of products are under way.
+template <int N>
+__device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// What follows sees the accumulators as the wait before has left them.
+template <int COUNT>
+__device__ __forceinline__ void products_end(float (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d [64, COLS] += a [64, 16] b [COLS, 16]^T, by a warpgroup. Warp w of it has rows 16 w ..; of those,
+// with g = lane / 4 and p = 8 j + 2 (lane % 4), d[4 j ..]: (g, p), (g, p + 1), (g + 8, p), (g + 8, p + 1).
+template <int COLS>
+__device__ __forceinline__ void wgmma(float (&d)[COLS / 2], uint64_t a, uint64_t b);
+
+// The 8 i accumulators of a thread: D_i names them in the text, A_i are the statement's operands.
+#define Q35_D1 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define Q35_D2 Q35_D1 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define Q35_D3 Q35_D2 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define Q35_D4 Q35_D3 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define Q35_D5 Q35_D4 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define Q35_D6 Q35_D5 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define Q35_D7 Q35_D6 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define Q35_D8 Q35_D7 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define Q35_D9 Q35_D8 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define Q35_D10 Q35_D9 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define Q35_D11 Q35_D10 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define Q35_D12 Q35_D11 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define Q35_D13 Q35_D12 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define Q35_D14 Q35_D13 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define Q35_D15 Q35_D14 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define Q35_D16 Q35_D15 ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define Q35_A(i)                                                                                                    \
+    "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]),                 \
+        "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
+#define Q35_A1 Q35_A(0)
+#define Q35_A2 Q35_A1, Q35_A(1)
+#define Q35_A3 Q35_A2, Q35_A(2)
+#define Q35_A4 Q35_A3, Q35_A(3)
+#define Q35_A5 Q35_A4, Q35_A(4)
+#define Q35_A6 Q35_A5, Q35_A(5)
+#define Q35_A7 Q35_A6, Q35_A(6)
+#define Q35_A8 Q35_A7, Q35_A(7)
+#define Q35_A9 Q35_A8, Q35_A(8)
+#define Q35_A10 Q35_A9, Q35_A(9)
+#define Q35_A11 Q35_A10, Q35_A(10)
+#define Q35_A12 Q35_A11, Q35_A(11)
+#define Q35_A13 Q35_A12, Q35_A(12)
+#define Q35_A14 Q35_A13, Q35_A(13)
+#define Q35_A15 Q35_A14, Q35_A(14)
+#define Q35_A16 Q35_A15, Q35_A(15)
+#define Q35_WGMMA(I, COLS, A, B)                                                                                 \
+    template <>                                                                                                     \
+    __device__ __forceinline__ void wgmma<COLS>(float (&d)[COLS / 2], uint64_t a, uint64_t b) {                     \
+        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                               \
+                     "wgmma.mma_async.sync.aligned.m64n" #COLS "k16.f32.bf16.bf16 {" Q35_D##I "}, %" #A ", %" #B    \
+                     ", add, 1, 1, 0, 0;\n}"                                                                       \
+                     : Q35_A##I                                                                                     \
+                     : "l"(a), "l"(b)                                                                               \
+                     : "memory");                                                                                   \
+    }
+Q35_WGMMA(1, 16, 8, 9)
+Q35_WGMMA(2, 32, 16, 17)
+Q35_WGMMA(3, 48, 24, 25)
+Q35_WGMMA(4, 64, 32, 33)
+Q35_WGMMA(5, 80, 40, 41)
+Q35_WGMMA(6, 96, 48, 49)
+Q35_WGMMA(7, 112, 56, 57)
+Q35_WGMMA(8, 128, 64, 65)
+Q35_WGMMA(9, 144, 72, 73)
+Q35_WGMMA(10, 160, 80, 81)
+Q35_WGMMA(11, 176, 88, 89)
+Q35_WGMMA(12, 192, 96, 97)
+Q35_WGMMA(13, 208, 104, 105)
+Q35_WGMMA(14, 224, 112, 113)
+Q35_WGMMA(15, 240, 120, 121)
+Q35_WGMMA(16, 256, 128, 129)
+#undef Q35_WGMMA

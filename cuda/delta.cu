@@ -1,5 +1,5 @@
-// The delta layers: causal convolution and the recurrent gated delta rule. The chunked form is in delta_chunk.cu, the two
-// and the gated norm in one kernel for decode in delta_decode.cu.
+// The delta layers: causal convolution and the recurrent gated delta rule. The chunked form is in delta_chunk.cu and
+// delta_walk.cu; the two and the gated norm in one kernel, for decode, in delta_decode.cu.
 #include "delta.cuh"
 
 namespace {
@@ -100,7 +100,8 @@ __global__ __launch_bounds__(CONV_THREADS) void causal_conv1d(ConvArgs args) {
     if constexpr (KERNEL > 0 && N == 8) {
         float w[KERNEL][N];
 #pragma unroll
-        for (int tap = 0; tap < KERNEL; tap++) load8(args.weight + static_cast<int64_t>(tap) * args.channels + c, w[tap]);
+        for (int tap = 0; tap < KERNEL; tap++)
+            load8(args.weight + static_cast<int64_t>(tap) * args.channels + c, w[tap]);
         wait_for_inputs();
         let_next_start();
         uint4 rows[KERNEL - 1 + CONV_RUN];
@@ -120,7 +121,8 @@ __global__ __launch_bounds__(CONV_THREADS) void causal_conv1d(ConvArgs args) {
             if (!ready)
 #pragma unroll
                 for (int i = 0; i < KERNEL - 1; i++)
-                    rows[i] = *reinterpret_cast<const uint4 *>(row - static_cast<int64_t>(KERNEL - 1 - i) * args.stride);
+                    rows[i] =
+                        *reinterpret_cast<const uint4 *>(row - static_cast<int64_t>(KERNEL - 1 - i) * args.stride);
 #pragma unroll
             for (int i = 0; i < CONV_RUN; i++)
                 rows[KERNEL - 1 + i] = *reinterpret_cast<const uint4 *>(row + static_cast<int64_t>(i) * args.stride);
@@ -149,7 +151,7 @@ __global__ __launch_bounds__(CONV_THREADS) void causal_conv1d(ConvArgs args) {
     }
 }
 
-// The gated delta rule (Yang et al. 2024, arXiv:2412.06464), token by token. A block has 32 columns of one head's state,
+// The gated delta rule (Yang et al. 2024, arXiv:2412.06464), token by token. A block has 32 columns of a head's state,
 // in registers from the first token to the last: thread (warp, lane) has columns 4 (lane % 8) .. + 3 of rows
 // 16 i + 4 warp + lane / 8. One pass over it a token: q^T S_new = exp(g) q^T S + (q . k) d. Own code.
 template <int K>

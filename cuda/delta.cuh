@@ -73,8 +73,8 @@ __device__ __forceinline__ float4 add_lanes(float4 a, int step) {
 // The recurrence in registers. Four warps have 32 columns of a head's state: thread (warp, lane) columns
 // 4 (lane % 8) .. + 3 of rows 16 r + 4 warp + lane / 8.
 
-// The factors that normalise q (with its scale) and k, whose elements lane EACH .. + EACH - 1 each lane has, and q . k of
-// the normalised.
+// The factors that normalise q (with its scale) and k, of which each lane has K / 32 neighbouring elements, and q . k
+// of the normalised.
 struct Norms {
     float q, k, qk;
 };

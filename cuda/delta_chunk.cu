@@ -7,52 +7,15 @@
 //   out  = diag(exp(G) rq) q S + P x
 //   S    = exp(G_C) S + k^T diag(exp(G_C - G) rk) x
 //
-// Every exponent is a difference with the later index first, so none is positive. Rows of q and k go to the tensor cores
+// Every exponent is a difference with the later index first, so none is positive. Rows of q and k go to tensor cores
 // as they are, bf16 without a rounding, and their norms into the f32 factors; f32 operands go there as two bf16 parts,
 // but for S in q S, which only the output sees (with P and x rounded once too, keys that resemble each other cost 1e-2
 // of the output).
 //
 // Source: Yang et al. 2024 (arXiv:2412.06464), the UT transform as in the flash-linear-attention project; own code.
-#include "delta.cuh"
-#include "mma.cuh"
+#include "delta_chunk.cuh"
 
 namespace {
-
-constexpr int C = Q35_CHUNK_LEN;
-constexpr int MAX_WALK_BLOCKS = 2048;
-
-// T and P as tiles of 16 x 16 on and below the diagonal: tile (row, column) is number row (row + 1) / 2 + column. In a
-// tile of P the eight columns of half h of row i are together at 128 h + 8 i, in one of T the eight rows of half h of
-// column j at 128 h + 8 j: as they come about, and as eight addresses of 16 bytes in a row for ldmatrix.
-constexpr int TILES = 10, TILE = 16 * 16;
-enum Part { T_HIGH, T_LOW, P_HIGH, P_LOW, NUM_PARTS };
-
-__host__ __device__ __forceinline__ constexpr int tile_number(int row, int column) {
-    return row * (row + 1) / 2 + column;
-}
-
-// Of a chunk of `len` tokens, with the rows it has.
-__host__ __device__ __forceinline__ constexpr int num_tiles(int len) { return tile_number(ceil_div(len, 16), 0); }
-
-// Where the tiles of a chunk lie that begins at token t of the batch: a chunk of more than SHORT_CHUNK tokens has at most
-// 10 tiles for 49 of them, and as many fit between its first token and the next chunk's.
-__host__ __device__ __forceinline__ constexpr int64_t tiles_before(int64_t t) { return ceil_div(10 * t, 49); }
-
-// The workspace. First which chunks there are, counted on the device, since the host may not read chunked_len.
-struct Plan {
-    int32_t *counts;  // chunks, sequences that have any
-    int32_t *seqs;    // [num_seqs]: a sequence that has chunks
-    int2 *chunks;     // [max_chunks]: sequence, index of the chunk in it
-    float4 *factors;  // [V, num_tokens]: exp(G) rq, exp(G) rk, exp(G_C - G) rk, exp(G_C)
-    bf16 *tiles;      // [V, tiles_before(num_tokens), NUM_PARTS, TILE], a chunk's by parts
-
-    __device__ __forceinline__ float4 *factors_of(int64_t num_tokens, int head, int64_t first) const {
-        return factors + head * num_tokens + first;
-    }
-    __device__ __forceinline__ bf16 *tiles_of(int64_t num_tokens, int head, int64_t first) const {
-        return tiles + (head * tiles_before(num_tokens) + tiles_before(first)) * (NUM_PARTS * TILE);
-    }
-};
 
 // A chunk that is not short has more than SHORT_CHUNK tokens; a sequence has at most one that is not full.
 int64_t max_chunks(int64_t tokens, int64_t seqs) {
@@ -67,7 +30,7 @@ int64_t plan_floats(int64_t tokens, int64_t seqs) {
 int64_t factor_floats(int64_t tokens, q35_delta_dims dims) { return ceil_div(4 * dims.num_v_heads * tokens, 32) * 32; }
 
 // One warp. The list of chunks is in the order of the sequences.
-__global__ void delta_plan(q35_batch batch, Plan plan) {
+__global__ void delta_plan(q35_batch batch, ChunkPlan plan) {
     const int lane = threadIdx.x;
     wait_for_inputs();
     let_next_start();
@@ -94,67 +57,25 @@ __global__ void delta_plan(q35_batch batch, Plan plan) {
     if (lane == 0) plan.counts[0] = num_chunks, plan.counts[1] = num_seqs;
 }
 
-// Two neighbouring accumulator tiles [16, 8] as one A operand [16, 16], in two bf16 parts.
-__device__ __forceinline__ void split(const float (*c)[4], uint32_t high[4], uint32_t low[4]) {
+// Eight elements in two bf16 parts.
+__device__ __forceinline__ void store_parts(bf16 *high, bf16 *low, const float x[8]) {
+    uint32_t h[4], l[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float *x = &c[i / 2][i % 2 * 2];
-        high[i] = pack2(x[0], x[1]);
-        const float2 h = unpack2(high[i]);
-        low[i] = pack2(x[0] - h.x, x[1] - h.y);
+        h[i] = pack2(x[2 * i], x[2 * i + 1]);
+        const float2 rounded = unpack2(h[i]);
+        l[i] = pack2(x[2 * i] - rounded.x, x[2 * i + 1] - rounded.y);
     }
-}
-
-// out [16, 64] += x [16, 64] m^T for a lower triangular m in two parts of tiles, x in A operands of two parts. Without
-// low by low, which is under f32's own rounding. `at`: a lane's place in a tile.
-template <bool TRANSPOSED>
-__device__ __forceinline__ void multiply_lower(float (*out)[4], const uint32_t (*high)[4], const uint32_t (*low)[4],
-                                               const bf16 (*m)[TILES][TILE], int at) {
-#pragma unroll
-    for (int jj = 0; jj < C / 16; jj++)
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-            uint32_t b[C / 16][4];
-#pragma unroll
-            for (int row = jj; row < C / 16; row++) {
-                const bf16 *tile = &m[part][tile_number(row, jj)][at];
-                if (TRANSPOSED)
-                    load_matrices_transposed(b[row], tile);
-                else
-                    load_matrices(b[row], tile);
-            }
-#pragma unroll
-            for (int with = 0; with < 2 - part; with++)
-#pragma unroll
-                for (int row = jj; row < C / 16; row++) {
-                    const uint32_t *a = with == 0 ? high[jj] : low[jj];
-                    mma(out[2 * row], a, b[row]);
-                    mma(out[2 * row + 1], a, b[row] + 2);
-                }
-        }
-}
-
-// WIDTH columns of 64 rows, those from `len` on zeros, by threads 0 .. THREADS - 1. The source of a zero is `from` itself:
-// an address that is valid.
-template <int WIDTH, int LD, int THREADS>
-__device__ __forceinline__ void copy_rows(int thread, bf16 *to, const bf16 *from, int64_t stride, int len) {
-    constexpr int ACROSS = WIDTH / 8, STEP = THREADS / ACROSS;
-    static_assert(THREADS % ACROSS == 0 && C % STEP == 0, "a thread stays in its column");
-    const int row = thread / ACROSS, column = thread % ACROSS * 8;
-    const bf16 *source = from + row * stride + column;
-    to += row * LD + column;
-#pragma unroll 4
-    for (int r = 0; r < C; r += STEP) {
-        const bool there = row + r < len;
-        copy16(to + r * LD, there ? source : from, there);
-        source += STEP * stride;
-    }
+    // By name: plain stores here were made into four of 4 bytes.
+    __stcg(reinterpret_cast<uint4 *>(high), make_uint4(h[0], h[1], h[2], h[3]));
+    __stcg(reinterpret_cast<uint4 *>(low), make_uint4(l[0], l[1], l[2], l[3]));
 }
 
 // What a warp of delta_prepare keeps of its head.
 struct HeadGates {
     float g_high[C], g_low[C];  // running sum of g in two parts: exact behind a token of total decay
     float beta[C];
+    float to_tile_end[C];  // exp(G_e - G_j) rk_j, where e is the last token of j's sixteen
 };
 
 template <int K, int WARPS>
@@ -167,15 +88,15 @@ struct PrepareShared {
             float qk[TILES][TILE], kk[TILES][TILE];  // q_i . k_j and k_i . k_j, tiles by rows
             float rq[C], rk[C];
             HeadGates gates[WARPS];
+            float system[WARPS][TILES][TILE];  // beta_i D_ij k_i . k_j below the diagonal, zeros on and above it
         } made;
     };
-    float system[WARPS][TILES][TILE];  // beta_i D_ij k_i . k_j below the diagonal, zeros on and above it
 };
 
 // T, P and the factors of a chunk for the value heads of one key head, with nothing of the state: the UT transform of
 // Yang et al. 2024, by an inverse in f32. The products of q and k are the block's, then each warp has a head. Own code.
 template <int K, int WARPS>
-__global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArgs args, Plan plan) {
+__global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArgs args, ChunkPlan plan) {
     constexpr int THREADS = 32 * WARPS, STRIPES = 4 / WARPS, PER_ROW = THREADS / C;
     extern __shared__ __align__(16) unsigned char raw[];
     PrepareShared<K, WARPS> &s = *reinterpret_cast<PrepareShared<K, WARPS> *>(raw);
@@ -257,7 +178,7 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
     __syncthreads();
 
     HeadGates &gates = s.made.gates[warp];
-    float(*system)[TILE] = s.system[warp];
+    float(*system)[TILE] = s.made.system[warp];
     const int tiles = num_tiles(len), stripes = ceil_div(len, 16);
     for (int member = warp; member < sharing; member += WARPS) {
         const int head = k_head * sharing + member;
@@ -282,6 +203,7 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
             if (lane == 0) before = 0.0;
             const double sums[2] = {before + g[0], sum};
             const double all = __shfl_sync(ALL_LANES, sum, 31);  // past the end g is 0: the chunk's
+            const double tile_end = __shfl_sync(ALL_LANES, sum, lane / 8 * 8 + 7);
             float4 *factors = plan.factors_of(args.batch.num_tokens, head, first);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -289,6 +211,7 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
                 const float high = static_cast<float>(sums[j]);
                 gates.g_high[i] = high;
                 gates.g_low[i] = static_cast<float>(sums[j] - high);
+                gates.to_tile_end[i] = expf(static_cast<float>(tile_end - sums[j])) * s.made.rk[i];
                 const float from_start = expf(high), to_end = expf(static_cast<float>(all - sums[j]));
                 if (i < len)
                     factors[i] = make_float4(s.made.rq[i] * from_start, s.made.rk[i] * from_start,
@@ -308,28 +231,39 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
 #pragma unroll
             for (int c = 0; c <= r; c++) {
                 const int tile = tile_number(r, c), j0 = 16 * c + 8 * half;
-                float pair[8], coupling[8], gj_high[8], gj_low[8], rk_j[8];
+                float pair[8], coupling[8];
                 load8(&s.made.qk[tile][16 * row + 8 * half], pair);
                 load8(&s.made.kk[tile][16 * row + 8 * half], coupling);
-                load8(&gates.g_high[j0], gj_high);
-                load8(&gates.g_low[j0], gj_low);
-                load8(&s.made.rk[j0], rk_j);
-                float rest[8];
+                if (c < r) {
+                    // exp(G_i - G_e) exp(G_e - G_j): neither exponent is positive.
+                    const int end = 16 * c + 15;
+                    const float decay = __expf((gi_high - gates.g_high[end]) + (gi_low - gates.g_low[end]));
+                    float column[8];
+                    load8(&gates.to_tile_end[j0], column);
 #pragma unroll
-                for (int e = 0; e < 8; e++) {
-                    const int j = j0 + e;
-                    // Above the diagonal the exponent would be positive: not taken at all.
-                    const float decay = j <= i ? __expf((gi_high - gj_high[e]) + (gi_low - gj_low[e])) : 0.0f;
-                    const float scale = decay * rk_j[e];
-                    pair[e] = j <= i ? pair[e] * rq_i * scale : 0.0f;
-                    coupling[e] = j < i ? coupling[e] * write * scale : 0.0f;
-                    rest[e] = pair[e] - __bfloat162float(__float2bfloat16(pair[e]));
+                    for (int e = 0; e < 8; e++) {
+                        pair[e] *= rq_i * decay * column[e];
+                        coupling[e] *= write * decay * column[e];
+                    }
+                } else {
+                    float gj_high[8], gj_low[8], rk_j[8];
+                    load8(&gates.g_high[j0], gj_high);
+                    load8(&gates.g_low[j0], gj_low);
+                    load8(&s.made.rk[j0], rk_j);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        const int j = j0 + e;
+                        // Above the diagonal the exponent would be positive: not taken.
+                        const float exponent = (gi_high - gj_high[e]) + (gi_low - gj_low[e]);
+                        const float scale = __expf(fminf(exponent, 0.0f)) * rk_j[e];
+                        pair[e] = j <= i ? pair[e] * rq_i * scale : 0.0f;
+                        coupling[e] = j < i ? coupling[e] * write * scale : 0.0f;
+                    }
                 }
                 store8(&system[tile][16 * row + 8 * half], coupling);
                 if (r < stripes) {
                     bf16 *p = out + (P_HIGH * tiles + tile) * TILE + 128 * half + 8 * row;
-                    store8(p, pair);
-                    store8(p + tiles * TILE, rest);
+                    store_parts(p, p + tiles * TILE, pair);
                 }
             }
         }
@@ -361,256 +295,19 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
                 if (c <= r && r < stripes)
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
-                        float t[8], rest[8];
+                        float t[8];
 #pragma unroll
-                        for (int e = 0; e < 8; e++) {
-                            const int i = 16 * r + 8 * h + e;
-                            t[e] = (second ? y[i - 32] : x[i]) * beta[second];
-                            rest[e] = t[e] - __bfloat162float(__float2bfloat16(t[e]));
-                        }
+                        for (int e = 0; e < 8; e++)
+                            t[e] = (second ? y[16 * r + 8 * h + e - 32] : x[16 * r + 8 * h + e]) * beta[second];
                         bf16 *to = out + tile_number(r, c) * TILE + 128 * h + 8 * (lane % 16);
-                        store8(to, t);
-                        store8(to + tiles * TILE, rest);
+                        store_parts(to, to + tiles * TILE, t);
                     }
             }
-    }
-}
-
-// V: columns of values of a block, 16 for two warps.
-template <int K, int V>
-struct WalkStage {
-    bf16 q[C][K + 8], k[C][K + 8];
-    bf16 v[C][V + 8];
-    bf16 tiles[NUM_PARTS][TILES][TILE];
-    float4 factors[C];
-};
-template <int K, int V, int STAGES>
-struct WalkShared {
-    WalkStage<K, V> stages[STAGES];
-    uint4 state[V / 16][K / 16][32];  // S of 16 columns as A operands, its high part
-    uint4 x[V / 16][C / 16][2][32];   // the same of x, two parts
-};
-
-__device__ __forceinline__ uint4 as_uint4(const uint32_t a[4]) { return make_uint4(a[0], a[1], a[2], a[3]); }
-
-// Walks the chunks of (sequence, head, V columns). Half of the warps have the recurrence: each keeps 16 columns of the
-// state, transposed, in the accumulators of its mma from the first chunk to the last, and each product's result is the
-// left operand of the next. The other half loads the next chunk and has the output of the same columns, of the operands
-// that its partner leaves in shared memory. Chunkwise form of Yang et al. 2024; own code.
-template <int K, int V, int STAGES>
-__global__ __launch_bounds__(4 * V) void delta_walk(DeltaArgs args, Plan plan) {
-    constexpr int LOADERS = 2 * V, N = C / 8;
-    extern __shared__ __align__(16) unsigned char raw[];
-    WalkShared<K, V, STAGES> &s = *reinterpret_cast<WalkShared<K, V, STAGES> *>(raw);
-    const q35_delta_dims d = args.dims;
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32 % (V / 16), loader = tid - LOADERS;
-    const bool recurrent = loader < 0;
-    // Places in a lane's ldmatrix: right operand with rows n (16 rows, 16 columns), its transposed form, tiles.
-    const int b_row = lane % 8 + lane / 16 * 8, b_column = lane / 8 % 2 * 8;
-    const int kt_row = lane % 16, kt_column = lane / 16 * 8;
-    const int t_at = 8 * lane, p_at = lane / 8 % 2 * 128 + lane / 16 * 64 + lane % 8 * 8;
-    wait_for_inputs();
-    let_next_start();
-    const int slices = d.v_dim / V;
-    const int64_t items = static_cast<int64_t>(plan.counts[1]) * d.num_v_heads * slices;
-
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const int slice = item % slices, head = item / slices % d.num_v_heads;
-        const int seq = plan.seqs[item / slices / d.num_v_heads];
-        const int tokens = tokens_in_chunks(args.batch.chunked_len[seq]), chunks = ceil_div(tokens, C);
-        const int k_head = head / (d.num_v_heads / d.num_k_heads);
-        const int64_t first = args.batch.query_start[seq];
-
-        const auto load = [&](int chunk) {
-            WalkStage<K, V> &stage = s.stages[chunk % STAGES];
-            const int64_t start = first + static_cast<int64_t>(chunk) * C;
-            const int len = min(tokens - chunk * C, C), tiles = num_tiles(len);
-            const bf16 *row = args.mixed + start * args.channels;
-            copy_rows<K, K + 8, LOADERS>(loader, &stage.k[0][0], row + (d.num_k_heads + k_head) * K, args.channels, len);
-            copy_rows<V, V + 8, LOADERS>(loader, &stage.v[0][0],
-                                         row + 2 * d.num_k_heads * K + head * d.v_dim + slice * V, args.channels, len);
-            copy_rows<K, K + 8, LOADERS>(loader, &stage.q[0][0], row + k_head * K, args.channels, len);
-            const float4 *factors = plan.factors_of(args.batch.num_tokens, head, start);
-            for (int i = loader; i < C; i += LOADERS)
-                copy16(&stage.factors[i], factors + (i < len ? i : 0), i < len);
-            const bf16 *from = plan.tiles_of(args.batch.num_tokens, head, start);
-            constexpr int PIECES = TILES * TILE / 8;
-#pragma unroll
-            for (int part = 0; part < NUM_PARTS; part++)
-                for (int i = loader; i < PIECES; i += LOADERS) {
-                    const bool there = i < tiles * (TILE / 8);
-                    copy16(&stage.tiles[part][0][8 * i], from + (there ? part * tiles * TILE + 8 * i : 0), there);
-                }
-            copy_commit();
-        };
-
-        __syncthreads();  // the last item's shared memory is read
-        if (!recurrent && STAGES > 1) load(0);
-
-        // Accumulator tile n, thread (g = lane / 4, t = lane % 4): rows (value columns) g and g + 8 of state columns
-        // (key elements) 8 n + 2 t, + 1.
-        float *state = args.states +
-                       (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * K * d.v_dim +
-                       slice * V + warp * 16 + lane / 4;
-        float st[K / 8][4];
-        const auto publish_state = [&] {
-#pragma unroll
-            for (int kk = 0; kk < K / 16; kk++) {
-                const float(*c)[4] = &st[2 * kk];
-                s.state[warp][kk][lane] = make_uint4(pack2(c[0][0], c[0][1]), pack2(c[0][2], c[0][3]),
-                                                     pack2(c[1][0], c[1][1]), pack2(c[1][2], c[1][3]));
-            }
-        };
-        if (recurrent) {
-#pragma unroll
-            for (int n = 0; n < K / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    st[n][e] = state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8];
-            publish_state();
-        }
-
-        for (int chunk = 0; chunk < chunks; chunk++) {
-            WalkStage<K, V> &stage = s.stages[chunk % STAGES];
-            if (STAGES == 1) {
-                __syncthreads();  // nobody reads the last chunk any more
-                if (!recurrent) load(chunk);
-            }
-            copy_wait<0>();
-            __syncthreads();  // this chunk and the state are there, and nobody reads the last chunk any more
-            if (recurrent) {
-                float x[N][4] = {};  // (k S)^T [16, 64]
-#pragma unroll
-                for (int kk = 0; kk < K / 16; kk++) {
-                    uint32_t high[4], low[4], b[N / 2][4];
-                    split(&st[2 * kk], high, low);
-#pragma unroll
-                    for (int n = 0; n < N / 2; n++)
-                        load_matrices(b[n], &stage.k[16 * n + b_row][16 * kk + b_column]);
-#pragma unroll
-                    for (int n = 0; n < N; n++) mma(x[n], high, b[n / 2] + n % 2 * 2);
-#pragma unroll
-                    for (int n = 0; n < N; n++) mma(x[n], low, b[n / 2] + n % 2 * 2);
-                }
-                // x = v - factor (k S).
-#pragma unroll
-                for (int n = 0; n < N; n += 2) {
-                    uint32_t v[4];
-                    load_matrices_transposed(v, &stage.v[8 * n + b_row][16 * warp + b_column]);
-#pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        const int i = 8 * (n + m) + lane % 4 * 2;
-                        const float f0 = stage.factors[i].y, f1 = stage.factors[i + 1].y;
-#pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            const float2 value = unpack2(v[2 * m + half]);
-                            float *e = &x[n + m][2 * half];
-                            e[0] = fmaf(-f0, e[0], value.x), e[1] = fmaf(-f1, e[1], value.y);
-                        }
-                    }
-                }
-                uint32_t high[C / 16][4], low[C / 16][4];
-#pragma unroll
-                for (int jj = 0; jj < C / 16; jj++) split(&x[2 * jj], high[jj], low[jj]);
-                float y[N][4] = {};  // the x of above
-                multiply_lower<true>(y, high, low, &stage.tiles[T_HIGH], t_at);
-#pragma unroll
-                for (int jj = 0; jj < C / 16; jj++) {
-                    split(&y[2 * jj], high[jj], low[jj]);
-                    s.x[warp][jj][0][lane] = as_uint4(high[jj]);
-                    s.x[warp][jj][1][lane] = as_uint4(low[jj]);
-                }
-                named_sync<64>(1 + warp);  // x is there, and the partner has read the state
-
-                // S^T = exp(G_C) S^T + (factor x)^T k.
-                const float decay = stage.factors[0].w;
-#pragma unroll
-                for (int n = 0; n < K / 8; n++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) st[n][e] *= decay;
-#pragma unroll
-                for (int jj = 0; jj < C / 16; jj++) {
-#pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        const int i = 16 * jj + 8 * m + lane % 4 * 2;
-                        const float f0 = stage.factors[i].z, f1 = stage.factors[i + 1].z;
-                        float *e = y[2 * jj + m];
-                        e[0] *= f0, e[1] *= f1, e[2] *= f0, e[3] *= f1;
-                    }
-                    split(&y[2 * jj], high[jj], low[jj]);
-#pragma unroll
-                    for (int n = 0; n < K / 8; n += 4) {
-                        uint32_t b[8];
-                        load_matrices_transposed(b, &stage.k[16 * jj + kt_row][8 * n + kt_column]);
-                        load_matrices_transposed(b + 4, &stage.k[16 * jj + kt_row][8 * n + 16 + kt_column]);
-#pragma unroll
-                        for (int m = 0; m < 4; m++) mma(st[n + m], high[jj], b + 2 * m);
-#pragma unroll
-                        for (int m = 0; m < 4; m++) mma(st[n + m], low[jj], b + 2 * m);
-                    }
-                }
-                publish_state();
-            } else {
-                if (STAGES > 1 && chunk + 1 < chunks) load(chunk + 1);
-                float o[N][4] = {};  // (q S)^T [16, 64]
-#pragma unroll
-                for (int kk = 0; kk < K / 16; kk++) {
-                    const uint4 a = s.state[warp][kk][lane];
-                    uint32_t b[N / 2][4];
-#pragma unroll
-                    for (int n = 0; n < N / 2; n++)
-                        load_matrices(b[n], &stage.q[16 * n + b_row][16 * kk + b_column]);
-#pragma unroll
-                    for (int n = 0; n < N; n++)
-                        mma(o[n], a.x, a.y, a.z, a.w, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-                }
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    const int i = 8 * n + lane % 4 * 2;
-                    const float f0 = stage.factors[i].x, f1 = stage.factors[i + 1].x;
-                    o[n][0] *= f0, o[n][1] *= f1, o[n][2] *= f0, o[n][3] *= f1;
-                }
-                named_sync<64>(1 + warp);
-                uint32_t high[C / 16][4], low[C / 16][4];
-#pragma unroll
-                for (int jj = 0; jj < C / 16; jj++) {
-                    const uint4 a = s.x[warp][jj][0][lane], b = s.x[warp][jj][1][lane];
-                    high[jj][0] = a.x, high[jj][1] = a.y, high[jj][2] = a.z, high[jj][3] = a.w;
-                    low[jj][0] = b.x, low[jj][1] = b.y, low[jj][2] = b.z, low[jj][3] = b.w;
-                }
-                multiply_lower<false>(o, high, low, &stage.tiles[P_HIGH], p_at);
-
-                // Out by way of these columns of v, which the partner has read, to have 16-byte stores.
-#pragma unroll
-                for (int n = 0; n < N; n++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        stage.v[8 * n + lane % 4 * 2 + e % 2][16 * warp + lane / 4 + e / 2 * 8] =
-                            __float2bfloat16(o[n][e]);
-                __syncwarp();
-                const int64_t out_stride = static_cast<int64_t>(d.num_v_heads) * d.v_dim;
-                const int start = chunk * C, column = lane % 2 * 8;
-                bf16 *out = args.out + (first + start) * out_stride + head * d.v_dim + slice * V + warp * 16 + column;
-#pragma unroll
-                for (int r = 0; r < C; r += 16) {
-                    const int row = r + lane / 2;
-                    if (start + row < tokens)
-                        *reinterpret_cast<uint4 *>(out + row * out_stride) =
-                            *reinterpret_cast<const uint4 *>(&stage.v[row][16 * warp + column]);
-                }
-            }
-        }
-        if (recurrent)
-#pragma unroll
-            for (int n = 0; n < K / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8] = st[n][e];
     }
 }
 
 template <int K, int WARPS>
-cudaError_t launch_prepare(cudaStream_t stream, const DeltaArgs &args, const Plan &plan) {
+cudaError_t launch_prepare(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan) {
     const int64_t chunks = max_chunks(args.batch.num_tokens, args.batch.num_seqs);
     const int shared = sizeof(PrepareShared<K, WARPS>);
     const cudaError_t error =
@@ -618,35 +315,6 @@ cudaError_t launch_prepare(cudaStream_t stream, const DeltaArgs &args, const Pla
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>(chunks * args.dims.num_k_heads);
     return launch(delta_prepare<K, WARPS>, blocks, 32 * WARPS, shared, stream, args, plan);
-}
-
-template <int K, int V, int STAGES>
-cudaError_t launch_walk(cudaStream_t stream, const DeltaArgs &args, const Plan &plan, int64_t most_seqs) {
-    const int64_t items = most_seqs * args.dims.num_v_heads * (args.dims.v_dim / V);
-    const int shared = sizeof(WalkShared<K, V, STAGES>);
-    const cudaError_t error =
-        cudaFuncSetAttribute(delta_walk<K, V, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // more shared memory than the card has: the caller has a smaller one
-        return error;
-    }
-    const unsigned blocks = static_cast<unsigned>(items < MAX_WALK_BLOCKS ? items : MAX_WALK_BLOCKS);
-    return launch(delta_walk<K, V, STAGES>, blocks, 4 * V, shared, stream, args, plan);
-}
-
-template <int K>
-cudaError_t launch_both(cudaStream_t stream, const DeltaArgs &args, const Plan &plan) {
-    const int64_t seqs = args.batch.num_seqs, heads = args.dims.num_v_heads;
-    cudaError_t error = heads / args.dims.num_k_heads > 2 ? launch_prepare<K, 4>(stream, args, plan)
-                                                          : launch_prepare<K, 2>(stream, args, plan);
-    if (error != cudaSuccess) return error;
-    // Wide slices load less, narrow ones fill the machine; a warp's bits are the same in both.
-    const int64_t by_tokens = args.batch.num_tokens / (SHORT_CHUNK + 1), most_seqs = seqs < by_tokens ? seqs : by_tokens;
-    error = cudaErrorInvalidValue;
-    if (args.dims.v_dim % 64 == 0 && most_seqs * heads * (args.dims.v_dim / 64) > 100)
-        error = launch_walk<K, 64, 2>(stream, args, plan, most_seqs);
-    if (error == cudaErrorInvalidValue) error = launch_walk<K, 32, 2>(stream, args, plan, most_seqs);
-    return error == cudaErrorInvalidValue ? launch_walk<K, 32, 1>(stream, args, plan, most_seqs) : error;
 }
 
 }  // namespace
@@ -662,13 +330,19 @@ cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, float *wor
     if (max_chunks(tokens, seqs) == 0) return cudaSuccess;
     float *base = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(workspace) + 127) / 128 * 128);
     int32_t *ints = reinterpret_cast<int32_t *>(base);
-    Plan plan;
+    ChunkPlan plan;
     plan.counts = ints;
     plan.chunks = reinterpret_cast<int2 *>(ints + 4);
     plan.seqs = ints + 4 + 2 * max_chunks(tokens, seqs);
     plan.factors = reinterpret_cast<float4 *>(base + plan_floats(tokens, seqs));
     plan.tiles = reinterpret_cast<bf16 *>(base + plan_floats(tokens, seqs) + factor_floats(tokens, args.dims));
-    const cudaError_t error = launch(delta_plan, 1, 32, 0, stream, args.batch, plan);
+    cudaError_t error = launch(delta_plan, 1, 32, 0, stream, args.batch, plan);
     if (error != cudaSuccess) return error;
-    return args.dims.k_dim == 64 ? launch_both<64>(stream, args, plan) : launch_both<128>(stream, args, plan);
+    const bool many = args.dims.num_v_heads / args.dims.num_k_heads > 2;
+    const auto prepare = args.dims.k_dim == 64 ? (many ? launch_prepare<64, 4> : launch_prepare<64, 2>)
+                                               : (many ? launch_prepare<128, 4> : launch_prepare<128, 2>);
+    error = prepare(stream, args, plan);
+    if (error != cudaSuccess) return error;
+    const int64_t by_tokens = tokens / (SHORT_CHUNK + 1);
+    return launch_walks(stream, args, plan, seqs < by_tokens ? seqs : by_tokens);
 }

@@ -58,7 +58,10 @@ __global__ void delta_plan(q35_batch batch, ChunkPlan plan) {
 }
 
 // Eight elements in two bf16 parts.
-__device__ __forceinline__ void store_parts(bf16 *high, bf16 *low, const float x[8]) {
+struct Parts {
+    uint4 high, low;
+};
+__device__ __forceinline__ Parts parts_of(const float x[8]) {
     uint32_t h[4], l[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -66,9 +69,19 @@ __device__ __forceinline__ void store_parts(bf16 *high, bf16 *low, const float x
         const float2 rounded = unpack2(h[i]);
         l[i] = pack2(x[2 * i] - rounded.x, x[2 * i + 1] - rounded.y);
     }
-    // By name: plain stores here were made into four of 4 bytes.
-    __stcg(reinterpret_cast<uint4 *>(high), make_uint4(h[0], h[1], h[2], h[3]));
-    __stcg(reinterpret_cast<uint4 *>(low), make_uint4(l[0], l[1], l[2], l[3]));
+    return {make_uint4(h[0], h[1], h[2], h[3]), make_uint4(l[0], l[1], l[2], l[3])};
+}
+
+// To shared memory.
+__device__ __forceinline__ void split8(bf16 *high, bf16 *low, const float x[8]) {
+    const Parts parts = parts_of(x);
+    *reinterpret_cast<uint4 *>(high) = parts.high, *reinterpret_cast<uint4 *>(low) = parts.low;
+}
+
+// To global memory; by name, since plain stores were made into four of 4 bytes.
+__device__ __forceinline__ void store_parts(bf16 *high, bf16 *low, const float x[8]) {
+    const Parts parts = parts_of(x);
+    __stcg(reinterpret_cast<uint4 *>(high), parts.high), __stcg(reinterpret_cast<uint4 *>(low), parts.low);
 }
 
 // What a warp of delta_prepare keeps of its head.
@@ -77,6 +90,26 @@ struct HeadGates {
     float beta[C];
     float to_tile_end[C];  // exp(G_e - G_j) rk_j, where e is the last token of j's sixteen
 };
+
+// A head's beta_i D_ij k_i . k_j below the diagonal: in two bf16 parts, as P, the tiles below the diagonal's; f32, zeros
+// on and above the diagonal, those on it. Their inverses take their place, in two parts, as T.
+struct System {
+    bf16 below[2][TILES - 4][TILE];
+    union {
+        float diagonal[4][TILE];
+        bf16 inverse[2][4][TILE];
+    };
+};
+
+// out [16, 16] += x m^T, both in two parts.
+__device__ __forceinline__ void multiply_parts(float (&out)[2][4], const uint32_t (&x)[2][4], const uint32_t (&m)[2][4]) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        mma(out[n], x[0], m[0] + 2 * n);
+        mma(out[n], x[1], m[0] + 2 * n);
+        mma(out[n], x[0], m[1] + 2 * n);
+    }
+}
 
 template <int K, int WARPS>
 struct PrepareShared {
@@ -88,7 +121,7 @@ struct PrepareShared {
             float qk[TILES][TILE], kk[TILES][TILE];  // q_i . k_j and k_i . k_j, tiles by rows
             float rq[C], rk[C];
             HeadGates gates[WARPS];
-            float system[WARPS][TILES][TILE];  // beta_i D_ij k_i . k_j below the diagonal, zeros on and above it
+            System systems[WARPS];
         } made;
     };
 };
@@ -178,7 +211,7 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
     __syncthreads();
 
     HeadGates &gates = s.made.gates[warp];
-    float(*system)[TILE] = s.made.system[warp];
+    System &system = s.made.systems[warp];
     const int tiles = num_tiles(len), stripes = ceil_div(len, 16);
     for (int member = warp; member < sharing; member += WARPS) {
         const int head = k_head * sharing + member;
@@ -260,7 +293,12 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
                         coupling[e] = j < i ? coupling[e] * write * scale : 0.0f;
                     }
                 }
-                store8(&system[tile][16 * row + 8 * half], coupling);
+                if (c < r) {
+                    const int below = tile_number(r - 1, c), at = 128 * half + 8 * row;
+                    split8(&system.below[0][below][at], &system.below[1][below][at], coupling);
+                } else {
+                    store8(&system.diagonal[r][16 * row + 8 * half], coupling);
+                }
                 if (r < stripes) {
                     bf16 *p = out + (P_HIGH * tiles + tile) * TILE + 128 * half + 8 * row;
                     store_parts(p, p + tiles * TILE, pair);
@@ -269,40 +307,85 @@ __global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArg
         }
         __syncwarp();
 
-        // Forward substitution: a lane has columns lane and lane + 32 of the inverse, the second from row 32 on, all of
-        // it in registers; four sums each to shorten the chains.
-        float x[C], y[C / 2];
+        // The inverse of a tile of the diagonal by forward substitution: a lane has a column of two tiles, all of it in
+        // registers.
+        {
+            const int first_tile = lane / 16, column = lane % 16;
+            float x[2][16];
 #pragma unroll
-        for (int i = 0; i < C; i++) {
-            float acc[4] = {lane == i ? -1.0f : 0.0f, 0.0f, 0.0f, 0.0f};
-            float acc2[4] = {lane + 32 == i ? -1.0f : 0.0f, 0.0f, 0.0f, 0.0f};
+            for (int i = 0; i < 16; i++)
 #pragma unroll
-            for (int j = 0; j < i; j++) {
-                // A tile's rows are 16-byte aligned: the compiler makes one load of four.
-                const float a = system[tile_number(i / 16, j / 16)][i % 16 * 16 + j % 16];
-                acc[j % 4] = fmaf(a, x[j], acc[j % 4]);
-                if (j >= 32) acc2[j % 4] = fmaf(a, y[j - 32], acc2[j % 4]);
+                for (int u = 0; u < 2; u++) {
+                    const float *a = &system.diagonal[first_tile + 2 * u][16 * i];
+                    float acc[4] = {column == i ? -1.0f : 0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+                    for (int j = 0; j < i; j++) acc[j % 4] = fmaf(a[j], x[u][j], acc[j % 4]);
+                    x[u][i] = -((acc[0] + acc[1]) + (acc[2] + acc[3]));
+                }
+            __syncwarp();
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                const int r = first_tile + 2 * u;
+                const float beta = gates.beta[16 * r + column];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const int at = 128 * h + 8 * column;
+                    float t[8];
+#pragma unroll
+                    for (int e = 0; e < 8; e++) t[e] = x[u][8 * h + e];
+                    split8(&system.inverse[0][r][at], &system.inverse[1][r][at], t);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) t[e] *= beta;
+                    bf16 *to = out + tile_number(r, r) * TILE + at;
+                    if (r < stripes) store_parts(to, to + tiles * TILE, t);
+                }
             }
-            x[i] = -((acc[0] + acc[1]) + (acc[2] + acc[3]));
-            if (i >= 32) y[i - 32] = -((acc2[0] + acc2[1]) + (acc2[2] + acc2[3]));
+            __syncwarp();
         }
-        const float beta[2] = {gates.beta[lane], gates.beta[lane + 32]};
+
+        // The tiles below, down each column c, transposed: X_rc = -(sum of X_kc A_rk^T over c <= k < r) X_rr.
+        const int t_at = 8 * lane, p_at = lane / 8 % 2 * 128 + lane / 16 * 64 + lane % 8 * 8;
 #pragma unroll
-        for (int second = 0; second < 2; second++)
+        for (int c = 0; c < 3; c++) {
+            uint32_t x[4][2][4];
 #pragma unroll
-            for (int r = 2 * second; r < C / 16; r++) {
-                const int c = 2 * second + lane / 16;
-                if (c <= r && r < stripes)
+            for (int part = 0; part < 2; part++) load_matrices(x[c][part], &system.inverse[part][c][t_at]);
+            const float beta[2] = {gates.beta[16 * c + lane / 4], gates.beta[16 * c + 8 + lane / 4]};
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        float t[8];
+            for (int r = c + 1; r < 4; r++) {
+                float sum[2][4] = {}, found[2][4] = {};
+                uint32_t m[2][4], sums[2][4];
 #pragma unroll
-                        for (int e = 0; e < 8; e++)
-                            t[e] = (second ? y[16 * r + 8 * h + e - 32] : x[16 * r + 8 * h + e]) * beta[second];
-                        bf16 *to = out + tile_number(r, c) * TILE + 128 * h + 8 * (lane % 16);
-                        store_parts(to, to + tiles * TILE, t);
+                for (int k = c; k < r; k++) {
+#pragma unroll
+                    for (int part = 0; part < 2; part++)
+                        load_matrices(m[part], &system.below[part][tile_number(r - 1, k)][p_at]);
+                    multiply_parts(sum, x[k], m);
+                }
+#pragma unroll
+                for (int part = 0; part < 2; part++)
+                    load_matrices_transposed(m[part], &system.inverse[part][r][t_at]);
+                split(sum, sums[0], sums[1]);
+                multiply_parts(found, sums, m);
+                bf16 *to = out + tile_number(r, c) * TILE + lane / 4 * 8 + lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        float *e = &found[n][2 * half];
+                        e[0] = -e[0], e[1] = -e[1];
+                        const float t0 = e[0] * beta[half], t1 = e[1] * beta[half];
+                        const uint32_t high = pack2(t0, t1);
+                        const float2 rounded = unpack2(high);
+                        uint32_t *place = reinterpret_cast<uint32_t *>(to + 128 * n + 64 * half);
+                        if (r < stripes) {
+                            place[0] = high;
+                            place[tiles * TILE / 2] = pack2(t0 - rounded.x, t1 - rounded.y);
+                        }
                     }
+                split(found, x[r][0], x[r][1]);
             }
+        }
     }
 }
 

@@ -38,6 +38,17 @@ struct ChunkPlan {
     }
 };
 
+// Two neighbouring accumulator tiles [16, 8] as one A operand [16, 16], in two bf16 parts.
+__device__ __forceinline__ void split(const float (*c)[4], uint32_t high[4], uint32_t low[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *x = &c[i / 2][i % 2 * 2];
+        high[i] = pack2(x[0], x[1]);
+        const float2 h = unpack2(high[i]);
+        low[i] = pack2(x[0] - h.x, x[1] - h.y);
+    }
+}
+
 // WIDTH columns of 64 rows, those from `len` on zeros, by threads 0 .. THREADS - 1. The source of a zero is `from`
 // itself: an address that is valid.
 template <int WIDTH, int LD, int THREADS>

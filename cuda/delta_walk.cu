@@ -5,17 +5,6 @@ namespace {
 
 constexpr int MAX_WALK_BLOCKS = 2048;
 
-// Two neighbouring accumulator tiles [16, 8] as one A operand [16, 16], in two bf16 parts.
-__device__ __forceinline__ void split(const float (*c)[4], uint32_t high[4], uint32_t low[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float *x = &c[i / 2][i % 2 * 2];
-        high[i] = pack2(x[0], x[1]);
-        const float2 h = unpack2(high[i]);
-        low[i] = pack2(x[0] - h.x, x[1] - h.y);
-    }
-}
-
 // out [16, 64] += x [16, 64] m^T for a lower triangular m in two parts of tiles, x in A operands of two parts. Without
 // low by low, which is under f32's own rounding. `at`: a lane's place in a tile.
 template <bool TRANSPOSED>

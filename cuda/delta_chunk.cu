@@ -129,7 +129,7 @@ struct PrepareShared {
 // T, P and the factors of a chunk for the value heads of one key head, with nothing of the state: the UT transform of
 // Yang et al. 2024, by an inverse in f32. The products of q and k are the block's, then each warp has a head. Own code.
 template <int K, int WARPS>
-__global__ __launch_bounds__(32 * WARPS, 12 / WARPS) void delta_prepare(DeltaArgs args, ChunkPlan plan) {
+__global__ __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 5) void delta_prepare(DeltaArgs args, ChunkPlan plan) {
     constexpr int THREADS = 32 * WARPS, STRIPES = 4 / WARPS, PER_ROW = THREADS / C;
     extern __shared__ __align__(16) unsigned char raw[];
     PrepareShared<K, WARPS> &s = *reinterpret_cast<PrepareShared<K, WARPS> *>(raw);

@@ -1,9 +1,11 @@
-// The delta layers: causal convolution and the recurrent gated delta rule. The chunked form is in delta_chunk.cu.
+// The delta layers: causal convolution and the recurrent gated delta rule. The chunked form is in delta_chunk.cu and
+// delta_walk.cu; the two and the gated norm in one kernel, for decode, in delta_decode.cu.
 #include "delta.cuh"
 
 namespace {
 
 constexpr int CONV_THREADS = 64;
+constexpr int CONV_RUN = 8;  // tokens whose inputs a thread loads at once
 constexpr int REC_THREADS = 128;
 constexpr int ANY_COLUMNS = 32, ANY_ROWS = 8;
 
@@ -78,77 +80,78 @@ __device__ __forceinline__ void conv_head(const ConvArgs &args, int seq, int c) 
 // Causal depthwise convolution (the short convolution of Mamba and of Qwen3.5's delta layers). A thread has N channels
 // and a tile of tokens of the flat batch, of any sequences. KERNEL 0: the width is not known at compile time. Own code.
 template <int N, int KERNEL>
-__global__ void causal_conv1d(ConvArgs args) {
+__global__ __launch_bounds__(CONV_THREADS) void causal_conv1d(ConvArgs args) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (c >= args.channels) return;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * args.tile;
     const int64_t end = min(begin + args.tile, static_cast<int64_t>(args.batch.num_tokens));
-    if constexpr (KERNEL > 0) {
-        float w[KERNEL][N], x[KERNEL][N];
-        bool ready = false;  // x[0 .. KERNEL - 2] are the inputs before t, and w is there
-        for (int64_t t = begin; t < end; t++) {
+    const int kernel = KERNEL > 0 ? KERNEL : args.kernel;
+    // Tokens from..to, each by its own loads.
+    const auto one_by_one = [&](int64_t from, int64_t to) {
+        for (int64_t t = from; t < to; t++) {
             const int seq = args.batch.seq_of[t];
             const int64_t i = t - args.batch.query_start[seq];
             if (i == 0) conv_head<N, KERNEL>(args, seq, c);
-            if (i < KERNEL - 1) {
+            if (i >= kernel - 1)
+                conv_output<N, KERNEL>(
+                    args, c, t, [&](int tap) { return args.projected + (t - (kernel - 1 - tap)) * args.stride + c; });
+        }
+    };
+    if constexpr (KERNEL > 0 && N == 8) {
+        float w[KERNEL][N];
+#pragma unroll
+        for (int tap = 0; tap < KERNEL; tap++)
+            load8(args.weight + static_cast<int64_t>(tap) * args.channels + c, w[tap]);
+        wait_for_inputs();
+        let_next_start();
+        uint4 rows[KERNEL - 1 + CONV_RUN];
+        bool ready = false;  // rows[0 .. KERNEL - 2] are the inputs before t
+        for (int64_t t = begin; t < end; t += CONV_RUN) {
+            const int64_t last = t + CONV_RUN - 1;
+            const int seq = args.batch.seq_of[t];
+            // Tokens of one sequence, none of which needs its tail; a tail is left by the thread of the first token.
+            const bool plain = last < end && args.batch.seq_of[last] == seq &&
+                               t - args.batch.query_start[seq] >= KERNEL - 1;
+            if (!plain) {
                 ready = false;
+                one_by_one(t, min(last + 1, end));
                 continue;
             }
             const bf16 *row = args.projected + t * args.stride + c;
-            if (!ready) {
+            if (!ready)
+#pragma unroll
+                for (int i = 0; i < KERNEL - 1; i++)
+                    rows[i] =
+                        *reinterpret_cast<const uint4 *>(row - static_cast<int64_t>(KERNEL - 1 - i) * args.stride);
+#pragma unroll
+            for (int i = 0; i < CONV_RUN; i++)
+                rows[KERNEL - 1 + i] = *reinterpret_cast<const uint4 *>(row + static_cast<int64_t>(i) * args.stride);
+#pragma unroll
+            for (int i = 0; i < CONV_RUN; i++) {
+                float acc[N] = {};
 #pragma unroll
                 for (int tap = 0; tap < KERNEL; tap++) {
-                    conv_load<N>(args.weight + static_cast<int64_t>(tap) * args.channels + c, w[tap]);
-                    if (tap < KERNEL - 1)
-                        conv_load<N>(row - static_cast<int64_t>(KERNEL - 1 - tap) * args.stride, x[tap]);
+                    float x[N];
+                    unpack8(rows[i + tap], x);
+#pragma unroll
+                    for (int j = 0; j < N; j++) acc[j] = fmaf(w[tap][j], x[j], acc[j]);
                 }
-                ready = true;
+#pragma unroll
+                for (int j = 0; j < N; j++) acc[j] = silu(acc[j]);
+                store8(args.out + (t + i) * args.channels + c, acc);
             }
-            conv_load<N>(row, x[KERNEL - 1]);
-            float acc[N] = {};
 #pragma unroll
-            for (int tap = 0; tap < KERNEL; tap++)
-#pragma unroll
-                for (int j = 0; j < N; j++) acc[j] = fmaf(w[tap][j], x[tap][j], acc[j]);
-#pragma unroll
-            for (int j = 0; j < N; j++) acc[j] = silu(acc[j]);
-            conv_store<N>(args.out + t * args.channels + c, acc);
-#pragma unroll
-            for (int tap = 0; tap < KERNEL - 1; tap++)
-#pragma unroll
-                for (int j = 0; j < N; j++) x[tap][j] = x[tap + 1][j];
+            for (int i = 0; i < KERNEL - 1; i++) rows[i] = rows[CONV_RUN + i];
+            ready = true;
         }
     } else {
-        for (int64_t t = begin; t < end; t++) {
-            const int seq = args.batch.seq_of[t];
-            const int64_t i = t - args.batch.query_start[seq];
-            if (i == 0) conv_head<N, KERNEL>(args, seq, c);
-            if (i >= args.kernel - 1)
-                conv_output<N, KERNEL>(args, c, t, [&](int tap) {
-                    return args.projected + (t - (args.kernel - 1 - tap)) * args.stride + c;
-                });
-        }
+        wait_for_inputs();
+        let_next_start();
+        one_by_one(begin, end);
     }
 }
 
-__device__ __forceinline__ float4 operator*(float s, float4 a) {
-    return make_float4(s * a.x, s * a.y, s * a.z, s * a.w);
-}
-
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
-    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
-__device__ __forceinline__ float4 axpy(float s, float4 a, float4 b) {
-    return make_float4(fmaf(s, a.x, b.x), fmaf(s, a.y, b.y), fmaf(s, a.z, b.z), fmaf(s, a.w, b.w));
-}
-
-__device__ __forceinline__ float4 add_lanes(float4 a, int step) {
-    return a + make_float4(__shfl_xor_sync(ALL_LANES, a.x, step), __shfl_xor_sync(ALL_LANES, a.y, step),
-                           __shfl_xor_sync(ALL_LANES, a.z, step), __shfl_xor_sync(ALL_LANES, a.w, step));
-}
-
-// The gated delta rule (Yang et al. 2024, arXiv:2412.06464), token by token. A block has 32 columns of one head's state,
+// The gated delta rule (Yang et al. 2024, arXiv:2412.06464), token by token. A block has 32 columns of a head's state,
 // in registers from the first token to the last: thread (warp, lane) has columns 4 (lane % 8) .. + 3 of rows
 // 16 i + 4 warp + lane / 8. One pass over it a token: q^T S_new = exp(g) q^T S + (q . k) d. Own code.
 template <int K>
@@ -160,6 +163,8 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
     const int slices = d.v_dim / 32;
     const int slice = blockIdx.x % slices, head = blockIdx.x / slices % d.num_v_heads;
     const int seq = blockIdx.x / slices / d.num_v_heads;
+    wait_for_inputs();
+    let_next_start();
     const int len = args.batch.query_len[seq], done = tokens_in_chunks(args.batch.chunked_len[seq]);
     if (done >= len) return;
 
@@ -173,7 +178,6 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
         s[i] = *reinterpret_cast<const float4 *>(state + (16 * i + row) * d.v_dim);
 
     const int k_head = head / (d.num_v_heads / d.num_k_heads);
-    const float q_scale = rsqrtf(static_cast<float>(K));
     const int64_t first = args.batch.query_start[seq];
     for (int i = done; i < len; i++) {
         const int64_t t = first + i;
@@ -189,44 +193,26 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
         const uint2 v_raw = *reinterpret_cast<const uint2 *>(mixed + 2 * d.num_k_heads * K + head * d.v_dim + column);
         const bf16 *ba = args.projected + t * args.stride + args.ba_start;
         const float decay = expf(log_decay(args, ba, head)), beta = write_strength(ba, head);
-        float qq = 0.0f, kk = 0.0f;
-#pragma unroll
-        for (int j = 0; j < EACH; j++) qq = fmaf(q[j], q[j], qq), kk = fmaf(k[j], k[j], kk);
-        const float q_norm = q_scale / sqrtf(lane_sum(qq) + L2_EPS), k_norm = 1.0f / sqrtf(lane_sum(kk) + L2_EPS);
-        float qk = 0.0f;
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            q[j] *= q_norm, k[j] *= k_norm;
-            qk = fmaf(q[j], k[j], qk);
-        }
-        qk = lane_sum(qk);
+        const Norms norms = key_norms<K>(q, k);
         __syncwarp();  // the last token's keys are read
 #pragma unroll
-        for (int j = 0; j < EACH; j++) keys[warp][lane * EACH + j] = make_float2(k[j], q[j]);
+        for (int j = 0; j < EACH; j++) keys[warp][lane * EACH + j] = make_float2(k[j] * norms.k, q[j] * norms.q);
         __syncwarp();
 
-        float4 ks = make_float4(0.0f, 0.0f, 0.0f, 0.0f), qs = ks;
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float2 key = keys[warp][16 * r + row];
-            s[r] = decay * s[r];
-            ks = axpy(key.x, s[r], ks);
-            qs = axpy(key.y, s[r], qs);
-        }
-        ks = add_lanes(add_lanes(ks, 8), 16);
-        qs = add_lanes(add_lanes(qs, 8), 16);
+        const auto key = [&](int r) { return keys[warp][16 * r + row]; };
+        float4 ks, qs;
+        read_state(s, decay, key, ks, qs);
         // Two buffers: a warp comes back to one only behind the next token's barrier, when all have read it.
         float4(*part)[2][8] = sums[i & 1];
         if (lane < 8) part[warp][0][group] = ks, part[warp][1][group] = qs;
         __syncthreads();
-        ks = (part[0][0][group] + part[1][0][group]) + (part[2][0][group] + part[3][0][group]);
-        qs = (part[0][1][group] + part[1][1][group]) + (part[2][1][group] + part[3][1][group]);
+        ks = over_warps(part, 0, group), qs = over_warps(part, 1, group);
         const float2 v01 = unpack2(v_raw.x), v23 = unpack2(v_raw.y);
-        const float4 delta = beta * axpy(-1.0f, ks, make_float4(v01.x, v01.y, v23.x, v23.y));
+        const float4 delta = correction(beta, ks, make_float4(v01.x, v01.y, v23.x, v23.y));
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) s[r] = axpy(keys[warp][16 * r + row].x, delta, s[r]);
+        for (int r = 0; r < ROWS; r++) s[r] = axpy(key(r).x, delta, s[r]);
         if (threadIdx.x < 8) {
-            const float4 o = axpy(qk, delta, qs);
+            const float4 o = axpy(norms.qk, delta, qs);
             *reinterpret_cast<uint2 *>(args.out + (t * d.num_v_heads + head) * d.v_dim + column) =
                 make_uint2(pack2(o.x, o.y), pack2(o.z, o.w));
         }
@@ -244,6 +230,8 @@ __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(Del
     const q35_delta_dims d = args.dims;
     const int slice = blockIdx.x % slices, head = blockIdx.x / slices % d.num_v_heads;
     const int seq = blockIdx.x / slices / d.num_v_heads;
+    wait_for_inputs();
+    let_next_start();
     const int len = args.batch.query_len[seq];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = ANY_COLUMNS * slice + lane;
     const bool inside = column < d.v_dim;
@@ -301,20 +289,16 @@ __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(Del
     }
 }
 
-int64_t conv_channels(q35_delta_dims d) {
-    return 2 * static_cast<int64_t>(d.num_k_heads) * d.k_dim + static_cast<int64_t>(d.num_v_heads) * d.v_dim;
-}
-
 }  // namespace
 
 extern "C" int q35_causal_conv1d(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight,
                                  const q35_bf16 *projected, int stride, q35_bf16 *tails, q35_bf16 *out) {
-    const int channels = static_cast<int>(conv_channels(dims));
+    const int channels = conv_channels(dims);
     if (batch.num_tokens <= 0 || channels <= 0) return 0;
     const bool vec = channels % 8 == 0 && stride % 8 == 0 && aligned(weight, 16) && aligned(projected, 16) &&
                      aligned(tails, 16) && aligned(out, 16);
-    // Few tokens: a token a block, to have enough blocks. Many: longer runs, which load each input about once.
-    const int tile = batch.num_tokens <= 128 ? 1 : batch.num_tokens <= 1024 ? 4 : 16;
+    // Few tokens: a token a block, to have enough blocks. Many: runs, which load each input and weight about once.
+    const int tile = batch.num_tokens <= 128 ? 1 : batch.num_tokens <= 1024 ? CONV_RUN : 2 * CONV_RUN;
     const ConvArgs args = {batch,    weight,           as_bf16(projected), stride,
                            channels, dims.conv_kernel, tile,               as_bf16(tails), as_bf16(out)};
     const dim3 grid(static_cast<unsigned>(ceil_div(batch.num_tokens, tile)),
@@ -322,8 +306,7 @@ extern "C" int q35_causal_conv1d(void *stream, q35_batch batch, q35_delta_dims d
     const auto kernel = !vec                    ? causal_conv1d<1, 0>
                         : dims.conv_kernel == 4 ? causal_conv1d<8, 4>
                                                 : causal_conv1d<8, 0>;
-    kernel<<<grid, CONV_THREADS, 0, as_stream(stream)>>>(args);
-    return cudaGetLastError();
+    return launch(kernel, grid, CONV_THREADS, 0, as_stream(stream), args);
 }
 
 extern "C" int64_t q35_delta_workspace(int max_tokens, int max_seqs, q35_delta_dims dims) {
@@ -335,7 +318,7 @@ extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dim
                                     int ba_start, float *states, float *workspace, q35_bf16 *out) {
     if (batch.num_tokens <= 0 || batch.num_seqs <= 0 || dims.num_v_heads <= 0 || dims.v_dim <= 0) return 0;
     const DeltaArgs args = {batch,  dims,     a_log,  dt_bias,      as_bf16(mixed), as_bf16(projected),
-                            stride, ba_start, states, as_bf16(out), static_cast<int>(conv_channels(dims))};
+                            stride, ba_start, states, as_bf16(out), conv_channels(dims)};
     const cudaStream_t s = as_stream(stream);
     const int64_t heads = static_cast<int64_t>(batch.num_seqs) * dims.num_v_heads;
     if (fast_dims(dims) && aligned(mixed, 16) && aligned(states, 16) && aligned(out, 16)) {
@@ -344,8 +327,7 @@ extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dim
             if (error != cudaSuccess) return error;
         }
         const unsigned blocks = static_cast<unsigned>(heads * (dims.v_dim / 32));
-        (dims.k_dim == 64 ? delta_recurrent<64> : delta_recurrent<128>)<<<blocks, REC_THREADS, 0, s>>>(args);
-        return cudaGetLastError();
+        return launch(dims.k_dim == 64 ? delta_recurrent<64> : delta_recurrent<128>, blocks, REC_THREADS, 0, s, args);
     }
     const int slices = static_cast<int>(ceil_div(dims.v_dim, ANY_COLUMNS));
     const size_t shared = 2 * sizeof(float) * dims.k_dim;
@@ -354,6 +336,6 @@ extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dim
             delta_recurrent_any, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) return error;
     }
-    delta_recurrent_any<<<static_cast<unsigned>(heads * slices), ANY_COLUMNS * ANY_ROWS, shared, s>>>(args, slices);
-    return cudaGetLastError();
+    const unsigned blocks = static_cast<unsigned>(heads * slices);
+    return launch(delta_recurrent_any, blocks, ANY_COLUMNS * ANY_ROWS, shared, s, args, slices);
 }

@@ -1,4 +1,6 @@
-// What the two halves of the gated delta rule share: recurrent (delta.cu) and chunked (delta_chunk.cu).
+// What the files of the delta layers share: convolution and recurrence (delta.cu), both and the norm in one kernel for
+// decode (delta_decode.cu), the chunked form (delta_chunk.cu). One step of the recurrence is here, so that it has the
+// same bits everywhere.
 #pragma once
 #include "device.cuh"
 
@@ -23,16 +25,96 @@ __host__ __device__ __forceinline__ int tokens_in_chunks(int chunked_len) {
     return rest <= SHORT_CHUNK ? chunked_len - rest : chunked_len;
 }
 
-// Log decay and write strength of a token: `ba` is its column ba_start.
-__device__ __forceinline__ float log_decay(const DeltaArgs &args, const bf16 *ba, int head) {
-    const float a = __bfloat162float(ba[args.dims.num_v_heads + head]) + args.dt_bias[head];
+// Barriers of `THREADS` threads by number, 1 and up: who arrives does not wait.
+template <int THREADS>
+__device__ __forceinline__ void named_arrive(int number) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(THREADS) : "memory");
+}
+template <int THREADS>
+__device__ __forceinline__ void named_sync(int number) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory");
+}
+
+// Log decay and write strength of a token, of its columns of a and b.
+__device__ __forceinline__ float log_decay(float a_log, float dt_bias, float column) {
+    const float a = column + dt_bias;
     // Above 20, log(1 + e^a) is a to f32 rounding: the reference's own threshold.
-    return -expf(args.a_log[head]) * (a > 20.0f ? a : log1pf(expf(a)));
+    return -expf(a_log) * (a > 20.0f ? a : log1pf(expf(a)));
+}
+
+__device__ __forceinline__ float write_strength(float column) { return precise_sigmoid(column); }
+
+// The same, where `ba` is the token's column ba_start.
+__device__ __forceinline__ float log_decay(const DeltaArgs &args, const bf16 *ba, int head) {
+    return log_decay(args.a_log[head], args.dt_bias[head], __bfloat162float(ba[args.dims.num_v_heads + head]));
 }
 
 __device__ __forceinline__ float write_strength(const bf16 *ba, int head) {
-    return precise_sigmoid(__bfloat162float(ba[head]));
+    return write_strength(__bfloat162float(ba[head]));
 }
+
+__device__ __forceinline__ float4 operator*(float s, float4 a) {
+    return make_float4(s * a.x, s * a.y, s * a.z, s * a.w);
+}
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ __forceinline__ float4 axpy(float s, float4 a, float4 b) {
+    return make_float4(fmaf(s, a.x, b.x), fmaf(s, a.y, b.y), fmaf(s, a.z, b.z), fmaf(s, a.w, b.w));
+}
+
+__device__ __forceinline__ float4 add_lanes(float4 a, int step) {
+    return a + make_float4(__shfl_xor_sync(ALL_LANES, a.x, step), __shfl_xor_sync(ALL_LANES, a.y, step),
+                           __shfl_xor_sync(ALL_LANES, a.z, step), __shfl_xor_sync(ALL_LANES, a.w, step));
+}
+
+// The recurrence in registers. Four warps have 32 columns of a head's state: thread (warp, lane) columns
+// 4 (lane % 8) .. + 3 of rows 16 r + 4 warp + lane / 8.
+
+// The factors that normalise q (with its scale) and k, of which each lane has K / 32 neighbouring elements, and q . k
+// of the normalised.
+struct Norms {
+    float q, k, qk;
+};
+template <int K>
+__device__ __forceinline__ Norms key_norms(const float (&q)[K / 32], const float (&k)[K / 32]) {
+    float qq = 0.0f, kk = 0.0f, qk = 0.0f;
+#pragma unroll
+    for (int j = 0; j < K / 32; j++) qq = fmaf(q[j], q[j], qq), kk = fmaf(k[j], k[j], kk);
+    const float q_scale = rsqrtf(static_cast<float>(K));
+    const float q_norm = q_scale / sqrtf(lane_sum(qq) + L2_EPS), k_norm = 1.0f / sqrtf(lane_sum(kk) + L2_EPS);
+#pragma unroll
+    for (int j = 0; j < K / 32; j++) qk = fmaf(q[j] * q_norm, k[j] * k_norm, qk);
+    return {q_norm, k_norm, lane_sum(qk)};
+}
+
+// Decays a thread's rows and adds up k^T S and q^T S over those of its warp; key(r) is (k, q) of its row r.
+template <int ROWS, typename Key>
+__device__ __forceinline__ void read_state(float4 (&s)[ROWS], float decay, Key key, float4 &ks, float4 &qs) {
+    ks = qs = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float2 x = key(r);
+        s[r] = decay * s[r];
+        ks = axpy(x.x, s[r], ks);
+        qs = axpy(x.y, s[r], qs);
+    }
+    ks = add_lanes(add_lanes(ks, 8), 16);
+    qs = add_lanes(add_lanes(qs, 8), 16);
+}
+
+// A sum over the four warps: parts[warp][0] of k^T S, [1] of q^T S.
+__device__ __forceinline__ float4 over_warps(const float4 (*parts)[2][8], int which, int group) {
+    return (parts[0][which][group] + parts[1][which][group]) + (parts[2][which][group] + parts[3][which][group]);
+}
+
+// d of four columns.
+__device__ __forceinline__ float4 correction(float beta, float4 ks, float4 v) { return beta * axpy(-1.0f, ks, v); }
+
+// C of launch.h.
+static inline int conv_channels(q35_delta_dims d) { return 2 * d.num_k_heads * d.k_dim + d.num_v_heads * d.v_dim; }
 
 // Whether the kernels that hold states in registers take these sizes; the others go through the plain recurrence.
 static inline bool fast_dims(q35_delta_dims d) { return (d.k_dim == 64 || d.k_dim == 128) && d.v_dim % 32 == 0; }

@@ -7,32 +7,15 @@
 //   out  = diag(exp(G) rq) q S + P x
 //   S    = exp(G_C) S + k^T diag(exp(G_C - G) rk) x
 //
-// Every exponent is a difference with the later index first, so none is positive. Rows of q and k go to the tensor cores
-// as they are, bf16 without a rounding, and their norms into the f32 factors; f32 operands go there as two bf16 parts
-// (with P and x rounded once instead, keys that resemble each other cost 1e-2 of the output).
+// Every exponent is a difference with the later index first, so none is positive. Rows of q and k go to tensor cores
+// as they are, bf16 without a rounding, and their norms into the f32 factors; f32 operands go there as two bf16 parts,
+// but for S in q S, which only the output sees (with P and x rounded once too, keys that resemble each other cost 1e-2
+// of the output).
 //
 // Source: Yang et al. 2024 (arXiv:2412.06464), the UT transform as in the flash-linear-attention project; own code.
-#include "delta.cuh"
-#include "mma.cuh"
+#include "delta_chunk.cuh"
 
 namespace {
-
-constexpr int C = Q35_CHUNK_LEN;
-constexpr int PREPARE_THREADS = 128;
-constexpr int MAX_WALK_BLOCKS = 2048;
-
-// What delta_prepare leaves for a head of a chunk: these f32 rows, then T and P in two parts, bf16 [64, 64] each.
-enum Coefficient { Q_FACTOR, K_FACTOR, X_FACTOR, LAST, NUM_COEFFICIENTS };  // LAST: exp(G_C) in its first element
-constexpr int COEF_FLOATS = NUM_COEFFICIENTS * C;
-constexpr int SLOT_FLOATS = 4 * C * C / 2 + COEF_FLOATS;
-
-// The head of the workspace: which chunks there are, counted on the device, since the host may not read chunked_len.
-struct Plan {
-    int32_t *counts;  // chunks, sequences that have any
-    int2 *seqs;       // [num_seqs]: sequence, its first chunk slot
-    int2 *chunks;     // [max_chunks]: sequence, index of the chunk in it
-    float *slots;     // [max_chunks, V, SLOT_FLOATS]
-};
 
 // A chunk that is not short has more than SHORT_CHUNK tokens; a sequence has at most one that is not full.
 int64_t max_chunks(int64_t tokens, int64_t seqs) {
@@ -41,12 +24,16 @@ int64_t max_chunks(int64_t tokens, int64_t seqs) {
 }
 
 int64_t plan_floats(int64_t tokens, int64_t seqs) {
-    return ceil_div(4 + 2 * seqs + 2 * max_chunks(tokens, seqs), 32) * 32;
+    return ceil_div(4 + 2 * max_chunks(tokens, seqs) + seqs, 32) * 32;
 }
 
+int64_t factor_floats(int64_t tokens, q35_delta_dims dims) { return ceil_div(4 * dims.num_v_heads * tokens, 32) * 32; }
+
 // One warp. The list of chunks is in the order of the sequences.
-__global__ void delta_plan(q35_batch batch, Plan plan) {
+__global__ void delta_plan(q35_batch batch, ChunkPlan plan) {
     const int lane = threadIdx.x;
+    wait_for_inputs();
+    let_next_start();
     int num_chunks = 0, num_seqs = 0;
     for (int base = 0; base < batch.num_seqs; base += 32) {
         const int seq = base + lane;
@@ -58,7 +45,7 @@ __global__ void delta_plan(q35_batch batch, Plan plan) {
         }
         const int first = num_chunks + sum - count;
         const unsigned active = __ballot_sync(ALL_LANES, count > 0);
-        if (count > 0) plan.seqs[num_seqs + __popc(active & ((1u << lane) - 1))] = make_int2(seq, first);
+        if (count > 0) plan.seqs[num_seqs + __popc(active & ((1u << lane) - 1))] = seq;
         for (unsigned left = active; left != 0; left &= left - 1) {
             const int from = __ffs(left) - 1;
             const int n = __shfl_sync(ALL_LANES, count, from), at = __shfl_sync(ALL_LANES, first, from);
@@ -70,155 +57,122 @@ __global__ void delta_plan(q35_batch batch, Plan plan) {
     if (lane == 0) plan.counts[0] = num_chunks, plan.counts[1] = num_seqs;
 }
 
-// Two neighbouring accumulator tiles [16, 8] as one A operand [16, 16], in two bf16 parts.
-__device__ __forceinline__ void split(const float (*c)[4], uint32_t high[4], uint32_t low[4]) {
+// Eight elements in two bf16 parts.
+struct Parts {
+    uint4 high, low;
+};
+__device__ __forceinline__ Parts parts_of(const float x[8]) {
+    uint32_t h[4], l[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float *x = &c[i / 2][i % 2 * 2];
-        high[i] = pack2(x[0], x[1]);
-        const float2 h = unpack2(high[i]);
-        low[i] = pack2(x[0] - h.x, x[1] - h.y);
+        h[i] = pack2(x[2 * i], x[2 * i + 1]);
+        const float2 rounded = unpack2(h[i]);
+        l[i] = pack2(x[2 * i] - rounded.x, x[2 * i + 1] - rounded.y);
+    }
+    return {make_uint4(h[0], h[1], h[2], h[3]), make_uint4(l[0], l[1], l[2], l[3])};
+}
+
+// To shared memory.
+__device__ __forceinline__ void split8(bf16 *high, bf16 *low, const float x[8]) {
+    const Parts parts = parts_of(x);
+    *reinterpret_cast<uint4 *>(high) = parts.high, *reinterpret_cast<uint4 *>(low) = parts.low;
+}
+
+// To global memory; by name, since plain stores were made into four of 4 bytes.
+__device__ __forceinline__ void store_parts(bf16 *high, bf16 *low, const float x[8]) {
+    const Parts parts = parts_of(x);
+    __stcg(reinterpret_cast<uint4 *>(high), parts.high), __stcg(reinterpret_cast<uint4 *>(low), parts.low);
+}
+
+// What a warp of delta_prepare keeps of its head.
+struct HeadGates {
+    float g_high[C], g_low[C];  // running sum of g in two parts: exact behind a token of total decay
+    float beta[C];
+    float to_tile_end[C];  // exp(G_e - G_j) rk_j, where e is the last token of j's sixteen
+};
+
+// A head's beta_i D_ij k_i . k_j below the diagonal: in two bf16 parts, as P, the tiles below the diagonal's; f32, zeros
+// on and above the diagonal, those on it. Their inverses take their place, in two parts, as T.
+struct System {
+    bf16 below[2][TILES - 4][TILE];
+    union {
+        float diagonal[4][TILE];
+        bf16 inverse[2][4][TILE];
+    };
+};
+
+// out [16, 16] += x m^T, both in two parts.
+__device__ __forceinline__ void multiply_parts(float (&out)[2][4], const uint32_t (&x)[2][4], const uint32_t (&m)[2][4]) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        mma(out[n], x[0], m[0] + 2 * n);
+        mma(out[n], x[1], m[0] + 2 * n);
+        mma(out[n], x[0], m[1] + 2 * n);
     }
 }
 
-// out [16, 64] += x [16, 64] m^T for a lower triangular m [64, 64] in two parts: from 16 jj on alone, the rows before are
-// above the diagonal. Without low by low, which is under f32's own rounding.
-__device__ __forceinline__ void multiply_lower(float (*out)[4], const float (*x)[4], const bf16 (*m)[C][C + 8],
-                                               int b_row, int b_column) {
-#pragma unroll
-    for (int jj = 0; jj < C / 16; jj++) {
-        uint32_t high[4], low[4];
-        split(&x[2 * jj], high, low);
-#pragma unroll
-        for (int n = 2 * jj; n < C / 8; n += 4) {
-            const bool two = n + 2 < C / 8;
-            uint32_t b[2][4];
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                load_matrices(b[0], &m[part][8 * n + b_row][16 * jj + b_column]);
-                if (two) load_matrices(b[1], &m[part][8 * n + 16 + b_row][16 * jj + b_column]);
-#pragma unroll
-                for (int with = 0; with < 2 - part; with++) {
-                    const uint32_t *a = with == 0 ? high : low;
-                    mma(out[n], a, b[0]);
-                    mma(out[n + 1], a, b[0] + 2);
-                    if (two) mma(out[n + 2], a, b[1]), mma(out[n + 3], a, b[1] + 2);
-                }
-            }
-        }
-    }
-}
-
-// WIDTH columns of 64 rows, those from `len` on zeros. The source of a zero is `from` itself: an address that is valid.
-template <int WIDTH, int LD, int THREADS>
-__device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t stride, int len) {
-    constexpr int ACROSS = WIDTH / 8, STEP = THREADS / ACROSS;
-    static_assert(THREADS % ACROSS == 0 && C % STEP == 0, "a thread stays in its column");
-    const int row = threadIdx.x / ACROSS, column = threadIdx.x % ACROSS * 8;
-    const bf16 *source = from + row * stride + column;
-    to += row * LD + column;
-#pragma unroll 4
-    for (int r = 0; r < C; r += STEP) {
-        const bool there = row + r < len;
-        copy16(to + r * LD, there ? source : from, there);
-        source += STEP * stride;
-    }
-}
-
-template <int K>
+template <int K, int WARPS>
 struct PrepareShared {
     union {
         struct {
             bf16 q[C][K + 8], k[C][K + 8];
         } rows;
-        float system[C][C];  // beta_i D_ij k_i . k_j below the diagonal, zeros on and above it
+        struct {
+            float qk[TILES][TILE], kk[TILES][TILE];  // q_i . k_j and k_i . k_j, tiles by rows
+            float rq[C], rk[C];
+            HeadGates gates[WARPS];
+            System systems[WARPS];
+        } made;
     };
-    float g_high[C], g_low[C];  // running sum of g in two parts: exact behind a token of total decay
-    float beta[C], rq[C], rk[C];
 };
 
-// T, P and the factors of one head of one chunk, with nothing of the state: the UT transform of Yang et al. 2024, by an
-// inverse in f32. Own code.
-template <int K>
-__global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args, Plan plan) {
+// T, P and the factors of a chunk for the value heads of one key head, with nothing of the state: the UT transform of
+// Yang et al. 2024, by an inverse in f32. The products of q and k are the block's, then each warp has a head. Own code.
+template <int K, int WARPS>
+__global__ __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 5) void delta_prepare(DeltaArgs args, ChunkPlan plan) {
+    constexpr int THREADS = 32 * WARPS, STRIPES = 4 / WARPS, PER_ROW = THREADS / C;
     extern __shared__ __align__(16) unsigned char raw[];
-    PrepareShared<K> &s = *reinterpret_cast<PrepareShared<K> *>(raw);
+    PrepareShared<K, WARPS> &s = *reinterpret_cast<PrepareShared<K, WARPS> *>(raw);
     const q35_delta_dims d = args.dims;
-    const int slot = blockIdx.x / d.num_v_heads, head = blockIdx.x % d.num_v_heads;
+    const int slot = blockIdx.x / d.num_k_heads, k_head = blockIdx.x % d.num_k_heads;
+    const int sharing = d.num_v_heads / d.num_k_heads;
+    wait_for_inputs();
+    let_next_start();
     if (slot >= plan.counts[0]) return;
     const int2 which = plan.chunks[slot];
     const int seq = which.x;
     const int len = min(C, tokens_in_chunks(args.batch.chunked_len[seq]) - which.y * C);
     const int64_t first = args.batch.query_start[seq] + static_cast<int64_t>(which.y) * C;
-    const int k_head = head / (d.num_v_heads / d.num_k_heads);
     const bf16 *q_rows = args.mixed + first * args.channels + k_head * K, *k_rows = q_rows + d.num_k_heads * K;
-    copy_rows<K, K + 8, PREPARE_THREADS>(&s.rows.q[0][0], q_rows, args.channels, len);
-    copy_rows<K, K + 8, PREPARE_THREADS>(&s.rows.k[0][0], k_rows, args.channels, len);
-
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-    float *coef = plan.slots + (static_cast<int64_t>(slot) * d.num_v_heads + head) * SLOT_FLOATS;
-    bf16 *t_high = reinterpret_cast<bf16 *>(coef + COEF_FLOATS), *t_low = t_high + C * C;
-    bf16 *p_high = t_low + C * C, *p_low = p_high + C * C;
-    if (warp == 0) {
-        // Tokens 2 lane and 2 lane + 1. Past the end: no decay, no write.
-        double g[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int i = 2 * lane + j;
-            const bf16 *ba = args.projected + (first + (i < len ? i : 0)) * args.stride + args.ba_start;
-            g[j] = i < len ? log_decay(args, ba, head) : 0.0f;
-            s.beta[i] = i < len ? write_strength(ba, head) : 0.0f;
-        }
-        double sum = g[0] + g[1];
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const double other = __shfl_up_sync(ALL_LANES, sum, step);
-            if (lane >= step) sum += other;
-        }
-        double before = __shfl_up_sync(ALL_LANES, sum, 1);
-        if (lane == 0) before = 0.0;
-        const double sums[2] = {before + g[0], sum};
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const float high = static_cast<float>(sums[j]);
-            s.g_high[2 * lane + j] = high;
-            s.g_low[2 * lane + j] = static_cast<float>(sums[j] - high);
-        }
-    }
+    copy_rows<K, K + 8, THREADS>(tid, &s.rows.q[0][0], q_rows, args.channels, len);
+    copy_rows<K, K + 8, THREADS>(tid, &s.rows.k[0][0], k_rows, args.channels, len);
     copy_commit();
     copy_wait<0>();
     __syncthreads();
 
-    {  // Two threads a row.
-        const int row = tid / 2, half = tid % 2 * (K / 2);
+    float rq, rk;  // of row tid / PER_ROW
+    {
+        const int row = tid / PER_ROW, part = tid % PER_ROW * (K / PER_ROW);
         float qq = 0.0f, kk = 0.0f;
 #pragma unroll
-        for (int i = 0; i < K / 2; i += 8) {
+        for (int i = 0; i < K / PER_ROW; i += 8) {
             float q[8], k[8];
-            load8(&s.rows.q[row][half + i], q);
-            load8(&s.rows.k[row][half + i], k);
+            load8(&s.rows.q[row][part + i], q);
+            load8(&s.rows.k[row][part + i], k);
 #pragma unroll
             for (int j = 0; j < 8; j++) qq = fmaf(q[j], q[j], qq), kk = fmaf(k[j], k[j], kk);
         }
-        const float rq = rsqrtf(static_cast<float>(K)) / sqrtf(lane_sum<2>(qq) + L2_EPS);
-        const float rk = 1.0f / sqrtf(lane_sum<2>(kk) + L2_EPS);
-        if (tid % 2 == 0) {
-            s.rq[row] = rq, s.rk[row] = rk;
-            const float from_start = expf(s.g_high[row] + s.g_low[row]);
-            const float to_end = expf((s.g_high[C - 1] - s.g_high[row]) + (s.g_low[C - 1] - s.g_low[row]));
-            const bool there = row < len;
-            coef[Q_FACTOR * C + row] = there ? rq * from_start : 0.0f;
-            coef[K_FACTOR * C + row] = there ? rk * from_start : 0.0f;
-            coef[X_FACTOR * C + row] = there ? rk * to_end : 0.0f;
-            // Past the end g is 0: the last sum is the chunk's.
-            coef[LAST * C + row] = row == 0 ? expf(s.g_high[C - 1] + s.g_low[C - 1]) : 0.0f;
-        }
+        rq = rsqrtf(static_cast<float>(K)) / sqrtf(lane_sum<PER_ROW>(qq) + L2_EPS);
+        rk = 1.0f / sqrtf(lane_sum<PER_ROW>(kk) + L2_EPS);
     }
 
-    // q k^T and k k^T, lower triangles: a warp has rows 16 warp .. + 15.
-    float qk[C / 8][4] = {}, kk[C / 8][4] = {};
-    {
-        const int a_row = 16 * warp + lane % 16, a_column = lane / 16 * 8;
+    // q k^T and k k^T, lower triangles: a warp has 16 rows, or the first and the last 16 of what is left.
+    float qk[STRIPES][C / 8][4] = {}, kk[STRIPES][C / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < STRIPES; i++) {
+        const int stripe = i == 0 ? warp : 3 - warp;
+        const int a_row = 16 * stripe + lane % 16, a_column = lane / 16 * 8;
         const int b_row = lane % 8 + lane / 16 * 8, b_column = lane / 8 % 2 * 8;
 #pragma unroll
         for (int x = 0; x < K; x += 16) {
@@ -227,293 +181,231 @@ __global__ __launch_bounds__(PREPARE_THREADS) void delta_prepare(DeltaArgs args,
             load_matrices(ka, &s.rows.k[a_row][x + a_column]);
 #pragma unroll
             for (int n = 0; n < C / 8; n += 2)
-                if (n / 2 <= warp) {
+                if (n / 2 <= stripe) {
                     uint32_t b[4];
                     load_matrices(b, &s.rows.k[8 * n + b_row][x + b_column]);
-                    mma(qk[n], qa, b);
-                    mma(qk[n + 1], qa, b + 2);
-                    mma(kk[n], ka, b);
-                    mma(kk[n + 1], ka, b + 2);
+                    mma(qk[i][n], qa, b);
+                    mma(qk[i][n + 1], qa, b + 2);
+                    mma(kk[i][n], ka, b);
+                    mma(kk[i][n + 1], ka, b + 2);
                 }
         }
     }
-    __syncthreads();  // the rows are read, `system` takes their place; rq and rk are there
-
+    __syncthreads();  // the rows are read, `made` takes their place
+    if (tid % PER_ROW == 0) s.made.rq[tid / PER_ROW] = rq, s.made.rk[tid / PER_ROW] = rk;
 #pragma unroll
-    for (int n = 0; n < C / 8; n++)
+    for (int i = 0; i < STRIPES; i++) {
+        const int stripe = i == 0 ? warp : 3 - warp;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int i = 16 * warp + 8 * half + lane / 4, j0 = 8 * n + lane % 4 * 2;
-            float pair[2], coupling[2];
+        for (int n = 0; n < C / 8; n++)
+            if (n / 2 <= stripe)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int j = j0 + e;
-                // Above the diagonal the exponent would be positive: not taken at all.
-                const float decay = j <= i ? expf((s.g_high[i] - s.g_high[j]) + (s.g_low[i] - s.g_low[j])) : 0.0f;
-                const float scale = decay * s.rk[j];
-                pair[e] = j <= i ? qk[n][2 * half + e] * s.rq[i] * scale : 0.0f;
-                coupling[e] = j < i ? kk[n][2 * half + e] * (s.beta[i] * s.rk[i]) * scale : 0.0f;
-            }
-            const uint32_t high = pack2(pair[0], pair[1]);
-            const float2 h = unpack2(high);
-            *reinterpret_cast<uint32_t *>(p_high + i * C + j0) = high;
-            *reinterpret_cast<uint32_t *>(p_low + i * C + j0) = pack2(pair[0] - h.x, pair[1] - h.y);
-            *reinterpret_cast<float2 *>(&s.system[i][j0]) = make_float2(coupling[0], coupling[1]);
-        }
+                for (int half = 0; half < 2; half++) {
+                    const int tile = tile_number(stripe, n / 2);
+                    const int at = (8 * half + lane / 4) * 16 + n % 2 * 8 + lane % 4 * 2;
+                    const float *q2 = &qk[i][n][2 * half], *k2 = &kk[i][n][2 * half];
+                    *reinterpret_cast<float2 *>(&s.made.qk[tile][at]) = make_float2(q2[0], q2[1]);
+                    *reinterpret_cast<float2 *>(&s.made.kk[tile][at]) = make_float2(k2[0], k2[1]);
+                }
+    }
     __syncthreads();
 
-    // Forward substitution, a thread a column of the inverse, all of it in registers; four sums to shorten the chain.
-    if (tid < C) {
-        float x[C];
-        const float beta = s.beta[tid];
+    HeadGates &gates = s.made.gates[warp];
+    System &system = s.made.systems[warp];
+    const int tiles = num_tiles(len), stripes = ceil_div(len, 16);
+    for (int member = warp; member < sharing; member += WARPS) {
+        const int head = k_head * sharing + member;
+        __syncwarp();  // the last head's gates and system are read
+        {
+            // Tokens 2 lane and 2 lane + 1. Past the end: no decay, no write.
+            double g[2];
 #pragma unroll
-        for (int i = 0; i < C; i++) {
-            float acc[4] = {tid == i ? -1.0f : 0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-            for (int j = 0; j < i; j += 4) {
-                // From column i on the row is zeros, so the last four may run over it.
-                const float4 row = *reinterpret_cast<const float4 *>(&s.system[i][j]);
-                acc[0] = fmaf(row.x, x[j], acc[0]);
-                if (j + 1 < i) acc[1] = fmaf(row.y, x[j + 1], acc[1]);
-                if (j + 2 < i) acc[2] = fmaf(row.z, x[j + 2], acc[2]);
-                if (j + 3 < i) acc[3] = fmaf(row.w, x[j + 3], acc[3]);
+            for (int j = 0; j < 2; j++) {
+                const int i = 2 * lane + j;
+                const bf16 *ba = args.projected + (first + (i < len ? i : 0)) * args.stride + args.ba_start;
+                g[j] = i < len ? log_decay(args, ba, head) : 0.0f;
+                gates.beta[i] = i < len ? write_strength(ba, head) : 0.0f;
             }
-            x[i] = -((acc[0] + acc[1]) + (acc[2] + acc[3]));
-            const float t = x[i] * beta;
-            const bf16 high = __float2bfloat16(t);
-            t_high[i * C + tid] = high;
-            t_low[i * C + tid] = __float2bfloat16(t - __bfloat162float(high));
+            double sum = g[0] + g[1];
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const double other = __shfl_up_sync(ALL_LANES, sum, step);
+                if (lane >= step) sum += other;
+            }
+            double before = __shfl_up_sync(ALL_LANES, sum, 1);
+            if (lane == 0) before = 0.0;
+            const double sums[2] = {before + g[0], sum};
+            const double all = __shfl_sync(ALL_LANES, sum, 31);  // past the end g is 0: the chunk's
+            const double tile_end = __shfl_sync(ALL_LANES, sum, lane / 8 * 8 + 7);
+            float4 *factors = plan.factors_of(args.batch.num_tokens, head, first);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int i = 2 * lane + j;
+                const float high = static_cast<float>(sums[j]);
+                gates.g_high[i] = high;
+                gates.g_low[i] = static_cast<float>(sums[j] - high);
+                gates.to_tile_end[i] = expf(static_cast<float>(tile_end - sums[j])) * s.made.rk[i];
+                const float from_start = expf(high), to_end = expf(static_cast<float>(all - sums[j]));
+                if (i < len)
+                    factors[i] = make_float4(s.made.rq[i] * from_start, s.made.rk[i] * from_start,
+                                             s.made.rk[i] * to_end, expf(static_cast<float>(all)));
+            }
         }
-    }
-}
+        __syncwarp();
 
-// V: columns of values of a block, 16 a warp. k is read until the end of its chunk, so the next one's goes elsewhere.
-template <int K, int V>
-struct WalkShared {
-    bf16 q[C][K + 8], k[2][C][K + 8];
-    bf16 v[2][C][V + 8];
-    bf16 t[2][C][C + 8], p[2][C][C + 8];
-    float coef[2][COEF_FLOATS];
-};
-
-// Walks the chunks of (sequence, head, V columns). A warp is on its own: it keeps its 16 columns of the state,
-// transposed, in the accumulators of its mma from the first chunk to the last, and each product's result is the left
-// operand of the next. The block shares what is loaded. Chunkwise form of Yang et al. 2024; own code.
-template <int K, int V>
-__global__ __launch_bounds__(2 * V) void delta_walk(DeltaArgs args, Plan plan) {
-    constexpr int THREADS = 2 * V, TILES = C / 8;
-    extern __shared__ __align__(16) unsigned char raw[];
-    WalkShared<K, V> &s = *reinterpret_cast<WalkShared<K, V> *>(raw);
-    const q35_delta_dims d = args.dims;
-    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-    const int slices = d.v_dim / V;
-    const int64_t items = static_cast<int64_t>(plan.counts[1]) * d.num_v_heads * slices;
-    // Places in a lane's ldmatrix: right operand with rows n (16 rows, 16 columns), its transposed form, values.
-    const int b_row = lane % 8 + lane / 16 * 8, b_column = lane / 8 % 2 * 8;
-    const int kt_row = lane % 16, kt_column = lane / 16 * 8;
-
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const int slice = item % slices, head = item / slices % d.num_v_heads;
-        const int2 which = plan.seqs[item / slices / d.num_v_heads];
-        const int seq = which.x, tokens = tokens_in_chunks(args.batch.chunked_len[seq]);
-        const int k_head = head / (d.num_v_heads / d.num_k_heads);
-        const int64_t first = args.batch.query_start[seq];
-        const bf16 *q_rows = args.mixed + first * args.channels + k_head * K;
-        const bf16 *k_rows = q_rows + d.num_k_heads * K;
-        const bf16 *v_rows = args.mixed + first * args.channels + 2 * d.num_k_heads * K + head * d.v_dim + slice * V;
-        const float *slots = plan.slots + (static_cast<int64_t>(which.y) * d.num_v_heads + head) * SLOT_FLOATS;
-        const int64_t slot_stride = static_cast<int64_t>(d.num_v_heads) * SLOT_FLOATS;
-        const int64_t out_stride = static_cast<int64_t>(d.num_v_heads) * d.v_dim;
-        bf16 *out = args.out + first * out_stride + head * d.v_dim + slice * V + warp * 16;
-
-        const auto load_kv = [&](int chunk) {
-            const int64_t at = static_cast<int64_t>(chunk) * C * args.channels;
-            const int len = tokens - chunk * C, stage = chunk & 1;
-            copy_rows<K, K + 8, THREADS>(&s.k[stage][0][0], k_rows + at, args.channels, len);
-            copy_rows<V, V + 8, THREADS>(&s.v[stage][0][0], v_rows + at, args.channels, len);
-            const float *coef = slots + chunk * slot_stride;
-            for (int i = tid; i < COEF_FLOATS / 4; i += THREADS) copy16(&s.coef[stage][4 * i], coef + 4 * i, true);
-        };
-        const auto load_q = [&](int chunk) {
-            const int64_t at = static_cast<int64_t>(chunk) * C * args.channels;
-            copy_rows<K, K + 8, THREADS>(&s.q[0][0], q_rows + at, args.channels, tokens - chunk * C);
-        };
-        const auto load_tp = [&](int chunk) {
-            const bf16 *t = reinterpret_cast<const bf16 *>(slots + chunk * slot_stride + COEF_FLOATS);
-            copy_rows<C, C + 8, THREADS>(&s.t[0][0][0], t, C, C);
-            copy_rows<C, C + 8, THREADS>(&s.t[1][0][0], t + C * C, C, C);
-            copy_rows<C, C + 8, THREADS>(&s.p[0][0][0], t + 2 * C * C, C, C);
-            copy_rows<C, C + 8, THREADS>(&s.p[1][0][0], t + 3 * C * C, C, C);
-        };
-
-        __syncthreads();  // the last item's shared memory is read
-        load_kv(0);
-        load_q(0);
-        load_tp(0);
-
-        // Accumulator tile n, thread (g = lane / 4, t = lane % 4): rows (value columns) g and g + 8 of state columns
-        // (key elements) 8 n + 2 t, + 1.
-        float *state = args.states +
-                       (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * K * d.v_dim +
-                       slice * V + warp * 16 + lane / 4;
-        float st[K / 8][4];
+        // Half a row of a tile a lane.
+        bf16 *out = plan.tiles_of(args.batch.num_tokens, head, first);
+        const int row = lane / 2, half = lane % 2;
 #pragma unroll
-        for (int n = 0; n < K / 8; n++)
+        for (int r = 0; r < C / 16; r++) {
+            const int i = 16 * r + row;
+            const float gi_high = gates.g_high[i], gi_low = gates.g_low[i];
+            const float rq_i = s.made.rq[i], write = gates.beta[i] * s.made.rk[i];
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                st[n][e] = state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8];
-
-        const int chunks = ceil_div(tokens, C);
-        for (int chunk = 0; chunk < chunks; chunk++) {
-            const int stage = chunk & 1;
-            const bool more = chunk + 1 < chunks;
-            copy_commit();
-            copy_wait<0>();
-            __syncthreads();  // this chunk is there, and nobody reads the last one's k, v and factors any more
-            if (more) load_kv(chunk + 1);
-
-            float x[TILES][4] = {}, o[TILES][4] = {};  // (k S)^T and (q S)^T [16, 64]
+            for (int c = 0; c <= r; c++) {
+                const int tile = tile_number(r, c), j0 = 16 * c + 8 * half;
+                float pair[8], coupling[8];
+                load8(&s.made.qk[tile][16 * row + 8 * half], pair);
+                load8(&s.made.kk[tile][16 * row + 8 * half], coupling);
+                if (c < r) {
+                    // exp(G_i - G_e) exp(G_e - G_j): neither exponent is positive.
+                    const int end = 16 * c + 15;
+                    const float decay = __expf((gi_high - gates.g_high[end]) + (gi_low - gates.g_low[end]));
+                    float column[8];
+                    load8(&gates.to_tile_end[j0], column);
 #pragma unroll
-            for (int kk = 0; kk < K / 16; kk++) {
-                uint32_t high[4], low[4];
-                split(&st[2 * kk], high, low);
+                    for (int e = 0; e < 8; e++) {
+                        pair[e] *= rq_i * decay * column[e];
+                        coupling[e] *= write * decay * column[e];
+                    }
+                } else {
+                    float gj_high[8], gj_low[8], rk_j[8];
+                    load8(&gates.g_high[j0], gj_high);
+                    load8(&gates.g_low[j0], gj_low);
+                    load8(&s.made.rk[j0], rk_j);
 #pragma unroll
-                for (int n = 0; n < TILES; n += 2) {
-                    uint32_t kb[4], qb[4];
-                    load_matrices(kb, &s.k[stage][8 * n + b_row][16 * kk + b_column]);
-                    load_matrices(qb, &s.q[8 * n + b_row][16 * kk + b_column]);
-                    // Three others between two products into one accumulator, to hide the latency.
-                    mma(x[n], high, kb);
-                    mma(x[n + 1], high, kb + 2);
-                    mma(o[n], high, qb);
-                    mma(o[n + 1], high, qb + 2);
-                    mma(x[n], low, kb);
-                    mma(x[n + 1], low, kb + 2);
-                    mma(o[n], low, qb);
-                    mma(o[n + 1], low, qb + 2);
-                }
-            }
-            __syncthreads();  // q is read
-            if (more) load_q(chunk + 1);
-
-            // x = v - factor (k S), o = factor (q S).
-            const float *coef = s.coef[stage];
-            bf16(*own)[V + 8] = s.v[stage];
-#pragma unroll
-            for (int n = 0; n < TILES; n += 2) {
-                uint32_t v[4];
-                load_matrices_transposed(v, &own[8 * n + b_row][16 * warp + b_column]);
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    const int i = 8 * (n + m) + lane % 4 * 2;
-                    const float2 kf = *reinterpret_cast<const float2 *>(&coef[K_FACTOR * C + i]);
-                    const float2 qf = *reinterpret_cast<const float2 *>(&coef[Q_FACTOR * C + i]);
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const float2 value = unpack2(v[2 * m + half]);
-                        float *xe = &x[n + m][2 * half], *oe = &o[n + m][2 * half];
-                        xe[0] = fmaf(-kf.x, xe[0], value.x), xe[1] = fmaf(-kf.y, xe[1], value.y);
-                        oe[0] *= qf.x, oe[1] *= qf.y;
+                    for (int e = 0; e < 8; e++) {
+                        const int j = j0 + e;
+                        // Above the diagonal the exponent would be positive: not taken.
+                        const float exponent = (gi_high - gj_high[e]) + (gi_low - gj_low[e]);
+                        const float scale = __expf(fminf(exponent, 0.0f)) * rk_j[e];
+                        pair[e] = j <= i ? pair[e] * rq_i * scale : 0.0f;
+                        coupling[e] = j < i ? coupling[e] * write * scale : 0.0f;
                     }
                 }
-            }
-
-            float y[TILES][4] = {};
-            multiply_lower(y, x, s.t, b_row, b_column);  // the x of above
-            multiply_lower(o, y, s.p, b_row, b_column);
-            __syncthreads();  // T and P are read
-            if (more) load_tp(chunk + 1);
-
-            // Out by way of this warp's own columns of v, which nobody reads any more, to have 16-byte stores.
-            __syncwarp();
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    own[8 * n + lane % 4 * 2 + e % 2][16 * warp + lane / 4 + e / 2 * 8] = __float2bfloat16(o[n][e]);
-            __syncwarp();
-            const int len = tokens - chunk * C;
-#pragma unroll
-            for (int r = 0; r < C; r += 16) {
-                const int row = r + lane / 2, column = lane % 2 * 8;
-                if (row < len)
-                    *reinterpret_cast<uint4 *>(out + (static_cast<int64_t>(chunk) * C + row) * out_stride + column) =
-                        *reinterpret_cast<const uint4 *>(&own[row][16 * warp + column]);
-            }
-
-            // S^T = exp(G_C) S^T + (factor x)^T k.
-            const float decay = coef[LAST * C];
-#pragma unroll
-            for (int n = 0; n < K / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) st[n][e] *= decay;
-#pragma unroll
-            for (int jj = 0; jj < C / 16; jj++) {
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    const float2 f =
-                        *reinterpret_cast<const float2 *>(&coef[X_FACTOR * C + 16 * jj + 8 * m + lane % 4 * 2]);
-                    float *e = y[2 * jj + m];
-                    e[0] *= f.x, e[1] *= f.y, e[2] *= f.x, e[3] *= f.y;
+                if (c < r) {
+                    const int below = tile_number(r - 1, c), at = 128 * half + 8 * row;
+                    split8(&system.below[0][below][at], &system.below[1][below][at], coupling);
+                } else {
+                    store8(&system.diagonal[r][16 * row + 8 * half], coupling);
                 }
-                uint32_t high[4], low[4];
-                split(&y[2 * jj], high, low);
-#pragma unroll
-                for (int n = 0; n < K / 8; n += 4) {
-                    uint32_t b[8];
-                    load_matrices_transposed(b, &s.k[stage][16 * jj + kt_row][8 * n + kt_column]);
-                    load_matrices_transposed(b + 4, &s.k[stage][16 * jj + kt_row][8 * n + 16 + kt_column]);
-#pragma unroll
-                    for (int m = 0; m < 4; m++) mma(st[n + m], high, b + 2 * m);
-#pragma unroll
-                    for (int m = 0; m < 4; m++) mma(st[n + m], low, b + 2 * m);
+                if (r < stripes) {
+                    bf16 *p = out + (P_HIGH * tiles + tile) * TILE + 128 * half + 8 * row;
+                    store_parts(p, p + tiles * TILE, pair);
                 }
             }
         }
+        __syncwarp();
+
+        // The inverse of a tile of the diagonal by forward substitution: a lane has a column of two tiles, all of it in
+        // registers.
+        {
+            const int first_tile = lane / 16, column = lane % 16;
+            float x[2][16];
 #pragma unroll
-        for (int n = 0; n < K / 8; n++)
+            for (int i = 0; i < 16; i++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8] = st[n][e];
+                for (int u = 0; u < 2; u++) {
+                    const float *a = &system.diagonal[first_tile + 2 * u][16 * i];
+                    float acc[4] = {column == i ? -1.0f : 0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+                    for (int j = 0; j < i; j++) acc[j % 4] = fmaf(a[j], x[u][j], acc[j % 4]);
+                    x[u][i] = -((acc[0] + acc[1]) + (acc[2] + acc[3]));
+                }
+            __syncwarp();
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                const int r = first_tile + 2 * u;
+                const float beta = gates.beta[16 * r + column];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const int at = 128 * h + 8 * column;
+                    float t[8];
+#pragma unroll
+                    for (int e = 0; e < 8; e++) t[e] = x[u][8 * h + e];
+                    split8(&system.inverse[0][r][at], &system.inverse[1][r][at], t);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) t[e] *= beta;
+                    bf16 *to = out + tile_number(r, r) * TILE + at;
+                    if (r < stripes) store_parts(to, to + tiles * TILE, t);
+                }
+            }
+            __syncwarp();
+        }
+
+        // The tiles below, down each column c, transposed: X_rc = -(sum of X_kc A_rk^T over c <= k < r) X_rr.
+        const int t_at = 8 * lane, p_at = lane / 8 % 2 * 128 + lane / 16 * 64 + lane % 8 * 8;
+#pragma unroll
+        for (int c = 0; c < 3; c++) {
+            uint32_t x[4][2][4];
+#pragma unroll
+            for (int part = 0; part < 2; part++) load_matrices(x[c][part], &system.inverse[part][c][t_at]);
+            const float beta[2] = {gates.beta[16 * c + lane / 4], gates.beta[16 * c + 8 + lane / 4]};
+#pragma unroll
+            for (int r = c + 1; r < 4; r++) {
+                float sum[2][4] = {}, found[2][4] = {};
+                uint32_t m[2][4], sums[2][4];
+#pragma unroll
+                for (int k = c; k < r; k++) {
+#pragma unroll
+                    for (int part = 0; part < 2; part++)
+                        load_matrices(m[part], &system.below[part][tile_number(r - 1, k)][p_at]);
+                    multiply_parts(sum, x[k], m);
+                }
+#pragma unroll
+                for (int part = 0; part < 2; part++)
+                    load_matrices_transposed(m[part], &system.inverse[part][r][t_at]);
+                split(sum, sums[0], sums[1]);
+                multiply_parts(found, sums, m);
+                bf16 *to = out + tile_number(r, c) * TILE + lane / 4 * 8 + lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < 2; n++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        float *e = &found[n][2 * half];
+                        e[0] = -e[0], e[1] = -e[1];
+                        const float t0 = e[0] * beta[half], t1 = e[1] * beta[half];
+                        const uint32_t high = pack2(t0, t1);
+                        const float2 rounded = unpack2(high);
+                        uint32_t *place = reinterpret_cast<uint32_t *>(to + 128 * n + 64 * half);
+                        if (r < stripes) {
+                            place[0] = high;
+                            place[tiles * TILE / 2] = pack2(t0 - rounded.x, t1 - rounded.y);
+                        }
+                    }
+                split(found, x[r][0], x[r][1]);
+            }
+        }
     }
 }
 
-template <int K, int V>
-cudaError_t launch_walk(cudaStream_t stream, const DeltaArgs &args, const Plan &plan, int64_t most_seqs) {
-    const int64_t items = most_seqs * args.dims.num_v_heads * (args.dims.v_dim / V);
-    const int shared = sizeof(WalkShared<K, V>);
+template <int K, int WARPS>
+cudaError_t launch_prepare(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan) {
+    const int64_t chunks = max_chunks(args.batch.num_tokens, args.batch.num_seqs);
+    const int shared = sizeof(PrepareShared<K, WARPS>);
     const cudaError_t error =
-        cudaFuncSetAttribute(delta_walk<K, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(delta_prepare<K, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
-    const unsigned blocks = static_cast<unsigned>(items < MAX_WALK_BLOCKS ? items : MAX_WALK_BLOCKS);
-    delta_walk<K, V><<<blocks, 2 * V, shared, stream>>>(args, plan);
-    return cudaGetLastError();
-}
-
-template <int K>
-cudaError_t launch(cudaStream_t stream, const DeltaArgs &args, const Plan &plan) {
-    const int64_t tokens = args.batch.num_tokens, seqs = args.batch.num_seqs, heads = args.dims.num_v_heads;
-    const int64_t chunks = max_chunks(tokens, seqs), by_tokens = tokens / (SHORT_CHUNK + 1);
-    const int shared = sizeof(PrepareShared<K>);
-    delta_prepare<K><<<static_cast<unsigned>(chunks * heads), PREPARE_THREADS, shared, stream>>>(args, plan);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-    // Wide slices load less, narrow ones fill the machine; a warp's bits are the same in both.
-    const int64_t most_seqs = seqs < by_tokens ? seqs : by_tokens;
-    const bool wide = args.dims.v_dim % 64 == 0 && most_seqs * heads * (args.dims.v_dim / 64) > 100;
-    if (wide) {
-        const cudaError_t wide_error = launch_walk<K, 64>(stream, args, plan, most_seqs);
-        if (wide_error != cudaErrorInvalidValue) return wide_error;
-        cudaGetLastError();  // sm_86 and sm_89 do not have the shared memory for it: narrow then
-    }
-    return launch_walk<K, 32>(stream, args, plan, most_seqs);
+    const unsigned blocks = static_cast<unsigned>(chunks * args.dims.num_k_heads);
+    return launch(delta_prepare<K, WARPS>, blocks, 32 * WARPS, shared, stream, args, plan);
 }
 
 }  // namespace
 
 int64_t chunk_workspace(int64_t tokens, int64_t seqs, q35_delta_dims dims) {
     // 32 more, to begin at a multiple of 128 bytes wherever the workspace does.
-    return 32 + plan_floats(tokens, seqs) + max_chunks(tokens, seqs) * dims.num_v_heads * SLOT_FLOATS;
+    return 32 + plan_floats(tokens, seqs) + factor_floats(tokens, dims) +
+           dims.num_v_heads * tiles_before(tokens) * (NUM_PARTS * TILE / 2);
 }
 
 cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, float *workspace) {
@@ -521,13 +413,19 @@ cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, float *wor
     if (max_chunks(tokens, seqs) == 0) return cudaSuccess;
     float *base = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(workspace) + 127) / 128 * 128);
     int32_t *ints = reinterpret_cast<int32_t *>(base);
-    Plan plan;
+    ChunkPlan plan;
     plan.counts = ints;
-    plan.seqs = reinterpret_cast<int2 *>(ints + 4);
-    plan.chunks = plan.seqs + seqs;
-    plan.slots = base + plan_floats(tokens, seqs);
-    delta_plan<<<1, 32, 0, stream>>>(args.batch, plan);
-    const cudaError_t error = cudaGetLastError();
+    plan.chunks = reinterpret_cast<int2 *>(ints + 4);
+    plan.seqs = ints + 4 + 2 * max_chunks(tokens, seqs);
+    plan.factors = reinterpret_cast<float4 *>(base + plan_floats(tokens, seqs));
+    plan.tiles = reinterpret_cast<bf16 *>(base + plan_floats(tokens, seqs) + factor_floats(tokens, args.dims));
+    cudaError_t error = launch(delta_plan, 1, 32, 0, stream, args.batch, plan);
     if (error != cudaSuccess) return error;
-    return args.dims.k_dim == 64 ? launch<64>(stream, args, plan) : launch<128>(stream, args, plan);
+    const bool many = args.dims.num_v_heads / args.dims.num_k_heads > 2;
+    const auto prepare = args.dims.k_dim == 64 ? (many ? launch_prepare<64, 4> : launch_prepare<64, 2>)
+                                               : (many ? launch_prepare<128, 4> : launch_prepare<128, 2>);
+    error = prepare(stream, args, plan);
+    if (error != cudaSuccess) return error;
+    const int64_t by_tokens = tokens / (SHORT_CHUNK + 1);
+    return launch_walks(stream, args, plan, seqs < by_tokens ? seqs : by_tokens);
 }

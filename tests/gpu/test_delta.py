@@ -265,6 +265,158 @@ def test_delta_many_steps(dims):
     assert same_bits(state, states[slot])
 
 
+class Decode:
+    """One decode step of a layer: by the three launchers one after the other, and by the one."""
+
+    def __init__(self, dims, num_seqs, *, pad=8, seed=0):
+        k, v, k_dim, v_dim, _ = dims
+        # chunked_len is 1 for a prompt of one token.
+        seqs = [(64 * (i % 7), 1, i % 2) for i in range(num_seqs)]
+        conv = Conv(dims, seqs, pad=0, seed=seed)
+        self.dims, self.batch, self.weight, self.tails = dims, conv.batch, conv.weight, conv.tails
+        self.z_start = conv.channels
+        self.ba_start = self.z_start + v * v_dim
+        self.stride = -(-(self.ba_start + 2 * v) // 8) * 8 + pad
+        self.projected = randn(num_seqs, self.stride, seed=seed + 5)
+        self.a_log = randn(v, dtype=torch.float32, seed=seed + 6, scale=0.5, mean=-1.0)
+        self.dt_bias = randn(v, dtype=torch.float32, seed=seed + 7)
+        self.norm = randn(v_dim, dtype=torch.float32, seed=seed + 8, mean=1.0)
+        self.states = poisoned(self.batch.num_slots, v, k_dim, v_dim, dtype=torch.float32)
+        fresh = randn(num_seqs, v, k_dim, v_dim, dtype=torch.float32, seed=seed + 9)
+        self.states[self.batch.slots] = fresh
+        self.counters = torch.zeros(num_seqs * k + 1, dtype=torch.int32, device="cuda")
+        self.counters[-1] = 77
+
+    def buffers(self):
+        n, v, v_dim = self.batch.num_tokens, self.dims[1], self.dims[3]
+        mixed, out = poisoned(n, width(self.dims)), poisoned(n + 1, v * v_dim)
+        return self.tails.clone(), self.states.clone(), mixed, out
+
+    def run(self, buffers):
+        tails, states, mixed, out = buffers
+        weights = (self.weight, self.a_log, self.dt_bias, self.norm, 1e-6)
+        places = (self.projected, self.stride, self.z_start, self.ba_start)
+        dims, batch = DeltaDims(*self.dims), self.batch.struct
+        call("q35_delta_decode", batch, dims, *weights, *places, tails, states, self.counters, mixed, out)
+
+    def one_by_one(self, buffers):
+        tails, states, mixed, out = buffers
+        _, v, _, v_dim, _ = self.dims
+        batch, dims, x, stride = self.batch.struct, DeltaDims(*self.dims), self.projected, self.stride
+        call("q35_causal_conv1d", batch, dims, self.weight, x, stride, tails, mixed)
+        size = call("q35_delta_workspace", self.batch.num_tokens, len(self.batch.seqs), dims)
+        space = poisoned(max(1, size), dtype=torch.float32)
+        rates = (self.a_log, self.dt_bias)
+        call("q35_gated_delta_rule", batch, dims, *rates, mixed, x, stride, self.ba_start, states, space, out)
+        call(
+            "q35_gated_rmsnorm",
+            self.batch.num_tokens,
+            v,
+            v_dim,
+            self.norm,
+            1e-6,
+            x,
+            stride,
+            self.z_start,
+            out,
+        )
+
+    def counted(self):
+        return not self.counters[:-1].any() and self.counters[-1] == 77
+
+
+# The fused sizes, with 1, 2, 3 and 4 value heads to a key head, then sizes that take the three launchers.
+DECODE = [
+    *FAMILY,
+    (2, 2, 128, 128, 4),
+    (2, 4, 64, 64, 4),
+    (1, 3, 64, 64, 4),
+    (2, 4, 64, 64, 3),
+    (2, 4, 128, 64, 4),
+    (2, 6, 24, 10, 4),
+]
+
+
+@pytest.mark.parametrize("dims", DECODE)
+@pytest.mark.parametrize("num_seqs", [1, 2, 7, 16, 17, 65])
+def test_decode_is_the_three(dims, num_seqs):
+    step = Decode(dims, num_seqs)
+    want, found = step.buffers(), step.buffers()
+    # Steps follow each other without a break, as in a run: each reads what the last one left.
+    for _ in range(3):
+        step.one_by_one(want)
+    for _ in range(3):
+        step.run(found)
+    for a, b in zip(want[:2], found[:2], strict=True):
+        assert same_bits(a, b)
+    assert same_bits(want[3], found[3])
+    assert found[3][:-1].isfinite().all() and found[3][-1].isnan().all()
+    assert step.counted()
+
+
+def test_decode_odd_stride():
+    # The gate is not at a multiple of 16 bytes: not fused, and still right.
+    step = Decode((2, 4, 64, 64, 4), 5, pad=3)
+    want, found = step.buffers(), step.buffers()
+    step.one_by_one(want)
+    step.run(found)
+    assert same_bits(want[0], found[0]) and same_bits(want[1], found[1]) and same_bits(want[3], found[3])
+
+
+@pytest.mark.parametrize("dims", [FAMILY[0], (2, 4, 64, 64, 4)])
+def test_decode_in_a_graph(dims):
+    step = Decode(dims, 9)
+    want, found = step.buffers(), step.buffers()
+    for _ in range(4):
+        step.one_by_one(want)
+    start = [x.clone() for x in found]
+    step.run(found)
+    for x, fresh in zip(found, start, strict=True):
+        x.copy_(fresh)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run(found)
+        step.run(found)
+    graph.replay()
+    graph.replay()
+    assert same_bits(want[0], found[0]) and same_bits(want[1], found[1]) and same_bits(want[3], found[3])
+    assert step.counted()
+
+
+@pytest.mark.parametrize("dims", [FAMILY[1], ODD[0], ODD[1]])
+def test_delta_one_after_the_other(dims):
+    # Convolution and rule without a break between them, again and again: each kernel waits for what it reads.
+    rule = Delta(dims, [(0, 500, 500), (64, 70, 70), (3, 1, 0)], decay=-2.0)
+    conv = Conv(dims, rule.batch.seqs, pad=8)
+    n, v, v_dim = rule.batch.num_tokens, dims[1], dims[3]
+    struct, size = DeltaDims(*dims), call("q35_delta_workspace", n, 3, DeltaDims(*dims))
+    space, mixed = poisoned(max(1, size), dtype=torch.float32), poisoned(n, width(dims))
+    batch, fixed = rule.batch.struct, (rule.projected, rule.stride, rule.ba_start)
+    found = []
+    for pause in (True, False):
+        tails, states, out = conv.tails.clone(), rule.states.clone(), poisoned(n, v * v_dim)
+        for _ in range(5):
+            call("q35_causal_conv1d", batch, struct, conv.weight, conv.x, conv.stride, tails, mixed)
+            if pause:
+                torch.cuda.synchronize()
+            call(
+                "q35_gated_delta_rule",
+                *(batch, struct, rule.a_log, rule.dt_bias, mixed, *fixed, states, space, out),
+            )
+            if pause:
+                torch.cuda.synchronize()
+        found.append((tails, states, out))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_delta_workspace_is_by_tokens():
+    # Sequences cost their entry in a list, not the memory of a chunk each.
+    dims = DeltaDims(16, 64, 128, 128, 4)
+    few, many = (call("q35_delta_workspace", 8192, seqs, dims) for seqs in (1, 256))
+    assert many - few < 4096
+    assert many < 60 << 20
+
+
 def test_no_tokens():
     delta = Delta(ODD[0], [(0, 0, 0), (64, 0, 0)])
     assert same_bits(delta.run()[1], delta.states)

@@ -8,6 +8,7 @@ mod blas;
 mod buffers;
 mod device;
 mod ffi;
+pub mod ops;
 mod step;
 mod weights;
 

@@ -168,7 +168,7 @@ impl Input {
             return Err(refuse(name, found, "a contiguous tensor (.contiguous() makes one)"));
         }
         let address = tensor.data as u64 + tensor.byte_offset;
-        if address % 16 != 0 && !dims.contains(&0) {
+        if !address.is_multiple_of(16) && !dims.contains(&0) {
             let found = format!("memory {} bytes after a multiple of 16", address % 16);
             return Err(refuse(
                 name,
@@ -192,7 +192,7 @@ impl Input {
     }
 
     /// `[width]` is `[1, width]`.
-    pub(super) fn as_rows(mut self) -> Self {
+    pub(super) fn into_rows(mut self) -> Self {
         if self.dims.len() == 1 {
             self.dims.insert(0, 1);
         }

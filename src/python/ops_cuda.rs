@@ -72,10 +72,11 @@ impl CudaOps {
 fn check_scale(scale: Option<f32>, width: usize, of: &str) -> PyResult<()> {
     let own = (width as f32).sqrt().recip();
     match scale {
-        Some(scale) if !((scale - own).abs() <= 1e-6 * own) => {
+        None => Ok(()),
+        Some(scale) if (scale - own).abs() <= 1e-6 * own => Ok(()),
+        Some(scale) => {
             Err(refuse("scale", scale, format!("{of} ** -0.5 = {own} on a GPU, any for CPU arrays")))
         }
-        _ => Ok(()),
     }
 }
 
@@ -241,7 +242,7 @@ impl CudaOps {
                 self.take("shared gate_proj", gate_proj, BF16)?,
                 self.take("shared up_proj", up_proj, BF16)?,
                 self.take("shared down_proj", down_proj, BF16)?,
-                self.take("shared gate", gate, BF16)?.as_rows(),
+                self.take("shared gate", gate, BF16)?.into_rows(),
             ]),
             None => None,
         };

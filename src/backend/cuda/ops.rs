@@ -2,7 +2,7 @@
 //! they make is allocated and freed in the order of that stream. Nothing waits, but `gated_delta_rule` for its gates.
 //!
 //! A launcher may read weights before the kernel ahead of it has ended (`cuda/device.cuh`), and here that kernel may be
-//! the one that makes them: a clear, which is no kernel, stands between (`fence`).
+//! the one that makes them: a clear, which begins when all before it has ended, stands between (`fence`).
 
 mod gates;
 mod queue;

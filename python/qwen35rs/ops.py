@@ -300,7 +300,10 @@ def _cuda_device(value: Any) -> int | None:
     """The CUDA device that an argument is on, by DLPack's numbers; None for any other place."""
     if not hasattr(value, "__dlpack_device__"):
         return None
-    kind, index = value.__dlpack_device__()
+    try:
+        kind, index = value.__dlpack_device__()
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        return None  # whoever reads it says what is wrong
     return int(index) if kind == 2 else None
 
 

@@ -123,8 +123,9 @@ impl Input {
         let kwargs = PyDict::new(python);
         kwargs.set_item("stream", if stream == 0 { DEFAULT_STREAM } else { stream as isize })?;
         let given = value.call_method("__dlpack__", (), Some(&kwargs)).map_err(|error| {
+            // A plain RuntimeError: classes of its own are for what is wrong with the device.
             let is_refusal = error.is_instance_of::<PyBufferError>(python)
-                || error.is_instance_of::<PyRuntimeError>(python)
+                || error.get_type(python).is(python.get_type::<PyRuntimeError>())
                 || error.is_instance_of::<PyTypeError>(python)
                 || error.is_instance_of::<PyValueError>(python);
             let found = || format!("{} ({})", class_of(value), error.value(python));

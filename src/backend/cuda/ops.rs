@@ -102,14 +102,21 @@ impl Queue {
         Ok(sum)
     }
 
-    /// `out[i] = x[rows[i]]`, rows of `width` elements.
-    fn gather(self: &Arc<Self>, x: View<'_>, rows: &Memory, width: usize) -> Result<Memory> {
-        let out = self.alloc(&[rows.len, width], x.size)?;
+    /// `out[i] = x[rows(i)]` for `num` rows of `width` elements, which the caller has seen to be rows of x.
+    fn gather(
+        self: &Arc<Self>,
+        x: View<'_>,
+        (num, width): (usize, usize),
+        rows: impl Fn(usize) -> usize,
+    ) -> Result<Memory> {
+        let (num_rows, row_bytes) = (int(num)?, (width * x.size) as i64);
+        int(x.len / width)?;
+        let rows = self.upload(&(0..num).map(|i| rows(i) as i32).collect::<Vec<_>>())?;
+        let out = self.alloc(&[num, width], x.size)?;
         self.fence(&out)?;
-        let row_bytes = (width * x.size) as i64;
-        // SAFETY: callers' rows are rows of x.
+        // SAFETY: rows of x, and as many as there is room for.
         launched("gather", unsafe {
-            ffi::q35_gather(self.on(), rows.ptr(), int(rows.len)?, x.ptr(), row_bytes, out.ptr())
+            ffi::q35_gather(self.on(), rows.ptr(), num_rows, x.ptr(), row_bytes, out.ptr())
         })?;
         Ok(out)
     }
@@ -204,25 +211,24 @@ impl Queue {
             Positions::Host(list) => Some(list),
             Positions::Device(_) => None,
         };
-        let (_ints, batch) = self.sequence(n, 0, 0, host)?;
-        if let Positions::Device(from) = positions {
-            // The low half of an int64 is the int32.
-            let axes = from.len / n;
-            for axis in 0..3 {
-                let skip = (axis.min(axes - 1) * n * from.size) as u64;
-                let to = batch.positions as u64 + 4 * axis as u64;
-                self.copy_rows(n, 4, (to, 12), (from.at + skip, from.size))?;
+        let (_ints, mut batch) = self.sequence(n, 0, 0, host)?;
+        let on_device = match positions {
+            Positions::Host(_) => None,
+            Positions::Device(from) => {
+                // The low half of an int64 is the int32.
+                let (axes, halves) = (from.len / n, from.size / 4);
+                let at = |i: usize| ((i % 3).min(axes - 1) * n + i / 3) * halves;
+                Some(self.gather(from.of_size(4), (3 * n, 1), at)?)
             }
-        }
+        };
+        batch.positions = on_device.as_ref().map_or(batch.positions, |p| p.ptr::<i32>().cast_const());
         // Rows [q | gate] of each head, then a key and a value. Nobody looks at what is not q.
         let slots = 2 * heads + 2;
-        int(n.saturating_mul(slots))?;
         let row = |i: usize| match i % slots {
-            slot if slot < 2 * heads && slot % 2 == 0 => (i / slots * heads + slot / 2) as i32,
+            slot if slot < 2 * heads && slot % 2 == 0 => i / slots * heads + slot / 2,
             _ => 0,
         };
-        let rows = self.upload(&(0..n * slots).map(row).collect::<Vec<_>>())?;
-        let projected = self.gather(x, &rows, head_dim)?;
+        let projected = self.gather(x, (n.saturating_mul(slots), head_dim), row)?;
         let (inv_freq, axis) = (self.upload(&rope.inv_freq)?, self.upload(&rope.axis)?);
         let norm = self.alloc(&[head_dim], F32)?;
         self.fill(norm.at, LARGE, head_dim)?;
@@ -290,11 +296,9 @@ impl Queue {
             return Ok((out, tail));
         }
         let (_ints, batch) = self.sequence(n, 0, 0, None)?;
-        let (wide, taps) = (self.widened(weight)?, self.alloc(&[kernel, channels], F32)?);
-        for tap in 0..kernel {
-            let (to, from) = (taps.at + (4 * tap * channels) as u64, wide.at + 4 * tap as u64);
-            self.copy_rows(channels, F32, (to, F32), (from, F32 * kernel))?;
-        }
+        let wide = self.widened(weight)?;
+        let by_tap = |i: usize| i % channels * kernel + i / channels;
+        let taps = self.gather(wide.view(), (wide.len, 1), by_tap)?;
         // Its channels are those of one value head and no keys.
         let (stride, conv_kernel) = (int(channels)?, int(kernel)?);
         let dims = ffi::DeltaDims { num_k_heads: 1, num_v_heads: 1, k_dim: 0, v_dim: stride, conv_kernel };
@@ -327,11 +331,22 @@ impl Queue {
         let (gates, zeros) = (self.upload(&gates)?, self.zeros(&[num_v_heads], F32)?);
         let (keys, values) = (num_k_heads * k_dim, num_v_heads * v_dim);
         let width = 2 * keys + values;
-        let mixed = self.alloc(&[n, width], BF16)?;
-        for (x, first, columns) in [(q, 0, keys), (k, keys, keys), (v, 2 * keys, values)] {
-            let to = (mixed.at + (BF16 * first) as u64, BF16 * width);
-            self.copy_rows(n, BF16 * columns, to, (x.at, BF16 * columns))?;
+        // All of q, then k, then v; and from there a row of each token, in pieces that divide all three.
+        let all = self.alloc(&[n, width], BF16)?;
+        for (x, first) in [(q, 0), (k, n * keys), (v, 2 * n * keys)] {
+            self.copy(all.at + (BF16 * first) as u64, x)?;
         }
+        let piece = gcd(keys, values);
+        let row = |i: usize| {
+            let (token, column) = (i / (width / piece), i % (width / piece) * piece);
+            let (first, columns, column) = match column / keys {
+                0 => (0, keys, column),
+                1 => (n * keys, keys, column - keys),
+                _ => (2 * n * keys, values, column - 2 * keys),
+            };
+            (first + token * columns + column) / piece
+        };
+        let mixed = self.gather(all.view(), (n * width / piece, piece), row)?;
         let (_ints, batch) = self.sequence(n, 0, if chunked { n } else { 0 }, None)?;
         let dims = ffi::DeltaDims {
             num_k_heads: int(num_k_heads)?,
@@ -378,15 +393,14 @@ impl Queue {
             return Ok(out);
         }
         let num_rows = num_keys.next_multiple_of(PAGE_LEN).saturating_mul(num_kv_heads);
-        int(num_rows)?;
         // Pages are [num_kv_heads, PAGE_LEN, head_dim]. Places past the end hold the first row, which nobody looks at.
         let row = |i: usize| {
             let (page, head) = (i / PAGE_LEN / num_kv_heads, i / PAGE_LEN % num_kv_heads);
             let key = page * PAGE_LEN + i % PAGE_LEN;
-            if key < num_keys { (key * num_kv_heads + head) as i32 } else { 0 }
+            if key < num_keys { key * num_kv_heads + head } else { 0 }
         };
-        let rows = self.upload(&(0..num_rows).map(row).collect::<Vec<_>>())?;
-        let (k_pages, v_pages) = (self.gather(k, &rows, head_dim)?, self.gather(v, &rows, head_dim)?);
+        let pages = (num_rows, head_dim);
+        let (k_pages, v_pages) = (self.gather(k, pages, row)?, self.gather(v, pages, row)?);
         let stride = 2 * num_q_heads * head_dim;
         let gates = self.alloc(&[n, stride], BF16)?;
         self.fill16(gates.at, OPEN, gates.len)?;
@@ -462,6 +476,7 @@ impl Queue {
         Ok(out)
     }
 
+    /// A copy of a state, which the launcher replaces.
     fn copy_or_zeros(
         self: &Arc<Self>,
         from: Option<View<'_>>,
@@ -473,4 +488,8 @@ impl Queue {
         self.copy(memory.at, from)?;
         Ok(memory)
     }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }

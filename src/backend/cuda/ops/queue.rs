@@ -86,6 +86,11 @@ impl View<'_> {
     fn bytes(&self) -> usize {
         self.len * self.size
     }
+
+    /// The same bytes as smaller elements.
+    pub(super) fn of_size(self, size: usize) -> Self {
+        Self { len: self.bytes() / size, size, ..self }
+    }
 }
 
 /// Memory made on a queue, freed in the order of its stream.
@@ -255,41 +260,6 @@ impl Queue {
             bytes => unsafe { result::memcpy_dtod_async(to, from.at, bytes, self.stream) }
                 .map_err(|e| failed("copying on the device", e)),
         }
-    }
-
-    /// Copies `rows` of `width` bytes between places of other distances from row to row.
-    pub(super) fn copy_rows(
-        &self,
-        rows: usize,
-        width: usize,
-        to: (Address, usize),
-        from: (Address, usize),
-    ) -> Result<()> {
-        if rows * width == 0 {
-            return Ok(());
-        }
-        let copy = sys::CUDA_MEMCPY2D {
-            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-            srcDevice: from.0,
-            srcPitch: from.1,
-            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-            dstDevice: to.0,
-            dstPitch: to.1,
-            WidthInBytes: width,
-            Height: rows,
-            srcXInBytes: 0,
-            srcY: 0,
-            srcHost: std::ptr::null(),
-            srcArray: std::ptr::null_mut(),
-            dstXInBytes: 0,
-            dstY: 0,
-            dstHost: std::ptr::null_mut(),
-            dstArray: std::ptr::null_mut(),
-        };
-        // SAFETY: callers stay inside what they allocated and what they were given.
-        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }
-            .result()
-            .map_err(|e| failed("copying on the device", e))
     }
 
     /// Sends numbers to the device. They are read before this returns: pageable memory is staged first.

@@ -213,7 +213,7 @@ impl Queue {
         Ok(Memory { at, len: len.unwrap_or_default(), size, queue: Arc::clone(self), elsewhere })
     }
 
-    /// Memory of `elements` that workspace functions ask for. Zeros, which is more than they ask.
+    /// Memory of as many elements as a workspace function says. Zeros, which some launchers want before the first use.
     pub(super) fn workspace(self: &Arc<Self>, elements: i64, size: usize) -> Result<Memory> {
         self.zeros(&[usize::try_from(elements).unwrap_or_default()], size)
     }

@@ -19,6 +19,7 @@ UNSAFE = (
     "src/tokenizer/pieces.rs",
     "src/tokenizer/vocab.rs",
     "src/python/ops.rs",
+    "src/python/dlpack.rs",
     "src/python/tokenizer.rs",
 )
 VAGUE = {"util", "utils", "common", "misc", "manager", "helper", "helpers"}

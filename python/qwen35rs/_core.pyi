@@ -11,8 +11,10 @@ __all__ = [
     "ChatTemplate",
     "ConfigError",
     "CudaError",
+    "CudaOps",
     "DecodeStream",
     "Delta",
+    "DeviceTensor",
     "Engine",
     "Generation",
     "OutOfMemoryError",
@@ -202,14 +204,11 @@ class Delta:
 _Array: TypeAlias = npt.NDArray[np.float32]
 
 def ops_rms_norm(x: _Array, weight: _Array, eps: float) -> _Array: ...
-def ops_rope(
-    x: _Array,
-    positions: Sequence[Sequence[int]],
-    rotary_dim: int,
-    theta: float,
-    mrope_section: Sequence[int],
-    yarn: Mapping[str, Any] | None,
-) -> _Array: ...
+
+# rotary_dim, theta, mrope_section, yarn
+_Rotation: TypeAlias = tuple[int, float, Sequence[int], Mapping[str, Any] | None]
+
+def ops_rope(x: _Array, positions: Sequence[Sequence[int]], rotation: _Rotation) -> _Array: ...
 def ops_route(logits: _Array, top_k: int) -> tuple[_Array, npt.NDArray[np.int32]]: ...
 def ops_causal_conv1d(x: _Array, weight: _Array, state: _Array | None) -> tuple[_Array, _Array]: ...
 def ops_gated_delta_rule(
@@ -232,6 +231,58 @@ def ops_moe(
     top_k: int,
     shared: Sequence[_Array] | None,
 ) -> _Array: ...
+
+# ops on a CUDA device: arguments have the DLPack protocol
+
+@final
+class DeviceTensor:
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+@final
+class CudaOps:
+    def __new__(cls, device: int, stream: int) -> CudaOps: ...
+    def rms_norm(
+        self, x: Any, weight: Any, eps: float, residual: Any | None
+    ) -> tuple[DeviceTensor, DeviceTensor | None]: ...
+    def rope(
+        self,
+        x: Any,
+        host_positions: Sequence[Sequence[int]] | None,
+        device_positions: Any | None,
+        rotation: _Rotation,
+    ) -> DeviceTensor: ...
+    def route(self, logits: Any, top_k: int) -> tuple[DeviceTensor, DeviceTensor]: ...
+    def causal_conv1d(self, x: Any, weight: Any, state: Any | None) -> tuple[DeviceTensor, DeviceTensor]: ...
+    def gated_delta_rule(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        g: Any,
+        beta: Any,
+        state: Any | None,
+        chunked: bool,
+        qk_l2norm: bool,
+        scale: float | None,
+    ) -> tuple[DeviceTensor, DeviceTensor]: ...
+    def attention(self, q: Any, k: Any, v: Any, scale: float | None) -> DeviceTensor: ...
+    def moe(
+        self, x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence[Any] | None
+    ) -> DeviceTensor: ...
 
 # tools of the command line: JSON text
 

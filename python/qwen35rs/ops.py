@@ -1,14 +1,24 @@
-"""The ops of the net on numpy arrays, for research and tests: the CPU backend's own code.
+"""The ops of the net on arrays, for research and tests: the backends' own code.
 
-Arguments may be numpy arrays, anything with the DLPack protocol on the CPU (torch tensors, ...), or nested
+On the CPU, arguments may be numpy arrays, anything with the DLPack protocol (torch tensors, ...), or nested
 lists. A C-contiguous float32 array is read in place; anything else is copied to one first. Results are new
 numpy float32 arrays (``torch.from_dlpack`` takes them without a copy). Arithmetic is float32.
 
-Every function raises RequestError, naming the argument, its shape and the shape that is allowed.
+On a CUDA device, arguments are tensors of one device with the DLPack protocol (torch, ...), contiguous and
+aligned to 16 bytes, and are read where they are. Activations and large weights are bfloat16, each function
+says what else may be float32; so are results. The op runs on torch's current stream where torch is imported,
+else on the default stream, and returns at once. Results are new torch tensors for torch tensors, else
+DeviceTensor (any ``from_dlpack`` takes it without a copy). Their memory is given back in the order of that
+stream; to use one on another stream, make that stream wait, and keep the tensor until it has run. These ops
+cannot be captured in a graph.
+
+Every function raises RequestError, naming the argument, what was found and what is allowed; CudaError where
+the device fails.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +26,18 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from ._core import RequestError
+from ._core import DeviceTensor, RequestError
 
-__all__ = ["attention", "causal_conv1d", "gated_delta_rule", "moe", "rms_norm", "rope", "route"]
+__all__ = [
+    "DeviceTensor",
+    "attention",
+    "causal_conv1d",
+    "gated_delta_rule",
+    "moe",
+    "rms_norm",
+    "rope",
+    "route",
+]
 
 Array = npt.NDArray[np.float32]
 
@@ -33,11 +52,17 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any = None) -> An
     Returns:
         ``y`` like x; with a residual, ``(y, x + residual)``.
 
+    On CUDA, weight and residual may be float32 or bfloat16, and x too where there is no residual; y is bfloat16,
+    the sum float32.
+
     Source: Transformers ``Qwen3_5RMSNorm``.
     """
-    x = _array("x", x)
     if not eps >= 0:
         raise RequestError(f"eps: found {eps}; allowed: 0 or more")
+    if cuda := _cuda({"x": x, "weight": weight, "residual": residual}):
+        y, total = cuda.rms_norm(x, weight, eps, residual)
+        return _like(x, y) if total is None else (_like(x, y), _like(x, total))
+    x = _array("x", x)
     if residual is None:
         return _core.ops_rms_norm(x, _array("weight", weight), eps)
     residual = _array("residual", residual)
@@ -56,7 +81,7 @@ def rope(
     theta: float = 1e7,
     mrope_section: Sequence[int] | None = None,
     yarn: Mapping[str, Any] | None = None,
-) -> Array:
+) -> Any:
     """Partial rotary embedding with interleaved mRoPE; element i rotates with element ``i + rotary_dim / 2``.
 
     Args:
@@ -72,14 +97,24 @@ def rope(
     Returns:
         ``[num_tokens, num_heads, head_dim]``.
 
+    On CUDA, positions may be on the CPU, or int32 or int64 on the device, where negative ones are not noticed.
+
     Source: Transformers ``Qwen3_5TextRotaryEmbedding``; YaRN by Peng et al. (2023, arXiv:2309.00071).
     """
-    x = _array("x", x)
+    cuda = _cuda({"x": x})
+    if cuda is None:
+        x = _array("x", x)
     if rotary_dim is None:
-        rotary_dim = x.shape[-1] // 4 if x.ndim else 0
+        rotary_dim = x.shape[-1] // 4 if len(x.shape) else 0
     half = rotary_dim // 2
     if mrope_section is None:
         mrope_section = (11, 11, 10) if half == 32 else (half, 0, 0)
+    full = None if yarn is None else _yarn(yarn)
+    rotation = (rotary_dim, theta, list(mrope_section), full)
+    if _cuda_device(positions) is not None:
+        cuda = _cuda({"x": x, "positions": positions})
+        assert cuda is not None
+        return _like(x, cuda.rope(x, None, positions, rotation))
     where = np.asarray(positions)
     if where.ndim == 1:
         where = np.stack([where] * 3)
@@ -93,22 +128,13 @@ def rope(
             f"positions: found shape {list(np.shape(positions))} of {where.dtype}; "
             "allowed: [num_tokens] or [3, num_tokens] of integers from 0"
         )
-    full = None
-    if yarn is not None:
-        defaults = {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "attention_factor": 0.1 * float(np.log(max(yarn.get("factor", 1.0), 1.0))) + 1.0,
-            "truncate": True,
-        }
-        full = {**defaults, **yarn}
-        needed = {"factor", "original_max_position_embeddings", *defaults}
-        if set(full) != needed:
-            raise RequestError(f"yarn: found keys {sorted(full)}; allowed: {sorted(needed)}")
-    return _core.ops_rope(x, where.T.tolist(), rotary_dim, theta, list(mrope_section), full)
+    on_host = where.T.tolist()
+    if cuda:
+        return _like(x, cuda.rope(x, on_host, None, rotation))
+    return _core.ops_rope(x, on_host, rotation)
 
 
-def route(logits: Any, top_k: int) -> tuple[Array, npt.NDArray[np.int32]]:
+def route(logits: Any, top_k: int) -> Any:
     """Routing: softmax over all experts, the ``top_k`` largest, renormalised to sum to one.
 
     Args:
@@ -118,12 +144,17 @@ def route(logits: Any, top_k: int) -> tuple[Array, npt.NDArray[np.int32]]:
     Returns:
         ``(weights, experts)``, float32 and int32 ``[num_tokens, top_k]``, best first.
 
+    On CUDA, logits are float32 or bfloat16.
+
     Source: Transformers ``Qwen3_5MoeTopKRouter``.
     """
+    if cuda := _cuda({"logits": logits}):
+        weights, experts = cuda.route(logits, top_k)
+        return _like(logits, weights), _like(logits, experts)
     return _core.ops_route(_array("logits", logits), top_k)
 
 
-def causal_conv1d(x: Any, weight: Any, state: Any = None) -> tuple[Array, Array]:
+def causal_conv1d(x: Any, weight: Any, state: Any = None) -> Any:
     """Causal depthwise convolution, then SiLU.
 
     Args:
@@ -132,7 +163,12 @@ def causal_conv1d(x: Any, weight: Any, state: Any = None) -> tuple[Array, Array]
 
     Returns:
         ``(y, state)``: ``[num_tokens, channels]``, and the last inputs ``[kernel - 1, channels]``.
+
+    On CUDA, weight is float32 or bfloat16; y and both states are bfloat16.
     """
+    if cuda := _cuda({"x": x, "weight": weight, "state": state}):
+        y, after = cuda.causal_conv1d(x, weight, state)
+        return _like(x, y), _like(x, after)
     weight = _array("weight", weight)
     if weight.ndim == 3 and weight.shape[1] == 1:
         weight = weight[:, 0]
@@ -150,7 +186,7 @@ def gated_delta_rule(
     mode: str = "chunked",
     qk_l2norm: bool = True,
     scale: float | None = None,
-) -> tuple[Array, Array]:
+) -> Any:
     """The gated delta rule over one sequence, continuing from a state.
 
     Per token and value head: ``S = exp(g) S; d = beta (v - kᵀ S); S = S + k dᵀ; o = qᵀ S``. Value head h reads
@@ -167,10 +203,18 @@ def gated_delta_rule(
     Returns:
         ``(o, state)``: ``[num_tokens, num_v_heads, v_dim]``, and the state after the last token.
 
+    On CUDA, q, k, v and o are bfloat16, g and beta float32 or bfloat16, both states float32. The kernel makes
+    ``beta = sigmoid(b)`` and ``g = -softplus(a)`` of bfloat16 b and a, as the net does: the op waits for g and
+    beta, finds b and a on the host, and so rounds beta and ``exp(g)``, by less than 5e-4. qk_l2norm and scale
+    must be as by default, beta from 0 to 1.
+
     Source: Yang et al. (2024, arXiv:2412.06464); Transformers ``torch_chunk_gated_delta_rule``.
     """
     if mode not in ("chunked", "recurrent"):
         raise RequestError(f"mode: found {mode!r}; allowed: 'chunked', 'recurrent'")
+    if cuda := _cuda({"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}):
+        o, after = cuda.gated_delta_rule(q, k, v, g, beta, state, mode == "chunked", qk_l2norm, scale)
+        return _like(q, o), _like(q, after)
     return _core.ops_gated_delta_rule(
         _array("q", q),
         _array("k", k),
@@ -184,7 +228,7 @@ def gated_delta_rule(
     )
 
 
-def attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Array:
+def attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
     """Causal softmax attention with grouped heads: query t sees the keys up to ``num_keys - num_tokens + t``.
 
     Args:
@@ -193,11 +237,15 @@ def attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Array:
 
     Returns:
         ``[num_tokens, num_q_heads, head_dim]``.
+
+    On CUDA, scale must be as by default, and head_dim at most 1024. Keys and values are copied to pages first.
     """
+    if cuda := _cuda({"q": q, "k": k, "v": v}):
+        return _like(q, cuda.attention(q, k, v, scale))
     return _core.ops_attention(_array("q", q), _array("k", k), _array("v", v), scale)
 
 
-def moe(x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence[Any] | None = None) -> Array:
+def moe(x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence[Any] | None = None) -> Any:
     """The sparse block: routed SwiGLU experts, weighted and summed, plus the gated shared expert.
 
     Args:
@@ -208,21 +256,83 @@ def moe(x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence
     Returns:
         ``[num_tokens, hidden]``.
 
+    On CUDA everything is bfloat16, with at most 8192 experts. The shared expert's gate_proj and up_proj are
+    copied to one matrix.
+
     Source: Transformers ``Qwen3_5MoeSparseMoeBlock``.
     """
-    parts = None
+    named: dict[str, Any] = {}
     if shared is not None:
         if len(shared) != 4:
             raise RequestError(
                 f"shared: found {len(shared)} arrays; allowed: gate_proj, up_proj, down_proj, gate"
             )
         names = ("gate_proj", "up_proj", "down_proj", "gate")
-        parts = [_array(f"shared {name}", s) for name, s in zip(names, shared)]
+        named = {f"shared {name}": part for name, part in zip(names, shared)}
+    if cuda := _cuda({"x": x, "gate": gate, "gate_up": gate_up, "down": down, **named}):
+        return _like(x, cuda.moe(x, gate, gate_up, down, top_k, list(named.values()) or None))
+    parts = None
+    if named:
+        parts = [_array(name, part) for name, part in named.items()]
         if parts[3].ndim == 1:
             parts[3] = parts[3][None]
     return _core.ops_moe(
         _array("x", x), _array("gate", gate), _array("gate_up", gate_up), _array("down", down), top_k, parts
     )
+
+
+def _yarn(yarn: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of YaRN."""
+    defaults = {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 0.1 * float(np.log(max(yarn.get("factor", 1.0), 1.0))) + 1.0,
+        "truncate": True,
+    }
+    full = {**defaults, **yarn}
+    needed = {"factor", "original_max_position_embeddings", *defaults}
+    if set(full) != needed:
+        raise RequestError(f"yarn: found keys {sorted(full)}; allowed: {sorted(needed)}")
+    return full
+
+
+def _cuda_device(value: Any) -> int | None:
+    """The CUDA device that an argument is on, by DLPack's numbers; None for any other place."""
+    if not hasattr(value, "__dlpack_device__"):
+        return None
+    try:
+        kind, index = value.__dlpack_device__()
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        return None  # whoever reads it says what is wrong
+    return int(index) if kind == 2 else None
+
+
+def _cuda(arguments: Mapping[str, Any]) -> _core.CudaOps | None:
+    """The ops of the CUDA device that the arguments are on, on the caller's stream; None where none is on one."""
+    found = {name: _cuda_device(value) for name, value in arguments.items() if value is not None}
+    first = next((name for name, device in found.items() if device is not None), None)
+    if first is None:
+        return None
+    device = found[first]
+    assert device is not None
+    for name, other in found.items():
+        if other != device:
+            place = "an array that is on no CUDA device" if other is None else f"a tensor on cuda:{other}"
+            raise RequestError(f"{name}: found {place}; allowed: one on cuda:{device}, where {first} is")
+    # Only what has been imported is asked: nobody has a stream of torch's before torch has started its CUDA.
+    torch = sys.modules.get("torch")
+    stream = 0
+    if torch is not None and torch.cuda.is_initialized():
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _core.CudaOps(device, stream)
+
+
+def _like(argument: Any, result: DeviceTensor) -> Any:
+    """A result as the argument's library has it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(argument, torch.Tensor):
+        return torch.from_dlpack(result)
+    return result
 
 
 def _array(name: str, value: Any) -> Array:

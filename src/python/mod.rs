@@ -2,9 +2,13 @@
 //! numbers and settings; out come token ids, text, numbers and exceptions. Tensors cross in `ops` and in the
 //! logits that were asked for, nowhere else.
 
+mod dlpack;
 mod engine;
 mod errors;
 mod ops;
+#[cfg(feature = "cuda")]
+mod ops_cuda;
+mod ops_shapes;
 mod tokenizer;
 mod tools;
 

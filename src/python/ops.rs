@@ -4,9 +4,12 @@
 use numpy::{IntoPyArray, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
+use super::dlpack::DeviceTensor;
+#[cfg(feature = "cuda")]
+use super::ops_cuda::CudaOps;
+use super::ops_shapes::{self as shapes, Rotation, Shape};
 use super::to_py;
 use crate::Error;
-use crate::backend::Rope;
 use crate::backend::cpu::attention::{self, PagedRows, Queries};
 use crate::backend::cpu::delta_rule::{self, Head, OutRows};
 use crate::backend::cpu::linear::Linear;
@@ -14,12 +17,13 @@ use crate::backend::cpu::moe::{self, Moe};
 use crate::backend::cpu::parallel::{self, Shared};
 use crate::backend::cpu::{conv1d, norm};
 use crate::batch::PAGE_LEN;
-use crate::config::{RopeConfig, YarnConfig};
 
 type In<'py> = PyReadonlyArrayDyn<'py, f32>;
 type Out<'py> = Bound<'py, PyArrayDyn<f32>>;
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<DeviceTensor>()?;
+    m.add_class::<CudaOps>()?;
     m.add_function(wrap_pyfunction!(ops_rms_norm, m)?)?;
     m.add_function(wrap_pyfunction!(ops_rope, m)?)?;
     m.add_function(wrap_pyfunction!(ops_route, m)?)?;
@@ -44,21 +48,9 @@ impl<'a> Arg<'a> {
         Ok(Self { name, data, shape: array.shape() })
     }
 
-    /// Checks the shape against `dims` (0 for any size) and gives it back.
-    fn dims<const N: usize>(&self, dims: [usize; N], words: &str) -> PyResult<[usize; N]> {
-        let fits = self.shape.len() == N && self.shape.iter().zip(dims).all(|(&s, d)| d == ANY || s == d);
-        match <[usize; N]>::try_from(self.shape) {
-            Ok(shape) if fits => Ok(shape),
-            _ => Err(refuse(self.name, format!("shape {:?}", self.shape), words)),
-        }
+    fn shape(&self) -> Shape<'a> {
+        Shape { name: self.name, dims: self.shape }
     }
-}
-
-/// Any size.
-const ANY: usize = usize::MAX;
-
-fn refuse(name: &str, found: impl ToString, allowed: impl Into<String>) -> PyErr {
-    to_py(Error::request(name, found, allowed))
 }
 
 fn array<'py>(py: Python<'py>, data: Vec<f32>, shape: &[usize]) -> PyResult<Out<'py>> {
@@ -68,10 +60,7 @@ fn array<'py>(py: Python<'py>, data: Vec<f32>, shape: &[usize]) -> PyResult<Out<
 #[pyfunction]
 fn ops_rms_norm<'py>(py: Python<'py>, x: In<'py>, weight: In<'py>, eps: f32) -> PyResult<Out<'py>> {
     let (x, weight) = (Arg::new("x", &x)?, Arg::new("weight", &weight)?);
-    let Some(&width) = x.shape.last().filter(|&&w| w > 0) else {
-        return Err(refuse("x", format!("shape {:?}", x.shape), "[..., width], width >= 1"));
-    };
-    weight.dims([width], &format!("[{width}]"))?;
+    let width = shapes::rms_norm(x.shape(), weight.shape())?;
     let scale: Vec<f32> = weight.data.iter().map(|w| w + 1.0).collect();
     let mut out = vec![0.0; x.data.len()];
     py.detach(|| {
@@ -82,52 +71,17 @@ fn ops_rms_norm<'py>(py: Python<'py>, x: In<'py>, weight: In<'py>, eps: f32) -> 
     array(py, out, x.shape)
 }
 
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-struct Yarn {
-    factor: f64,
-    original_max_position_embeddings: usize,
-    beta_fast: f64,
-    beta_slow: f64,
-    attention_factor: f64,
-    truncate: bool,
-}
-
 #[pyfunction]
-#[allow(clippy::too_many_arguments)]
 fn ops_rope<'py>(
     py: Python<'py>,
     x: In<'py>,
     positions: Vec<[u32; 3]>,
-    rotary_dim: usize,
-    theta: f64,
-    mrope_section: [usize; 3],
-    yarn: Option<Yarn>,
+    rotation: Rotation,
 ) -> PyResult<Out<'py>> {
     let x = Arg::new("x", &x)?;
-    let [num_tokens, num_heads, head_dim] = x.dims([ANY; 3], "[num_tokens, num_heads, head_dim]")?;
-    if positions.len() != num_tokens {
-        let allowed = format!("[{num_tokens}] or [3, {num_tokens}]");
-        return Err(refuse("positions", format!("{} of them", positions.len()), allowed));
-    }
-    if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > head_dim {
-        return Err(refuse("rotary_dim", rotary_dim, format!("an even number, 2 to head_dim = {head_dim}")));
-    }
-    if mrope_section.iter().sum::<usize>() != rotary_dim / 2 {
-        let allowed = format!("three numbers that sum to rotary_dim / 2 = {}", rotary_dim / 2);
-        return Err(refuse("mrope_section", format!("{mrope_section:?}"), allowed));
-    }
-    let yarn = yarn.map(|y| YarnConfig {
-        factor: y.factor,
-        original_max_position: y.original_max_position_embeddings,
-        beta_fast: y.beta_fast,
-        beta_slow: y.beta_slow,
-        attention_factor: y.attention_factor,
-        truncate: y.truncate,
-    });
-    let rope = Rope::new(&RopeConfig { theta, rotary_dim, mrope_section, yarn });
+    let ([_, num_heads, head_dim], rope) = shapes::rope(x.shape(), positions.len(), rotation)?;
     let mut out = x.data.to_vec();
-    let (mut cos, mut sin) = (vec![0.0; rotary_dim / 2], vec![0.0; rotary_dim / 2]);
+    let (mut cos, mut sin) = (vec![0.0; rope.axis.len()], vec![0.0; rope.axis.len()]);
     for (token, &position) in out.chunks_exact_mut((num_heads * head_dim).max(1)).zip(&positions) {
         attention::rotation(&rope, position, &mut cos, &mut sin);
         token.chunks_exact_mut(head_dim).for_each(|head| attention::rotate(head, &cos, &sin));
@@ -142,10 +96,7 @@ fn ops_route<'py>(
     top_k: usize,
 ) -> PyResult<(Out<'py>, Bound<'py, PyArrayDyn<i32>>)> {
     let logits = Arg::new("logits", &logits)?;
-    let [num_tokens, num_experts] = logits.dims([ANY; 2], "[num_tokens, num_experts]")?;
-    if top_k == 0 || top_k > num_experts {
-        return Err(refuse("top_k", top_k, format!("1 to num_experts = {num_experts}")));
-    }
+    let [num_tokens, num_experts] = shapes::route(logits.shape(), top_k)?;
     let (mut weights, mut experts) = (vec![0.0; num_tokens * top_k], vec![0u32; num_tokens * top_k]);
     py.detach(|| moe::route(logits.data, num_experts, top_k, &mut weights, &mut experts));
     let experts: Vec<i32> = experts.into_iter().map(|e| e as i32).collect();
@@ -161,20 +112,11 @@ fn ops_causal_conv1d<'py>(
     state: Option<In<'py>>,
 ) -> PyResult<(Out<'py>, Out<'py>)> {
     let (x, weight) = (Arg::new("x", &x)?, Arg::new("weight", &weight)?);
-    let [num_tokens, channels] = x.dims([ANY; 2], "[num_tokens, channels]")?;
-    let [_, kernel] = weight.dims([channels, ANY], &format!("[{channels}, kernel]"))?;
-    if kernel == 0 {
-        return Err(refuse("weight", "kernel 0", "at least one tap"));
-    }
+    let state = state.as_ref().map(|state| Arg::new("state", state)).transpose()?;
+    let [num_tokens, channels, kernel] =
+        shapes::causal_conv1d(x.shape(), weight.shape(), state.as_ref().map(Arg::shape))?;
     let tail_shape = [kernel - 1, channels];
-    let mut tail = match &state {
-        Some(state) => {
-            let state = Arg::new("state", state)?;
-            state.dims(tail_shape, &format!("[kernel - 1, channels] = {tail_shape:?}"))?;
-            state.data.to_vec()
-        }
-        None => vec![0.0; (kernel - 1) * channels],
-    };
+    let mut tail = state.map_or_else(|| vec![0.0; (kernel - 1) * channels], |state| state.data.to_vec());
     let taps: Vec<f32> =
         (0..kernel * channels).map(|i| weight.data[i % channels * kernel + i / channels]).collect();
     let mut out = vec![0.0; num_tokens * channels];
@@ -198,26 +140,13 @@ fn ops_gated_delta_rule<'py>(
 ) -> PyResult<(Out<'py>, Out<'py>)> {
     let [q, k, v] = [Arg::new("q", &q)?, Arg::new("k", &k)?, Arg::new("v", &v)?];
     let (g, beta) = (Arg::new("g", &g)?, Arg::new("beta", &beta)?);
-    let [num_tokens, num_k_heads, k_dim] = q.dims([ANY; 3], "[num_tokens, num_k_heads, k_dim]")?;
-    k.dims([num_tokens, num_k_heads, k_dim], &format!("q's shape {:?}", q.shape))?;
-    let [_, num_v_heads, v_dim] =
-        v.dims([num_tokens, ANY, ANY], &format!("[{num_tokens}, num_v_heads, v_dim]"))?;
-    if num_k_heads == 0 || num_v_heads % num_k_heads != 0 {
-        let allowed = format!("a multiple of num_k_heads = {num_k_heads}");
-        return Err(refuse("v", format!("{num_v_heads} heads"), allowed));
-    }
-    let per_head = format!("[{num_tokens}, {num_v_heads}]");
-    g.dims([num_tokens, num_v_heads], &per_head)?;
-    beta.dims([num_tokens, num_v_heads], &per_head)?;
+    let state = state.as_ref().map(|state| Arg::new("state", state)).transpose()?;
+    let all = [&q, &k, &v, &g, &beta].map(Arg::shape);
+    let [num_tokens, num_k_heads, k_dim, num_v_heads, v_dim] =
+        shapes::gated_delta_rule(all, state.as_ref().map(Arg::shape))?;
     let state_shape = [num_v_heads, k_dim, v_dim];
-    let mut states = match &state {
-        Some(state) => {
-            let state = Arg::new("state", state)?;
-            state.dims(state_shape, &format!("[num_v_heads, k_dim, v_dim] = {state_shape:?}"))?;
-            state.data.to_vec()
-        }
-        None => vec![0.0; num_v_heads * k_dim * v_dim],
-    };
+    let mut states =
+        state.map_or_else(|| vec![0.0; num_v_heads * k_dim * v_dim], |state| state.data.to_vec());
     let mut out = vec![0.0; v.data.len()];
     py.detach(|| {
         let (out, states) = (Shared::new(&mut out), Shared::new(&mut states));
@@ -260,21 +189,8 @@ fn ops_attention<'py>(
     scale: Option<f32>,
 ) -> PyResult<Out<'py>> {
     let [q, k, v] = [Arg::new("q", &q)?, Arg::new("k", &k)?, Arg::new("v", &v)?];
-    let [num_tokens, num_q_heads, head_dim] = q.dims([ANY; 3], "[num_tokens, num_q_heads, head_dim]")?;
-    let words = format!("[num_keys, num_kv_heads, {head_dim}]");
-    let [num_keys, num_kv_heads, _] = k.dims([ANY, ANY, head_dim], &words)?;
-    v.dims([num_keys, num_kv_heads, head_dim], &format!("k's shape {:?}", k.shape))?;
-    if num_keys < num_tokens {
-        return Err(refuse(
-            "k",
-            format!("{num_keys} keys"),
-            format!("at least the {num_tokens} query tokens"),
-        ));
-    }
-    if num_kv_heads == 0 || num_q_heads % num_kv_heads != 0 {
-        let allowed = format!("a multiple of num_kv_heads = {num_kv_heads}");
-        return Err(refuse("q", format!("{num_q_heads} heads"), allowed));
-    }
+    let [num_tokens, num_keys, num_q_heads, num_kv_heads, head_dim] =
+        shapes::attention([&q, &k, &v].map(Arg::shape))?;
     let (group, stride) = (num_q_heads / num_kv_heads, num_q_heads * head_dim);
     let scale = scale.unwrap_or((head_dim as f32).sqrt().recip());
     let mut out = vec![0.0; q.data.len()];
@@ -323,17 +239,18 @@ fn ops_moe<'py>(
 ) -> PyResult<Out<'py>> {
     let (x, gate) = (Arg::new("x", &x)?, Arg::new("gate", &gate)?);
     let (gate_up, down) = (Arg::new("gate_up", &gate_up)?, Arg::new("down", &down)?);
-    let [num_tokens, hidden] = x.dims([ANY; 2], "[num_tokens, hidden]")?;
-    let [num_experts, _] = gate.dims([ANY, hidden], &format!("[num_experts, {hidden}]"))?;
-    let [_, _, width] =
-        down.dims([num_experts, hidden, ANY], &format!("[{num_experts}, {hidden}, width]"))?;
-    gate_up.dims([num_experts, 2 * width, hidden], &format!("[{num_experts}, {}, {hidden}]", 2 * width))?;
-    if top_k == 0 || top_k > num_experts {
-        return Err(refuse("top_k", top_k, format!("1 to num_experts = {num_experts}")));
-    }
-    if hidden == 0 || width == 0 {
-        return Err(refuse("x", format!("hidden {hidden}, width {width}"), "sizes of at least 1"));
-    }
+    let shared = match &shared {
+        Some([gate_proj, up_proj, down_proj, gate]) => Some([
+            Arg::new("shared gate_proj", gate_proj)?,
+            Arg::new("shared up_proj", up_proj)?,
+            Arg::new("shared down_proj", down_proj)?,
+            Arg::new("shared gate", gate)?,
+        ]),
+        None => None,
+    };
+    let all = [&x, &gate, &gate_up, &down].map(Arg::shape);
+    let [num_tokens, hidden, _, width, shared_width] =
+        shapes::moe(all, top_k, shared.as_ref().map(|shared| shared.each_ref().map(Arg::shape)))?;
     let mut layer = Moe {
         router: Linear::from_f32(gate.data, hidden),
         gate_up: Linear::from_f32(gate_up.data, hidden),
@@ -343,14 +260,6 @@ fn ops_moe<'py>(
         top_k,
     };
     if let Some([gate_proj, up_proj, down_proj, shared_gate]) = &shared {
-        let gate_proj = Arg::new("shared gate_proj", gate_proj)?;
-        let [shared_width, _] = gate_proj.dims([ANY, hidden], &format!("[shared_width, {hidden}]"))?;
-        let up_proj = Arg::new("shared up_proj", up_proj)?;
-        up_proj.dims([shared_width, hidden], &format!("[{shared_width}, {hidden}]"))?;
-        let down_proj = Arg::new("shared down_proj", down_proj)?;
-        down_proj.dims([hidden, shared_width], &format!("[{hidden}, {shared_width}]"))?;
-        let shared_gate = Arg::new("shared gate", shared_gate)?;
-        shared_gate.dims([1, hidden], &format!("[1, {hidden}]"))?;
         let rows = [gate_proj.data, up_proj.data].concat();
         layer.shared =
             Some((Linear::from_f32(&rows, hidden), Linear::from_f32(down_proj.data, shared_width)));
@@ -359,4 +268,19 @@ fn ops_moe<'py>(
     let mut out = vec![0.0; x.data.len()];
     py.detach(|| layer.forward(num_tokens, x.data, &mut moe::Scratch::default(), &mut out));
     array(py, out, x.shape)
+}
+
+/// In place of the ops on a GPU.
+#[cfg(not(feature = "cuda"))]
+#[pyclass(frozen, module = "qwen35rs._core")]
+struct CudaOps;
+
+#[cfg(not(feature = "cuda"))]
+#[pymethods]
+impl CudaOps {
+    #[new]
+    fn new(device: usize, _stream: usize) -> PyResult<Self> {
+        crate::backend::Device::Cuda(device).require().map_err(to_py)?;
+        Ok(Self)
+    }
 }

@@ -11,6 +11,7 @@ mod ffi;
 mod graph;
 mod launches;
 mod measure;
+pub mod ops;
 mod sample;
 mod step;
 mod weights;

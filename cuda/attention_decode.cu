@@ -360,15 +360,16 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
 }
 
 // Flash-decoding (Dao et al. 2023) with the heads of a key head packed into the rows of a tile; own code.
-// blockIdx: block of a team and teams x / TEAM, + gridDim.x / TEAM, ...; sequence and key head; tiles z, z + gridDim.z,
-// ... of the rows.
+// blockIdx: sequence, key head and block of a team; teams y, y + gridDim.y, ... (so that those which few sequences have
+// come last); tiles z, z + gridDim.z, ... of the rows.
 template <int D>
 __global__ void IN_CLUSTERS __launch_bounds__(DECODE_THREADS, 2) decode_kernel(AttentionArgs args, Partials partials) {
     extern __shared__ __align__(16) unsigned char memory[];
     let_next_start();
     const q35_batch &batch = args.batch;
     Task task;
-    task.seq = partials.first_seq + blockIdx.y / args.kv_heads, task.head = blockIdx.y % args.kv_heads;
+    const int seq_and_head = blockIdx.x / TEAM;
+    task.seq = partials.first_seq + seq_and_head / args.kv_heads, task.head = seq_and_head % args.kv_heads;
     task.row_tile = 0;
     const int group = args.group(), most = max_teams(args.kv_heads);
     wait_for_inputs();
@@ -385,7 +386,7 @@ __global__ void IN_CLUSTERS __launch_bounds__(DECODE_THREADS, 2) decode_kernel(A
         for (int row0 = token * group; row0 < next * group; row0 += DECODE_ROWS, task.row_tile++) {
             if (task.row_tile % gridDim.z != blockIdx.z) continue;
             task.row0 = row0, task.row_end = min(row0 + DECODE_ROWS, next * group);
-            for (task.team = blockIdx.x / TEAM; task.team < task.teams; task.team += gridDim.x / TEAM) {
+            for (task.team = blockIdx.y; task.team < task.teams; task.team += gridDim.y) {
                 decode_rows<D>(args, partials, task, memory);
             }
         }
@@ -410,7 +411,6 @@ cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *worksp
     const int64_t floats = tiles * parts * floats_of_part(D);
     int64_t most = COUNTERS / (tiles * TEAM);
     if (parts > 1 && most > MAX_PARTIALS / floats) most = MAX_PARTIALS / floats > 1 ? MAX_PARTIALS / floats : 1;
-    if (most > 65535 / args.kv_heads) most = 65535 / args.kv_heads;
     // Beside prefill most sequences have one new token: no blocks for tiles of rows that hardly any has.
     const int rows = batch.max_query_len <= MAX_DECODE_LEN ? slots * group : 1;
     const int blocks_z = ceil_div(rows, DECODE_ROWS);
@@ -424,8 +424,8 @@ cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *worksp
         const Partials partials{sums,  reinterpret_cast<float2 *>(scales), reinterpret_cast<int *>(workspace),
                                 parts, int(row_tiles),                     int(first)};
         // Not more teams than fill the GPU: max_kv_len may be far above what the sequences have.
-        const int64_t useful = ceil_div(32, n * args.kv_heads);
-        const dim3 grid(unsigned(TEAM * (teams < useful ? teams : useful)), unsigned(n * args.kv_heads),
+        const int64_t useful = ceil_div(64, n * args.kv_heads);
+        const dim3 grid(unsigned(TEAM * n * args.kv_heads), unsigned(teams < useful ? teams : useful),
                         unsigned(blocks_z));
         const cudaError_t launched = launch(decode_kernel<D>, grid, DECODE_THREADS, size_t(decode_shared_bytes<D>()),
                                             stream, args, partials);

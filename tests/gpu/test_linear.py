@@ -30,7 +30,7 @@ def check(x, w):
         assert same_bits(found, linear(x, w, dtype))
 
 
-# Those of the family, then any; from 4104 on, x of 16 rows does not fit in a block's shared memory.
+# Those of the family, then any; above 4608, x of 16 rows does not fit beside the weights in shared memory.
 SHAPES = [
     *[(2048, 12352), (4096, 2048), (2048, 9216), (3072, 20480), (8192, 3072), (2048, 256), (3072, 256)],
     *[(2048, 8192), (2048, 2048), (3072, 512), (4096, 3072), (2048, 16400), (512, 1), (8, 17)],

@@ -17,7 +17,7 @@ enum Mode { LOGITS, GATE_UP, DOWN };
 constexpr int FEATURES = 128;  // rows of the weights: 64 for each of two warpgroups
 constexpr int TILE_K = 64;
 constexpr int STAGES = 4;      // each filled by a warp of its own
-constexpr int LOGITS_ROWS = 64;
+constexpr int LOGITS_ROWS = 128;
 constexpr int THREADS = 384;   // a warpgroup that copies and two that multiply
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 that a thread starts with
 

@@ -17,7 +17,7 @@ enum Mode { LOGITS, GATE_UP, DOWN };
 constexpr int FEATURES = 128;  // rows of the weights: 64 for each of two warpgroups
 constexpr int TILE_K = 64;
 constexpr int STAGES = 4;      // each filled by a warp of its own
-constexpr int LOGITS_ROWS = 64;
+constexpr int LOGITS_ROWS = 128;
 constexpr int THREADS = 384;   // a warpgroup that copies and two that multiply
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 that a thread starts with
 
@@ -407,14 +407,16 @@ Device this_device() {
     if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return {};
     Device &d = known[device];
     if (!d.asked) {
-        cudaFuncAttributes attributes;
         if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
             cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
-            cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-            cudaFuncGetAttributes(&attributes, wgmma_kernel<GATE_UP>) != cudaSuccess)
+            cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
             return {};
-        // Where the build has no code for sm_90a the kernel is empty, which shows in its registers.
-        d.serves = major == 9 && minor == 0 && attributes.numRegs > 64 && map_encoder() != nullptr;
+        if (major == 9 && minor == 0) {
+            // Where the build has no code for sm_90a the kernel is empty, which shows in its registers.
+            cudaFuncAttributes attributes;
+            if (cudaFuncGetAttributes(&attributes, wgmma_kernel<GATE_UP>) != cudaSuccess) return {};
+            d.serves = attributes.numRegs > 64 && map_encoder() != nullptr;
+        }
         d.asked = true;
     }
     return d;

@@ -46,8 +46,7 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
     const DeltaArgs &rule = args.rule;
     const q35_delta_dims d = rule.dims;
     const int tid = threadIdx.x, warp = tid / 32 % 4, lane = tid % 32, slice = tid / 128, group = lane % 8;
-    const int head = blockIdx.x, seq = blockIdx.y;
-    const int sharing = d.num_v_heads / d.num_k_heads, k_head = head / sharing;
+    const int sharing = gridDim.x, k_head = blockIdx.y, head = k_head * sharing + blockIdx.x, seq = blockIdx.z;
     const int part = tid / PAIRS, pair = tid % PAIRS;  // 0: q, 1: k, 2: v
     const int element = tid - FIRST_GATE;  // whose gate it has
     const bool convolves = part < 3, has_gate = element >= 0 && element < D, has_rates = element == D;
@@ -174,6 +173,7 @@ extern "C" int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims di
     // Where one of the three launchers would take its kernel for any sizes, its sums have another order.
     const bool fused = dims.k_dim == dims.v_dim && (dims.k_dim == 64 || dims.k_dim == 128) &&
                        dims.conv_kernel == TAPS && batch.num_tokens == batch.num_seqs && batch.num_seqs < 65536 &&
+                       dims.num_k_heads < 65536 && dims.num_v_heads % dims.num_k_heads == 0 &&
                        stride % 8 == 0 &&
                        z_start % 8 == 0 && aligned(weight) && aligned(norm) && aligned(projected) && aligned(tails) &&
                        aligned(states) && aligned(mixed) && aligned(out);
@@ -191,7 +191,7 @@ extern "C" int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims di
     const DeltaArgs rule = {batch,  dims,     a_log,  dt_bias,      as_bf16(mixed), as_bf16(projected),
                             stride, ba_start, states, as_bf16(out), conv_channels(dims)};
     const DecodeArgs args = {rule, weight, norm, eps, z_start, as_bf16(tails), counters};
-    const dim3 blocks(static_cast<unsigned>(dims.num_v_heads), static_cast<unsigned>(batch.num_seqs));
+    const dim3 blocks(dims.num_v_heads / dims.num_k_heads, dims.num_k_heads, batch.num_seqs);
     return launch(dims.k_dim == 64 ? delta_decode<64> : delta_decode<128>, blocks, 4 * dims.k_dim, 0,
                   as_stream(stream), args);
 }

@@ -98,7 +98,7 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
             const float2 in = unpack2(x[tap]);
             y.x = fmaf(w[tap].x, in.x, y.x), y.y = fmaf(w[tap].y, in.y, y.y);
         }
-        y = unpack2(pack2(silu(y.x), silu(y.y)));
+        y = unpack2(pack2(conv_silu(y.x), conv_silu(y.y)));
         if (part == 2) {
             *reinterpret_cast<float2 *>(&values[2 * pair]) = y;
 #pragma unroll

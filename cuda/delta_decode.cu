@@ -27,18 +27,17 @@ struct DecodeArgs {
 
 // A block has a value head of a sequence, with k_dim = v_dim = D: its state is in registers, four warps for 32 columns.
 // The first 3 D / 2 threads convolve two channels each, of q, of k and of v; the D behind them have the gates, and the
-// one behind those the decay.
-// Heads that share a key head convolve its channels each for itself; the last of them to have read the tail of these
-// replaces it. Own code.
+// one behind those the decay. Heads that share a key head convolve its channels each for itself; the last of them to
+// have read their tail replaces it. Own code.
 template <int D>
 __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) {
     constexpr int ROWS = D / 16, EACH = D / 32, PAIRS = D / 2;
     constexpr int FIRST_GATE = 3 * PAIRS, COUNTING = 4 * D - 32, NORM_LANES = D / 8;
     static_assert(FIRST_GATE % 32 == 0 && FIRST_GATE + D < COUNTING, "no warp has two of these");
-    __shared__ __align__(16) float2 keys[D];  // (k, q), not normalised
+    __shared__ __align__(16) float2 keys[D];          // (k, q), not normalised
     __shared__ __align__(16) float values[D];
-    __shared__ float4 sums[D / 32][4][2][8];  // of k^T S and q^T S
-    __shared__ __align__(16) bf16 core[D];
+    __shared__ float4 sums[D / 32][4][2][8];          // of k^T S and q^T S
+    __shared__ __align__(16) bf16 core[D];            // the rule's output
     __shared__ __align__(16) float gains[D], gates[D];
     __shared__ uint32_t recent[TAPS - 1][2 * PAIRS];  // the next tail of q and k
     __shared__ float2 rates;                          // decay, beta
@@ -54,7 +53,6 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
                            : part == 1 ? (d.num_k_heads + k_head) * D
                                        : 2 * d.num_k_heads * D + head * D;
     const int channel = part_start + 2 * pair;
-
     const int column = 32 * slice + 4 * group, row = 4 * warp + lane / 8;
 
     // Weights and inputs of a thread's part; all parts in the same registers, since the state takes most.

@@ -48,7 +48,7 @@ __device__ __forceinline__ void conv_output(const ConvArgs &args, int c, int64_t
         for (int j = 0; j < N; j++) acc[j] = fmaf(w[j], x[j], acc[j]);
     }
 #pragma unroll
-    for (int j = 0; j < N; j++) acc[j] = silu(acc[j]);
+    for (int j = 0; j < N; j++) acc[j] = conv_silu(acc[j]);
     conv_store<N>(args.out + t * args.channels + c, acc);
 }
 
@@ -137,7 +137,7 @@ __global__ __launch_bounds__(CONV_THREADS) void causal_conv1d(ConvArgs args) {
                     for (int j = 0; j < N; j++) acc[j] = fmaf(w[tap][j], x[j], acc[j]);
                 }
 #pragma unroll
-                for (int j = 0; j < N; j++) acc[j] = silu(acc[j]);
+                for (int j = 0; j < N; j++) acc[j] = conv_silu(acc[j]);
                 store8(args.out + (t + i) * args.channels + c, acc);
             }
 #pragma unroll

@@ -91,8 +91,8 @@ struct HeadGates {
     float to_tile_end[C];  // exp(G_e - G_j) rk_j, where e is the last token of j's sixteen
 };
 
-// A head's beta_i D_ij k_i . k_j below the diagonal: in two bf16 parts, as P, the tiles below the diagonal's; f32, zeros
-// on and above the diagonal, those on it. Their inverses take their place, in two parts, as T.
+// A head's beta_i D_ij k_i . k_j below the diagonal. Tiles below it in two bf16 parts, laid out as P's; tiles on it in
+// f32, by rows, with zeros on and above the diagonal, until their inverses take their place, in two parts, as T's.
 struct System {
     bf16 below[2][TILES - 4][TILE];
     union {
@@ -102,7 +102,8 @@ struct System {
 };
 
 // out [16, 16] += x m^T, both in two parts.
-__device__ __forceinline__ void multiply_parts(float (&out)[2][4], const uint32_t (&x)[2][4], const uint32_t (&m)[2][4]) {
+__device__ __forceinline__ void multiply_parts(float (&out)[2][4], const uint32_t (&x)[2][4],
+                                               const uint32_t (&m)[2][4]) {
 #pragma unroll
     for (int n = 0; n < 2; n++) {
         mma(out[n], x[0], m[0] + 2 * n);

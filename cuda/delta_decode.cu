@@ -27,18 +27,17 @@ struct DecodeArgs {
 
 // A block has a value head of a sequence, with k_dim = v_dim = D: its state is in registers, four warps for 32 columns.
 // The first 3 D / 2 threads convolve two channels each, of q, of k and of v; the D behind them have the gates, and the
-// one behind those the decay.
-// Heads that share a key head convolve its channels each for itself; the last of them to have read the tail of these
-// replaces it. Own code.
+// one behind those the decay. Heads that share a key head convolve its channels each for itself; the last of them to
+// have read their tail replaces it. Own code.
 template <int D>
 __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) {
     constexpr int ROWS = D / 16, EACH = D / 32, PAIRS = D / 2;
     constexpr int FIRST_GATE = 3 * PAIRS, COUNTING = 4 * D - 32, NORM_LANES = D / 8;
     static_assert(FIRST_GATE % 32 == 0 && FIRST_GATE + D < COUNTING, "no warp has two of these");
-    __shared__ __align__(16) float2 keys[D];  // (k, q), not normalised
+    __shared__ __align__(16) float2 keys[D];          // (k, q), not normalised
     __shared__ __align__(16) float values[D];
-    __shared__ float4 sums[D / 32][4][2][8];  // of k^T S and q^T S
-    __shared__ __align__(16) bf16 core[D];
+    __shared__ float4 sums[D / 32][4][2][8];          // of k^T S and q^T S
+    __shared__ __align__(16) bf16 core[D];            // the rule's output
     __shared__ __align__(16) float gains[D], gates[D];
     __shared__ uint32_t recent[TAPS - 1][2 * PAIRS];  // the next tail of q and k
     __shared__ float2 rates;                          // decay, beta
@@ -46,8 +45,7 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
     const DeltaArgs &rule = args.rule;
     const q35_delta_dims d = rule.dims;
     const int tid = threadIdx.x, warp = tid / 32 % 4, lane = tid % 32, slice = tid / 128, group = lane % 8;
-    const int head = blockIdx.x, seq = blockIdx.y;
-    const int sharing = d.num_v_heads / d.num_k_heads, k_head = head / sharing;
+    const int sharing = gridDim.x, k_head = blockIdx.y, head = k_head * sharing + blockIdx.x, seq = blockIdx.z;
     const int part = tid / PAIRS, pair = tid % PAIRS;  // 0: q, 1: k, 2: v
     const int element = tid - FIRST_GATE;  // whose gate it has
     const bool convolves = part < 3, has_gate = element >= 0 && element < D, has_rates = element == D;
@@ -55,7 +53,6 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
                            : part == 1 ? (d.num_k_heads + k_head) * D
                                        : 2 * d.num_k_heads * D + head * D;
     const int channel = part_start + 2 * pair;
-
     const int column = 32 * slice + 4 * group, row = 4 * warp + lane / 8;
 
     // Weights and inputs of a thread's part; all parts in the same registers, since the state takes most.
@@ -99,7 +96,7 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
             const float2 in = unpack2(x[tap]);
             y.x = fmaf(w[tap].x, in.x, y.x), y.y = fmaf(w[tap].y, in.y, y.y);
         }
-        y = unpack2(pack2(silu(y.x), silu(y.y)));
+        y = unpack2(pack2(conv_silu(y.x), conv_silu(y.y)));
         if (part == 2) {
             *reinterpret_cast<float2 *>(&values[2 * pair]) = y;
 #pragma unroll
@@ -174,6 +171,7 @@ extern "C" int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims di
     // Where one of the three launchers would take its kernel for any sizes, its sums have another order.
     const bool fused = dims.k_dim == dims.v_dim && (dims.k_dim == 64 || dims.k_dim == 128) &&
                        dims.conv_kernel == TAPS && batch.num_tokens == batch.num_seqs && batch.num_seqs < 65536 &&
+                       dims.num_k_heads < 65536 && dims.num_v_heads % dims.num_k_heads == 0 &&
                        stride % 8 == 0 &&
                        z_start % 8 == 0 && aligned(weight) && aligned(norm) && aligned(projected) && aligned(tails) &&
                        aligned(states) && aligned(mixed) && aligned(out);
@@ -191,7 +189,7 @@ extern "C" int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims di
     const DeltaArgs rule = {batch,  dims,     a_log,  dt_bias,      as_bf16(mixed), as_bf16(projected),
                             stride, ba_start, states, as_bf16(out), conv_channels(dims)};
     const DecodeArgs args = {rule, weight, norm, eps, z_start, as_bf16(tails), counters};
-    const dim3 blocks(static_cast<unsigned>(dims.num_v_heads), static_cast<unsigned>(batch.num_seqs));
+    const dim3 blocks(dims.num_v_heads / dims.num_k_heads, dims.num_k_heads, batch.num_seqs);
     return launch(dims.k_dim == 64 ? delta_decode<64> : delta_decode<128>, blocks, 4 * dims.k_dim, 0,
                   as_stream(stream), args);
 }

@@ -44,8 +44,8 @@ mod tests {
             let beta = i as f32 / 1000.0;
             for g in [0.0, -1e-6, -0.001, -0.1, -0.7, -3.0, -19.0, -21.0, -90.0, -1e4, f32::NEG_INFINITY] {
                 let (found_beta, found_g) = seen(&gates(&[g], &[beta], 1).unwrap());
-                assert!((found_beta - f64::from(beta)).abs() < 5e-4, "{beta}: {found_beta}");
-                assert!((found_g.exp() - f64::from(g).exp()).abs() < 5e-4, "{g}: {found_g}");
+                assert!((found_beta - f64::from(beta)).abs() < 1e-3, "{beta}: {found_beta}");
+                assert!((found_g.exp() - f64::from(g).exp()).abs() < 1e-3, "{g}: {found_g}");
             }
         }
         // What is a bf16 before is the same bf16 after.

@@ -205,7 +205,7 @@ def gated_delta_rule(
 
     On CUDA, q, k, v and o are bfloat16, g and beta float32 or bfloat16, both states float32. The kernel makes
     ``beta = sigmoid(b)`` and ``g = -softplus(a)`` of bfloat16 b and a, as the net does: the op waits for g and
-    beta, finds b and a on the host, and so rounds beta and ``exp(g)``, by less than 5e-4. qk_l2norm and scale
+    beta, finds b and a on the host, and so rounds beta and ``exp(g)``, by less than 1e-3. qk_l2norm and scale
     must be as by default, beta from 0 to 1.
 
     Source: Yang et al. (2024, arXiv:2412.06464); Transformers ``torch_chunk_gated_delta_rule``.

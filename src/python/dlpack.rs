@@ -247,8 +247,8 @@ fn is_contiguous(shape: &[i64], strides: &[i64]) -> bool {
     true
 }
 
-/// A result on a CUDA device, for `from_dlpack` of any library. Its memory is given back, in the order of the stream that
-/// it was made on, when neither this nor any tensor made of it is left.
+/// A result on a CUDA device, for `from_dlpack` of any library. Its memory is given back, in the order of the stream
+/// that it was made on, when neither this nor any tensor made of it is left.
 #[pyclass(frozen, module = "qwen35rs._core")]
 pub(super) struct DeviceTensor {
     owner: Arc<dyn Owner>,

@@ -1,5 +1,6 @@
-//! The ops of `qwen35rs.ops` on memory and a stream of the caller's, each mapped onto launchers of `cuda/launch.h`. What
-//! they make is allocated and freed in the order of that stream. Nothing waits, but `gated_delta_rule` for its gates.
+//! The ops of `qwen35rs.ops` on memory and a stream of the caller's, each mapped onto launchers of `cuda/launch.h`.
+//! What they make is allocated and freed in the order of that stream. Nothing waits, but `gated_delta_rule` for its
+//! gates.
 //!
 //! A launcher may read weights before the kernel ahead of it has ended (`cuda/device.cuh`), and here that kernel may be
 //! the one that makes them: a clear, which begins when all before it has ended, stands between (`fence`).
@@ -380,8 +381,8 @@ impl Queue {
         Ok((out, states))
     }
 
-    /// `ops.attention`: q bf16 `[n, num_q_heads, head_dim]`, k and v bf16 `[num_keys, num_kv_heads, head_dim]`. Keys and
-    /// values are put in pages, and the gates are open.
+    /// `ops.attention`: q bf16 `[n, num_q_heads, head_dim]`, k and v bf16 `[num_keys, num_kv_heads, head_dim]`. Keys
+    /// and values are put in pages, and the gates are open.
     pub fn attention(
         self: &Arc<Self>,
         [q, k, v]: [View<'_>; 3],

@@ -44,12 +44,12 @@ mod tests {
             let beta = i as f32 / 1000.0;
             for g in [0.0, -1e-6, -0.001, -0.1, -0.7, -3.0, -19.0, -21.0, -90.0, -1e4, f32::NEG_INFINITY] {
                 let (found_beta, found_g) = seen(&gates(&[g], &[beta], 1).unwrap());
-                assert!((found_beta - f64::from(beta)).abs() < 5e-4, "{beta}: {found_beta}");
-                assert!((found_g.exp() - f64::from(g).exp()).abs() < 5e-4, "{g}: {found_g}");
+                assert!((found_beta - f64::from(beta)).abs() < 1e-3, "{beta}: {found_beta}");
+                assert!((found_g.exp() - f64::from(g).exp()).abs() < 1e-3, "{g}: {found_g}");
             }
         }
         // What is a bf16 before is the same bf16 after.
-        for a in [-6.25f64, -1.0, 0.0, 0.5, 3.0, 18.0, 40.0] {
+        for a in [-6.25f64, -1.0, 0.25, 0.5, 3.0, 18.0, 40.0] {
             let g = -if a > 20.0 { a } else { a.exp().ln_1p() } as f32;
             let beta = (1.0 / (1.0 + (-a / 8.0).exp())) as f32;
             let rows = gates(&[g], &[beta], 1).unwrap();

@@ -34,6 +34,12 @@ __device__ __forceinline__ float power_of_2(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Pages of keys or values on their way through shared memory: the i-th of a block is in tile i % STAGES. `full` and
 // `empty` are the barriers of the first tile, those of the next follow.
 struct Ring {
@@ -189,10 +195,9 @@ __device__ __forceinline__ void load_gates(uint32_t (&gates)[8], const bf16 *gat
     }
 }
 
-// x / total * sigmoid(gate) in one division, quick and good to some units in the last place of f32; 0 where the divisor
-// is above 2^126.
-__device__ __forceinline__ float gated(float x, float total, float gate) {
-    return __fdividef(x, total * (1.0f + __expf(-gate)));
+// Good to some units in the last place of f32, and 0 from x = -87 on.
+__device__ __forceinline__ float quick_sigmoid(float x) {
+    return reciprocal(1.0f + power_of_2(-1.4426950408889634f * x));
 }
 
 __device__ __forceinline__ void store(const AttentionArgs &args, const Queries &tile, int r0, float (&out)[D / 8][4],
@@ -209,6 +214,7 @@ __device__ __forceinline__ void store(const AttentionArgs &args, const Queries &
         const int column = threadIdx.x % 4 * 2;
         const bf16 *gate = args.gate(token, q_head) + column;
         bf16 *to = args.out + (token * args.q_heads + q_head) * D + column;
+        const float inverse = 1.0f / total;
 #pragma unroll
         for (int n0 = 0; n0 < D / 8; n0 += 8) {
             uint32_t gates[8];
@@ -216,7 +222,8 @@ __device__ __forceinline__ void store(const AttentionArgs &args, const Queries &
 #pragma unroll
             for (int n = n0; n < n0 + 8; n++) {
                 const float2 g = unpack2(gates[n - n0]);
-                const float a = gated(out[n][2 * i], total, g.x), b = gated(out[n][2 * i + 1], total, g.y);
+                const float a = out[n][2 * i] * inverse * quick_sigmoid(g.x);
+                const float b = out[n][2 * i + 1] * inverse * quick_sigmoid(g.y);
                 *reinterpret_cast<uint32_t *>(to + 8 * n) = pack2(a, b);
             }
         }
@@ -327,6 +334,7 @@ __global__ void __launch_bounds__(THREADS, 1) wgmma_kernel(const __grid_constant
     tile.cached = batch.cached_len[seq];
     tile.num_pages = ceil_div(tile.position(tile.num_rows - 1) + 1, KEYS);
     tile.first = batch.query_start[seq];
+    const int *pages = batch.pages + batch.page_start[seq];
     __syncthreads();  // the barriers are there
 
     // The same in all lanes, and the compiler is to know it.
@@ -334,7 +342,7 @@ __global__ void __launch_bounds__(THREADS, 1) wgmma_kernel(const __grid_constant
     if (warpgroup == 0) {
         give_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            load_pages(key_map, value_map, keys, values, batch.pages + batch.page_start[seq], tile, args.kv_heads);
+            load_pages(key_map, value_map, keys, values, pages, tile, args.kv_heads);
         }
     } else {
         take_registers<CONSUMER_REGISTERS>();

@@ -1,5 +1,5 @@
 // Attention of sequences with many new tokens: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over pages, the query
-// heads of a key head packed into the rows of a tile; own code.
+// heads of a key head packed into the rows of a tile; own code. Hopper's, for head_dim 256, is in attention_wgmma.cu.
 #include "attention_prefill.cuh"
 
 namespace {

@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(THREADS, 1) wgmma_kernel(const __grid_constant
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     let_next_start();
     extern __shared__ unsigned char memory[];
-    __shared__ uint64_t barriers[4 * STAGES];  // attention_wgmma_fits finds the kernel by them
+    __shared__ uint64_t barriers[4 * STAGES];
     const uint32_t start = shared_address(memory), tiles = (start + 1023) & ~1023u;
     const uint32_t key_tiles = tiles + CONSUMERS * TILE_BYTES, value_tiles = key_tiles + STAGES * TILE_BYTES;
     const uint32_t first_barrier = shared_address(barriers);
@@ -382,9 +382,9 @@ bool attention_wgmma_fits(int head_dim) {
     if (known[device] == 0) {
         if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
         cudaFuncAttributes kernel = {};
-        // Compiled for anything but sm_90a it is empty, without its barriers.
+        // Compiled for anything but sm_90a it is empty and has hardly any registers.
         const bool there =
-            major == 9 && cudaFuncGetAttributes(&kernel, wgmma_kernel) == cudaSuccess && kernel.sharedSizeBytes > 0;
+            major == 9 && cudaFuncGetAttributes(&kernel, wgmma_kernel) == cudaSuccess && kernel.numRegs > 100;
         known[device] = there ? 2 : 1;
     }
     return known[device] == 2;

@@ -301,6 +301,10 @@ def attention(table: Table) -> None:
             ("decode 64, 1k, up to 32k", [(1024, 1, 0)] * 64),
             ("decode 64, 8k", [(8192, 1, 0)] * 64),
             ("prefill 8192", [(0, 8192, 8192)]),
+            ("prefill 32768", [(0, 32768, 32768)]),
+            ("prefill 2048 after 32k", [(32768, 2048, 2048)]),
+            ("prefill 1024", [(0, 1024, 1024)]),
+            ("prefill 16 of 512", [(0, 512, 512)] * 16),
         ):
             batch = Batch(seqs)
             n, longest = batch.num_tokens, max(c + q for c, q, _ in seqs)

@@ -1,6 +1,6 @@
 // Attention of sequences with many new tokens: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over pages, the query
-// heads of a key head packed into the rows of a tile; own code.
-#include "attention.cuh"
+// heads of a key head packed into the rows of a tile; own code. Hopper's, for head_dim 256, is in attention_wgmma.cu.
+#include "attention_prefill.cuh"
 
 namespace {
 
@@ -23,32 +23,6 @@ __device__ void load_page(bf16 *tile, const bf16 *page, int len) {
     }
 }
 
-// The `index`-th tile of the batch's prefill sequences: every warp looks through their lengths, 32 at a time. A grid of
-// the longest sequence's tiles for each sequence would be mostly empty blocks.
-__device__ bool find_tile(const q35_batch &batch, int group, int index, int &seq, int &tile) {
-    const int lane = threadIdx.x % 32;
-    for (int first = 0; first < batch.num_seqs; first += 32) {
-        const int len = first + lane < batch.num_seqs ? batch.query_len[first + lane] : 0;
-        const int tiles = len > MAX_DECODE_LEN ? (len * group + ROWS - 1) / ROWS : 0;
-        int end = tiles;  // of the tiles of this lane's sequence and those before it
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const int before = __shfl_up_sync(ALL_LANES, end, i);
-            if (lane >= i) end += before;
-        }
-        const unsigned past = __ballot_sync(ALL_LANES, index < end);
-        if (past != 0) {
-            const int found = __ffs(past) - 1;
-            seq = first + found;
-            // The last tiles of a sequence see the most keys, so they start first.
-            tile = __shfl_sync(ALL_LANES, end, found) - 1 - index;
-            return true;
-        }
-        index -= __shfl_sync(ALL_LANES, end, 31);
-    }
-    return false;
-}
-
 // One block: ROWS rows (row = new token * group + head of the group) of one sequence and key head; a warp has 16 rows.
 // Keys are walked page by page from the start of the sequence, and a page that a row does not see leaves its sums as
 // they are, so a token's bits depend on its position alone.
@@ -59,7 +33,7 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
     const q35_batch &batch = args.batch;
     const int head = blockIdx.x % args.kv_heads, group = args.group();
     int tile, seq;
-    if (!find_tile(batch, group, blockIdx.x / args.kv_heads, seq, tile)) return;
+    if (!find_tile<ROWS>(batch, group, blockIdx.x / args.kv_heads, seq, tile)) return;
     const int query_len = batch.query_len[seq], row0 = tile * ROWS;
     const int num_rows = min(ROWS, query_len * group - row0);
     const int cached = batch.cached_len[seq];
@@ -165,8 +139,7 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
 template <int D>
 cudaError_t prefill(cudaStream_t stream, const AttentionArgs &args) {
     const int64_t group = args.q_heads / args.kv_heads;
-    // Not more than this: each sequence has one tile that is not full.
-    const int64_t tiles = args.batch.num_tokens * group / ROWS + args.batch.num_seqs, blocks = tiles * args.kv_heads;
+    const int64_t blocks = max_tiles(args, ROWS) * args.kv_heads;
     if (args.batch.max_query_len * group > INT32_MAX - ROWS || blocks > INT32_MAX) return cudaErrorInvalidValue;
     const cudaError_t status =
         cudaFuncSetAttribute(prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>());
@@ -183,6 +156,7 @@ bool attention_prefill_fits(int head_dim, int shared_limit) {
 }
 
 cudaError_t attention_prefill(cudaStream_t stream, const AttentionArgs &args) {
+    if (attention_wgmma_fits(args.head_dim)) return attention_wgmma(stream, args);
     switch (args.head_dim) {
         case 64: return prefill<64>(stream, args);
         case 128: return prefill<128>(stream, args);

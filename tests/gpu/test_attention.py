@@ -206,6 +206,95 @@ def test_decode_in_a_graph():
         assert all(same_bits(each, want) for each in out)
 
 
+# Tiles of 128 rows: 16 tokens or 8, one head alone, groups that tokens do not fill; pages that end in a tile.
+@pytest.mark.parametrize(
+    ("seqs", "hq", "hkv"),
+    [
+        ([(0, 2000), (4097, 515), (640, 64), (5, 130), (0, 9), (63, 1)], 16, 2),
+        ([(64, 1030), (0, 16), (1, 17), (127, 128), (20000, 40)], 32, 2),
+        ([(0, 300), (100, 129)], 4, 4),
+        ([(0, 64), (0, 63), (0, 65), (64, 64), (63, 65), (1, 127)], 16, 2),
+        ([(9, 77), (0, 200)], 20, 1),
+        ([(9, 77), (0, 50)], 3, 1),
+    ],
+)
+def test_prefill_of_long_prompts(seqs, hq, hkv):
+    case = Case(seqs, hq, hkv, 256, seed=21)
+    found = check(case)
+    for i, (_, query) in enumerate(seqs):
+        alone, rows = case.part(i)
+        assert same_bits(alone.run(), found[rows]), seqs[i]
+
+
+@pytest.mark.parametrize(("hq", "cached", "query"), [(16, 0, 700), (32, 192, 450), (16, 5000, 300)])
+def test_prefill_in_chunks(hq, cached, query):
+    """However a prompt is cut at multiples of 64, its tokens get the same bits."""
+    case = Case([(cached, query)], hq, 2, 256, seed=23)
+    found = check(case)
+    for skip in range(64, query - 8, 64):
+        alone, rows = case.part(0, skip)
+        assert same_bits(alone.run(), found[rows]), skip
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.2, 12.0), (12.0, 0.2)])
+def test_prefill_where_scores_grow_or_shrink(first, last):
+    """A running maximum that moves with every page, and one that the first page sets."""
+    case = Case([(0, 900), (300, 40)], 16, 2, 256, seed=25)
+    for i, (cached, query, _) in enumerate(case.batch.seqs):
+        pages, place = places(case.batch, i)
+        factor = torch.linspace(first, last, cached + query, device="cuda")
+        case.k[pages, :, place] = (case.k[pages, :, place].float() * factor[:, None, None]).bfloat16()
+    found, want = case.run(), case.want()
+    assert torch.isfinite(found).all()
+    assert error(found, want) < 4e-3
+
+
+def test_prefill_gates_that_close():
+    case = Case([(0, 100)], 16, 2, 256, seed=27)
+    gate = case.projected[:, : 2 * 16 * 256].view(-1, 16, 2, 256)[:, :, 1]
+    gate[:, :, :64], gate[:, :, 64:128], gate[:, :, 128:192] = -200, 200, -20
+    found, want = case.run().view(-1, 16, 256), case.want().view(-1, 16, 256)
+    assert (found[:, :, :64] == 0).all()
+    for start in (64, 128, 192):
+        columns = slice(start, start + 64)
+        assert error(found[:, :, columns], want[:, :, columns]) < 4e-3
+
+
+def test_prefill_in_a_graph():
+    """Norm, rotation and attention of chunks that follow each other, each kernel started under the one before it."""
+    hq, hkv, d, steps = 16, 2, 256, 3
+    case = Case([(64, 500), (0, 140), (700, 3)], hq, hkv, d, seed=29)
+    norm = 1 + randn(d, dtype=torch.float32, seed=30, scale=0.1)
+    inv_freq = (1e7 ** -(torch.arange(32).float() / 32)).cuda()
+    axis = torch.zeros(32, dtype=torch.uint8, device="cuda")
+    n = case.batch.num_tokens
+    size = call("q35_attention_workspace", n, 3, 1024, case.dims)
+    workspace = torch.zeros(size, dtype=torch.float32, device="cuda")
+    q, out = torch.empty_like(case.q), [poisoned(n, hq * d) for _ in range(steps)]
+
+    def run(between):
+        for i in range(steps):
+            rope = (case.dims, norm, norm, 1e-6, inv_freq, axis, 32, 1.0, case.projected, case.stride)
+            call("q35_qk_norm_rope_write", case.batch.struct, *rope, q, case.k, case.v)
+            between()
+            arguments = (q, case.projected, case.stride, case.k, case.v, workspace, out[i])
+            call("q35_gated_attention", case.batch.struct, case.dims, *arguments)
+            between()
+
+    run(torch.cuda.synchronize)
+    want = out[0].clone()
+    assert torch.isfinite(want).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(lambda: None)
+    for _ in range(3):
+        for each in out:
+            each.fill_(NAN)
+        q.fill_(NAN)
+        graph.replay()
+        assert all(same_bits(each, want) for each in out)
+
+
 def test_many_sequences_of_many_lengths():
     check(Case([(37 * i % 400, i % 3) for i in range(150)] + [(50, 700)], 16, 2, 256, seed=11))
 

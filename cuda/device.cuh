@@ -37,7 +37,8 @@ static inline bool has_dependent_launch() {
     return known[device] == 2;
 }
 
-template <typename... Parameters, typename... Arguments>
+// EARLY false: an ordinary launch, which starts when the kernel before it has ended.
+template <bool EARLY = true, typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    Arguments... arguments) {
     cudaLaunchAttribute early = {};
@@ -45,7 +46,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = &early, config.numAttrs = has_dependent_launch() ? 1 : 0;
+    config.attrs = &early, config.numAttrs = EARLY && has_dependent_launch() ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

@@ -159,7 +159,8 @@ int q35_route(void *stream, int n, int num_experts, int top_k, const float *logi
 
 // out = sum over the chosen experts, in the order of their weights, of weight * expert(x), plus
 // sigmoid(shared_gate . x) * shared(x); expert(x) = down (silu(gate x) * (up x)). Router logits are f32 sums; the
-// activation between gate_up and down is rounded to bf16; the sums over experts are f32, rounded once.
+// activation between gate_up and down is rounded to bf16; the sums over experts are f32, rounded once (on Hopper, for more
+// than 16 tokens, of terms rounded to bf16).
 // x, out bf16 [n, hidden]. n <= 16: only the experts hit are read, once. More: tokens sorted by expert, tensor cores,
 // no padding to capacity, no host round trip. workspace: bytes [q35_moe_workspace(...)].
 int64_t q35_moe_workspace(int max_tokens, q35_moe_dims dims);
@@ -170,7 +171,7 @@ int q35_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, con
 int64_t q35_moe_experts_at(int n, q35_moe_dims dims);
 
 // q35_rmsnorm_residual, then q35_moe of what it leaves in x (bf16 [n, hidden]); for n <= 16 with fewer kernels. The same
-// bits as the two. out may be delta.
+// bits as the two. out may be delta, x may not.
 int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *delta,
                  float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 

@@ -5,7 +5,7 @@ namespace {
 
 // So many bytes of outputs of assignments are kept at a time: past that the down projection goes by blocks of columns,
 // since n * (top_k + 1) * hidden floats would be more than all the other activations of a model.
-constexpr int64_t Y_BYTES = int64_t(128) << 20;
+constexpr int64_t Y_BYTES = int64_t(160) << 20;
 constexpr int Y_STEP = 128;
 
 // Where everything lies, for n tokens. Every size grows with n, so what serves max_tokens serves fewer.

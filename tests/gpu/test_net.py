@@ -66,8 +66,9 @@ def test_the_best_tokens_of_the_goldens():
 
 
 def test_generated_tokens_are_as_good_as_the_best():
-    """Token by token (the decode kernels), judged by the CPU's logits of the same sequence."""
-    found = []
+    """Token by token (the decode kernels), judged by the CPU's logits of the same sequence; what Transformers in bf16 costs
+    is weighted as these tokens are."""
+    found, noise = [], []
     for name in CASES:
         path = str(Golden(name).path)
         for prompt in Golden(name).prompts:
@@ -75,10 +76,11 @@ def test_generated_tokens_are_as_good_as_the_best():
             sequence = prompt.tokens + list(out.token_ids)
             rows = log_softmax(load(path, "cpu").logits(sequence[:-1])[len(prompt.tokens) - 1 :])
             found.append(rows.max(-1) - rows[np.arange(len(out.token_ids)), list(out.token_ids)])
-    regret, noise = np.concatenate(found), recorded("goldens")
-    print(regret.mean(), np.percentile(regret, 99), regret.max(), len(regret), noise)
-    assert regret.mean() <= 1.5 * noise["regret_mean"], (regret.mean(), noise)
-    assert np.percentile(regret, 99) <= 1.5 * noise["regret_p99"], (np.percentile(regret, 99), noise)
+            noise.append(recorded(name)["regret_mean"])
+    regret = np.concatenate(found)
+    print(regret.mean(), np.mean(noise), np.percentile(regret, 99), regret.max(), len(regret))
+    assert regret.mean() <= 1.5 * np.mean(noise), (regret.mean(), np.mean(noise))
+    assert np.percentile(regret, 99) <= 1.5 * recorded("goldens")["regret_p99"]
 
 
 # -------------------------------------------------------------------------------------- the embedded model

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(THREADS, 1) wgmma_kernel(const __grid_constant
             barrier_init(values.empty + 8 * i, CONSUMERS * WARPGROUP / 32);
         }
         barriers_are_there();
-        prefetch_map(key_map), prefetch_map(value_map);
+        prefetch_map(&key_map), prefetch_map(&value_map);
     }
     wait_for_inputs();
     const q35_batch &batch = args.batch;
@@ -355,14 +355,7 @@ __global__ void __launch_bounds__(THREADS, 1) wgmma_kernel(const __grid_constant
 // Keys or values as a matrix of D columns, a row for each place of each page's head; loaded in boxes of 64 by 64. How
 // many pages there are nobody knows here: rows of 512 GB.
 cudaError_t make_map(CUtensorMap &map, const bf16 *pages) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
-        void *found = nullptr;
-        cudaDriverEntryPointQueryResult status;
-        const cudaError_t error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-        const bool there = error == cudaSuccess && status == cudaDriverEntryPointSuccess;
-        return there ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found) : nullptr;
-    }();
+    const auto encode = map_encoder();
     if (encode == nullptr) return cudaErrorNotSupported;
     const cuuint64_t sizes[2] = {D, uint64_t(1) << 30}, stride = D * sizeof(bf16);
     const cuuint32_t box[2] = {BLOCK_COLUMNS, KEYS}, steps[2] = {1, 1};

@@ -1,57 +1,6 @@
-// Hopper's asynchronous parts as the kernels use them: barriers in shared memory, the copy engine, and products of a
-// warpgroup (four warps, the first a multiple of four). For compute capability 9.0 alone (sm_90a).
+// Of Hopper's copies and products what attention of many tokens uses.
 #pragma once
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
-#include "mma.cuh"
-
-// -------------------------------------------------------------------------------------------------------- barriers
-
-// A barrier's phase ends when `count` threads have arrived and all bytes that were announced are there.
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-// What barrier_init wrote, for the copy engine; a barrier of the block makes it known to the other threads.
-__device__ __forceinline__ void barriers_are_there() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive_and_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Waits for the end of the phase of this parity; phases alternate, the first is 0. That before the first has ended.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
-    uint32_t done;
-    do {
-        asm volatile(
-            "{\n\t"
-            ".reg .pred p;\n\t"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-            "selp.u32 %0, 1, 0, p;\n\t"
-            "}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (!done);
-}
-
-// Of THREADS threads (whole warps); number 0 is that of __syncthreads.
-template <int NUMBER, int THREADS>
-__device__ __forceinline__ void named_barrier() {
-    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
-}
-
-// What this thread wrote to shared memory, for the products after the next barrier.
-__device__ __forceinline__ void written_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// ----------------------------------------------------------------------------------------------------- copy engine
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+#include "hopper.cuh"
 
 // The box of the map at (column, row); its bytes arrive at the barrier.
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap &map, int column, int row, uint32_t barrier) {
@@ -61,19 +10,6 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap &map, in
         : "r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier)
         : "memory");
 }
-
-// ------------------------------------------------------------------------------------- registers of a warpgroup
-
-template <int COUNT>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-template <int COUNT>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
-// -------------------------------------------------------------------------------------------------------- products
 
 // A matrix in shared memory for a product: rows of 128 bytes, eight of them 1024 bytes aligned to as much, the 16-byte
 // pieces of row r exchanged by r % 8 (piece p is at p ^ r % 8). Where the summed dimension is along the row, as in A
@@ -85,15 +21,6 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address, int leading) {
 // The same matrix `bytes` further.
 __device__ __forceinline__ uint64_t matrix_plus(uint64_t matrix, int bytes) { return matrix + uint64_t(bytes >> 4); }
 
-// Before the first product of some, after the last access to their registers by anything else.
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// The products since the last call become one group.
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most `N` of the latest groups are under way.
-template <int N>
-__device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 // Ordinary accesses to the registers of products stay on their side of this.
 template <int N>
 __device__ __forceinline__ void keep_order(float (&x)[N][4]) {

@@ -2,7 +2,7 @@
 // multiple of 16 of them up to 256: an expert's last few tokens cost what they are, and a tile of weights is read once
 // for as many tokens as the accumulators hold.
 #include "moe.cuh"
-#include "wgmma.cuh"
+#include "moe_wgmma.cuh"
 
 namespace {
 
@@ -139,7 +139,7 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const CUte
             barrier_wait(empty, (((done + step) / STAGES) & 1) ^ 1);
             const int k0 = step * TILE_K;
             if (lane == 0) {
-                barrier_arrive_expecting(full, WEIGHT_BYTES);
+                barrier_arrive_and_expect(full, WEIGHT_BYTES);
                 each_box<MODE>([&](int i, int row) {
                     tensor_copy(stage + i * 2048, map, k0, item.feature + row, 0, item.expert, full);
                 });
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 barrier_init(shared + FULL + i * 8, 2);   // for the tensor copies, and for the others
                 barrier_init(shared + EMPTY + i * 8, 8);  // the warps that multiply
             }
-            barrier_init_fence();
+            barriers_are_there();
             prefetch_map(&weights);
             prefetch_map(&dense_weights);
         }

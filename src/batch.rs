@@ -10,6 +10,9 @@ pub const PAGE_LEN: usize = 64;
 /// cut at a multiple of it, so that a sequence's chunks, and with them its bits, do not depend on the batch.
 pub const CHUNK_LEN: usize = 64;
 
+/// Tokens whose logits are computed at once; more are done in turns.
+pub const MAX_LOGIT_ROWS: usize = 64;
+
 /// Index of a page of keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageId(pub u32);

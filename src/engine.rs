@@ -3,10 +3,10 @@
 use rayon::prelude::*;
 
 use crate::backend::{Backend, Sampled, Sampling, Stats};
-use crate::batch::{BatchLimits, CHUNK_LEN, PAGE_LEN};
+use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
 use crate::config::LayerKind;
-use crate::model::{MAX_LOGIT_ROWS, Memory, Model, Workspace};
+use crate::model::{Memory, Model, Workspace};
 use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, Wanted};
 use crate::sampler::{self, Context};
 use crate::scheduler::{Scheduler, Step};

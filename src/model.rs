@@ -8,7 +8,7 @@ mod mtp;
 use self::mtp::Mtp;
 use crate::Result;
 use crate::backend::{Backend, DeltaWeights, MoeTensors, Precision, Rope, Sampled, Sampling};
-use crate::batch::{Batch, BatchLimits};
+use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS};
 use crate::config::{FfnConfig, ModelConfig};
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
 
@@ -80,9 +80,6 @@ pub struct Workspace<B: Backend> {
     pair: B::Buf,
     scratch: B::Scratch,
 }
-
-/// Tokens whose logits are computed at once; more are done in turns.
-pub const MAX_LOGIT_ROWS: usize = 64;
 
 impl<B: Backend> Model<B> {
     /// Loads the net onto a device. With `dtype`, matrices are stored so; otherwise as the checkpoint has them.

@@ -172,16 +172,18 @@ def test_a_larger_bound_of_the_lengths_changes_no_bits(bound, count):
     assert same_bits(case.run(times=2), found)
 
 
-def test_decode_in_a_graph():
-    """Norm, rotation and attention, each started under the one before it, for tokens that follow each other."""
+@pytest.mark.parametrize("seqs", [[(2040, 1), (17, 1), (700, 1)], [(64, 500), (0, 140), (700, 3)]], ids=str)
+def test_norm_and_attention_in_a_graph(seqs):
+    """Each kernel started under the one before it, for tokens and chunks that follow each other."""
     hq, hkv, d, steps = 16, 2, 256, 3
-    case = Case([(2040, 1), (17, 1), (700, 1)], hq, hkv, d, seed=17)
+    case = Case(seqs, hq, hkv, d, seed=17)
+    n = case.batch.num_tokens
     norm = 1 + randn(d, dtype=torch.float32, seed=18, scale=0.1)
     inv_freq = (1e7 ** -(torch.arange(32).float() / 32)).cuda()
     axis = torch.zeros(32, dtype=torch.uint8, device="cuda")
-    size = call("q35_attention_workspace", 3, 3, 4096, case.dims)
+    size = call("q35_attention_workspace", n, 3, 4096, case.dims)
     workspace = torch.zeros(size, dtype=torch.float32, device="cuda")
-    q, out = torch.empty_like(case.q), [poisoned(3, hq * d) for _ in range(steps)]
+    q, out = torch.empty_like(case.q), [poisoned(n, hq * d) for _ in range(steps)]
 
     def run(between):
         for i in range(steps):
@@ -202,6 +204,7 @@ def test_decode_in_a_graph():
     for _ in range(3):
         for each in out:
             each.fill_(NAN)
+        q.fill_(NAN)
         graph.replay()
         assert all(same_bits(each, want) for each in out)
 
@@ -258,41 +261,6 @@ def test_prefill_gates_that_close():
     for start in (64, 128, 192):
         columns = slice(start, start + 64)
         assert error(found[:, :, columns], want[:, :, columns]) < 4e-3
-
-
-def test_prefill_in_a_graph():
-    """Norm, rotation and attention of chunks that follow each other, each kernel started under the one before it."""
-    hq, hkv, d, steps = 16, 2, 256, 3
-    case = Case([(64, 500), (0, 140), (700, 3)], hq, hkv, d, seed=29)
-    norm = 1 + randn(d, dtype=torch.float32, seed=30, scale=0.1)
-    inv_freq = (1e7 ** -(torch.arange(32).float() / 32)).cuda()
-    axis = torch.zeros(32, dtype=torch.uint8, device="cuda")
-    n = case.batch.num_tokens
-    size = call("q35_attention_workspace", n, 3, 1024, case.dims)
-    workspace = torch.zeros(size, dtype=torch.float32, device="cuda")
-    q, out = torch.empty_like(case.q), [poisoned(n, hq * d) for _ in range(steps)]
-
-    def run(between):
-        for i in range(steps):
-            rope = (case.dims, norm, norm, 1e-6, inv_freq, axis, 32, 1.0, case.projected, case.stride)
-            call("q35_qk_norm_rope_write", case.batch.struct, *rope, q, case.k, case.v)
-            between()
-            arguments = (q, case.projected, case.stride, case.k, case.v, workspace, out[i])
-            call("q35_gated_attention", case.batch.struct, case.dims, *arguments)
-            between()
-
-    run(torch.cuda.synchronize)
-    want = out[0].clone()
-    assert torch.isfinite(want).all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(lambda: None)
-    for _ in range(3):
-        for each in out:
-            each.fill_(NAN)
-        q.fill_(NAN)
-        graph.replay()
-        assert all(same_bits(each, want) for each in out)
 
 
 def test_many_sequences_of_many_lengths():

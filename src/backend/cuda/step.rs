@@ -9,9 +9,8 @@ use super::ffi;
 use super::graph::{self, Shape};
 use super::sample::Sampler;
 use crate::backend::Rope;
-use crate::batch::{Batch, BatchLimits};
+use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS};
 use crate::config::{FfnConfig, ModelConfig};
-use crate::model::MAX_LOGIT_ROWS;
 use crate::{Error, Result};
 
 /// Rows that a launcher may be given at least (see [`super::Cuda`]).

@@ -1,59 +1,16 @@
-// Hopper's own tensor-core products and what feeds them: barriers in shared memory, tensor copies, tiles of which the
-// copies and the products agree on the layout. For code compiled for sm_90a.
+// Of Hopper's copies and products what the experts of many tokens use: tiles of which both agree on the layout.
 //
 // A tile has rows of 64 bf16: 128 bytes. It starts at a multiple of 1024 bytes, row r at 128 r, and the 16 bytes c of a
 // row are at place c ^ (r % 8): what a tensor copy with a swizzle of 128 bytes writes.
 #pragma once
-#include <cuda.h>
+#include "hopper.cuh"
 
-#include "mma.cuh"
-
-// ------------------------------------------------------------------------------------------------------- barriers
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-// Makes the barriers that this thread has set up known to the copies too.
-__device__ __forceinline__ void barrier_init_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives, and has the phase wait for so many bytes of tensor copies.
-__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Waits for the end of the phase of this parity: phases count from 0; the one before the first counts as ended.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\n"
-        "bra again;\nover:\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 // A barrier of the 128 threads of warpgroup 0 or 1 of a block's two.
 __device__ __forceinline__ void group_barrier(int group) {
     if (group == 0)
-        asm volatile("bar.sync 1, 128;" ::: "memory");
+        named_barrier<1, 128>();
     else
-        asm volatile("bar.sync 2, 128;" ::: "memory");
-}
-
-// --------------------------------------------------------------------------------------------------------- copies
-
-// cuTensorMapEncodeTiled, from the driver, which is not linked; null where there is none.
-inline decltype(&cuTensorMapEncodeTiled) map_encoder() {
-    using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode found = [] {
-        void *function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                                  cudaEnableDefault, &result);
-        return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
-                                                                            : nullptr;
-    }();
-    return found;
+        named_barrier<2, 128>();
 }
 
 // Weights [experts, parts, rows, k], and the box that a copy takes of them: 64 of k by so many rows of every part.
@@ -71,12 +28,9 @@ inline bool encode_map(CUtensorMap *map, const bf16 *weights, int experts, int p
 // the threads that issue those are told.
 __device__ __forceinline__ void copies_to_products() {
     asm volatile("cp.async.wait_all;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    written_for_products();
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // The box of a tensor of four dimensions that starts at (c0, c1, c2, c3), innermost first; zeros outside the tensor.
 __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int c0, int c1, int c2, int c3,
                                             uint32_t barrier) {
@@ -129,18 +83,6 @@ __device__ __forceinline__ void store_global16(void *to, uint4 v, bool there) {
                  : "memory");
 }
 
-// ------------------------------------------------------------------------------------------------------- products
-
-// Registers of a thread, for all threads of the warpgroup that calls it.
-template <int REGISTERS>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-template <int REGISTERS>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
 // A tile at `at` as an operand. Bits 0 to 13: the address; 16 to 29: not used with this swizzle, 1; 32 to 45: the 1024
 // bytes from 8 rows to the next 8, all in units of 16 bytes; 49 to 51: 0, the tile starts where the swizzle does;
 // 62 and 63: 1, the swizzle of 128 bytes. 2 more is 16 elements further along k.
@@ -148,14 +90,6 @@ __device__ __forceinline__ uint64_t operand(uint32_t at) {
     return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | (at & 0x3ffff) >> 4;
 }
 
-// Before the first product, and after the accumulators were touched otherwise.
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most `N` of the latest groups of products are under way.
-template <int N>
-__device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
 // What follows sees the accumulators as the wait before has left them.
 template <int COUNT>
 __device__ __forceinline__ void products_end(float (&d)[COUNT]) {

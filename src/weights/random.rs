@@ -4,13 +4,12 @@
 use std::sync::{Arc, OnceLock};
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::{DType, Data, Tensor};
 use crate::sampler::mix;
 
-/// Elements that one thread draws at a time.
-const PIECE: usize = 1 << 16;
+/// Fewer elements are not worth a thread.
+const MIN_PIECE: usize = 1 << 16;
 
 /// How the elements of a tensor are drawn, and the elements, once somebody looks at them.
 #[derive(Debug)]
@@ -89,12 +88,21 @@ impl Random {
             const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
             let key = mix(self.seed);
             let mut bytes = vec![0; 2 * self.num_elements];
-            bytes.par_chunks_mut(2 * PIECE).enumerate().for_each(|(piece, out)| {
+            let draw = |first: usize, out: &mut [u8]| {
                 for (i, out) in out.chunks_exact_mut(2).enumerate() {
-                    let at = (piece * PIECE + i) as u64;
                     // `mix` adds a step of its own.
-                    let bits = mix(key.wrapping_add(at.wrapping_mul(STEP)).wrapping_sub(STEP));
+                    let at = ((first + i) as u64).wrapping_mul(STEP).wrapping_sub(STEP);
+                    let bits = mix(key.wrapping_add(at));
                     out.copy_from_slice(&bf16::from_f32(self.rule.element(bits)).to_ne_bytes());
+                }
+            };
+            // Threads of its own: one of a pool that waits here for others might take up a task that waits for this.
+            let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+            let piece = self.num_elements.div_ceil(num_threads).max(MIN_PIECE);
+            std::thread::scope(|scope| {
+                for (i, out) in bytes.chunks_mut(2 * piece).enumerate() {
+                    let draw = &draw;
+                    scope.spawn(move || draw(i * piece, out));
                 }
             });
             bytes
@@ -151,6 +159,17 @@ mod tests {
         let steps: Vec<_> =
             values("model.layers.0.linear_attn.dt_bias", &[4096]).into_iter().map(softplus).collect();
         assert!(steps.iter().all(|&x| (0.0009..=0.11).contains(&x)));
+    }
+
+    #[test]
+    fn many_may_ask_at_once() {
+        use rayon::prelude::*;
+        for round in 0..20 {
+            let tensor = Tensor::random(format!("{round}.weight"), &[700, 700]);
+            let sums: Vec<u64> =
+                (0..64).into_par_iter().map(|_| tensor.bytes().iter().map(|&b| u64::from(b)).sum()).collect();
+            assert!(sums.windows(2).all(|pair| pair[0] == pair[1]));
+        }
     }
 
     #[test]

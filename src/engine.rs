@@ -7,6 +7,7 @@ use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
 use crate::config::LayerKind;
 use crate::model::{Memory, Model, Workspace};
+use crate::random::mix;
 use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, Wanted};
 use crate::sampler::{self, Context};
 use crate::scheduler::{Scheduler, Step};
@@ -193,8 +194,8 @@ impl<B: Backend> Engine<B> {
         let room = self.max_model_len - prompt.len();
         params.max_tokens = Some(params.max_tokens.unwrap_or(room).min(room));
         let seed = match params.seed {
-            Some(seed) => sampler::mix(seed) ^ index,
-            None => sampler::mix(self.seed ^ sampler::mix(self.next_id)),
+            Some(seed) => mix(seed) ^ index,
+            None => mix(self.seed ^ mix(self.next_id)),
         };
         Ok(self.queue(prompt, Wanted::Tokens(params), seed))
     }
@@ -454,7 +455,8 @@ enum Row {
 
 impl Row {
     fn of(sampled: Sampled) -> Self {
-        Row::Token(sampled.token.map(|token| (token, sampled.logprobs)))
+        let logprobs = sampled.logprobs.map(|l| TokenLogprobs { chosen: l.chosen, rank: l.rank, top: l.top });
+        Row::Token(sampled.token.map(|token| (token, logprobs)))
     }
 }
 

@@ -21,6 +21,7 @@ pub mod model;
 pub mod plan;
 #[cfg(feature = "python")]
 mod python;
+pub mod random;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;

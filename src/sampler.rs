@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use crate::backend::cpu::softmax::{exp_weights, log_sum_exp};
 use crate::backend::{Edit, Sampling};
+use crate::random::mix;
 use crate::request::{SamplingParams, TokenLogprobs};
 
 /// What the sampler must know of a request.
@@ -251,14 +252,6 @@ fn logprobs(raw: &[f32], chosen: u32, n: usize, scratch: &mut Scratch) -> TokenL
 /// A number in [0, 1) that depends on nothing but the key and the index (SplitMix64, Steele et al. 2014).
 pub fn uniform(seed: u64, index: u64) -> f64 {
     (mix(mix(seed) ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15)) >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// SplitMix64's finaliser over the next state.
-pub fn mix(x: u64) -> u64 {
-    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

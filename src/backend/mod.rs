@@ -17,7 +17,7 @@ mod ffi_tests;
 mod sampling;
 
 pub use choice::Device;
-pub use sampling::{Edit, Sampled, Sampling};
+pub use sampling::{Edit, Logprobs, Sampled, Sampling};
 
 use crate::Result;
 use crate::batch::{Batch, BatchLimits};

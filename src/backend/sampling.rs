@@ -1,8 +1,6 @@
 //! Choosing tokens on a device: what it must know of a row of logits, and what comes of it. The meaning is that of
 //! `sampler.rs`.
 
-use crate::request::TokenLogprobs;
-
 /// How one token is chosen.
 #[derive(Debug, Clone)]
 pub struct Sampling {
@@ -63,5 +61,16 @@ pub struct Sampled {
     /// `None` where no logit is a number above -inf.
     pub token: Option<u32>,
     /// Where asked for.
-    pub logprobs: Option<TokenLogprobs>,
+    pub logprobs: Option<Logprobs>,
+}
+
+/// Log-probabilities, of the logits as they are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprobs {
+    /// Of the chosen token.
+    pub chosen: f32,
+    /// Its rank, 1 for the best.
+    pub rank: usize,
+    /// The best tokens, best first.
+    pub top: Vec<(u32, f32)>,
 }

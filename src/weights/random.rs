@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use half::bf16;
 
 use super::{DType, Data, Tensor};
-use crate::sampler::mix;
+use crate::random::mix;
 
 /// Fewer elements are not worth a thread.
 const MIN_PIECE: usize = 1 << 16;

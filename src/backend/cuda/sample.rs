@@ -5,8 +5,7 @@ use std::sync::Arc;
 use super::device::{Device, Memory, Pinned};
 use super::ffi;
 use crate::Result;
-use crate::backend::{Sampled, Sampling};
-use crate::request::TokenLogprobs;
+use crate::backend::{Logprobs, Sampled, Sampling};
 
 /// Edits of all rows of a step; requests that need more are sampled on the host.
 const MAX_EDITS: usize = 1 << 16;
@@ -145,7 +144,7 @@ fn sampled(row: &ffi::Sampled, wanted: bool) -> Sampled {
     let top = || row.top_tokens[..num].iter().map(|&id| id as u32).zip(row.top_logprobs).collect();
     Sampled {
         token: u32::try_from(row.token).ok(),
-        logprobs: wanted.then(|| TokenLogprobs {
+        logprobs: wanted.then(|| Logprobs {
             chosen: row.logprob,
             rank: row.rank.max(0) as usize,
             top: top(),

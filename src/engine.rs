@@ -125,7 +125,9 @@ impl<B: Backend> Engine<B> {
         // Sizes that are also limits of the buffers, then, once the buffers are there, what is left for pages.
         let left = |used: usize| budget.map(|bytes| bytes.saturating_sub(all_slots.saturating_add(used)));
         let pages = Pages::fit(limits, config.max_context(), page_bytes, left(0))?;
-        let prefill = limits.max_num_batched_tokens.min(pages.max_model_len.next_multiple_of(CHUNK_LEN));
+        // More than all sequences' prompts never come together.
+        let all_prompts = pages.max_model_len.next_multiple_of(CHUNK_LEN).saturating_mul(limits.max_num_seqs);
+        let prefill = limits.max_num_batched_tokens.min(all_prompts);
         let workspace = model.workspace(&BatchLimits {
             max_tokens: prefill.saturating_add(limits.max_num_seqs),
             max_seqs: limits.max_num_seqs,

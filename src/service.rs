@@ -13,6 +13,9 @@ use crate::engine::{Engine, Report, StepOutput};
 use crate::request::{RequestId, Wanted};
 use crate::{Error, Result};
 
+/// How often a wait for an engine that is being made is looked up from.
+const POLL: Duration = Duration::from_millis(50);
+
 /// What a caller wants of one prompt.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -67,11 +70,12 @@ pub enum Event {
 }
 
 impl Service {
-    /// Starts the thread, and makes the engine on it.
+    /// Starts the thread, and makes the engine on it. `poll` is called now and then meanwhile and may end the wait;
+    /// `make` goes on then until it asks for itself.
     ///
     /// # Errors
-    /// What `make` returned.
-    pub fn start<B, F, T>(make: F) -> Result<(Self, T)>
+    /// What `make` or `poll` returned.
+    pub fn start<B, F, T>(make: F, poll: impl Fn() -> Result<()>) -> Result<(Self, T)>
     where
         B: Backend + 'static,
         F: FnOnce() -> Result<(Engine<B>, T)> + Send + 'static,
@@ -97,8 +101,13 @@ impl Service {
         });
         spawned.map_err(|e| Error::Internal(format!("no thread for the engine: {e}")))?;
         let service = Self { commands, aborted, ended };
-        let extra = made.recv().map_err(|_| service.gone())??;
-        Ok((service, extra))
+        loop {
+            match made.recv_timeout(POLL) {
+                Ok(extra) => return Ok((service, extra?)),
+                Err(RecvTimeoutError::Timeout) => poll()?,
+                Err(RecvTimeoutError::Disconnected) => return Err(service.gone()),
+            }
+        }
     }
 
     /// Queues requests, all or none.

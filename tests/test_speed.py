@@ -1,11 +1,17 @@
 """Random weights of any configuration, and the speeds that are measured with them."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from qwen35rs import ConfigError, RequestError, SamplingParams, _core, demo, speed
+from qwen35rs import ConfigError, OutOfMemoryError, RequestError, SamplingParams, _core, demo, speed
+from qwen35rs.cli import app
 from qwen35rs.llm import LLM
+from typer.testing import CliRunner
 
 SMALL = {"num_hidden_layers": 4, "vocab_size": 512, "mtp_num_hidden_layers": 1}
 
@@ -82,3 +88,56 @@ def test_the_memory_of_a_card_is_planned():
     assert more["recurrent states"] == 2 * memory["recurrent states"] and more["weights"] > memory["weights"]
     with pytest.raises(RequestError, match="max_num_seqs: found 0; allowed: at least 1"):
         plan(max_num_seqs=0)
+
+
+@pytest.mark.parametrize(("batch", "context", "steps"), [(9, 32, 4), (40, 64, 3), (16, 130, 5)])
+def test_as_many_steps_as_were_asked_for(config, batch, context, steps):
+    room = speed.room_for(batch, context, steps, 64)
+    limits = {"max_num_seqs": batch, "max_num_batched_tokens": 64, "max_model_len": room}
+    step = speed.decode(LLM(config, load_format="dummy", device="cpu", **limits), batch, context, steps)
+    assert step.num_steps == steps and step.seconds > 0
+
+
+def test_a_tokenizer_beside_a_configuration(tmp_path):
+    demo.make_checkpoint(tmp_path, vocab="bytes")
+    llm = LLM(tmp_path / "config.json", load_format="dummy", device="cpu")
+    assert llm.generate("hello", SamplingParams(max_tokens=2))[0].outputs[0].token_ids
+
+
+def test_weights_larger_than_the_machine_are_refused():
+    with pytest.raises(
+        OutOfMemoryError, match=r"random weights \(\d+ bytes; the machine has \d+ available\)"
+    ):
+        LLM("397b", load_format="dummy", device="cpu")
+
+
+def test_ctrl_c_while_weights_are_made():
+    code = "from qwen35rs import LLM; print('go', flush=True); LLM('2b', load_format='dummy', device='cpu')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"go\n"
+    time.sleep(1.5)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in errors and time.monotonic() - start < 5
+
+
+REFUSED = [
+    (["bench", "engine", "--max-num-batched-tokens", "0"], "max_num_batched_tokens: found 0; allowed: 64 to"),
+    (["bench", "engine", "--batch", "0"], "batch: found 0; allowed: 1 to"),
+    (["bench", "engine", "--prefill", "100000"], "prefill, need sequences that are too long: found 100001;"),
+    (["plan", "35b", "--max-num-seqs", "4"], "max_num_seqs: found it without --memory"),
+    (["plan", "35b", "--memory", "--max-num-seqs", "-1"], "max_num_seqs: found -1; allowed: numbers from 1"),
+    (["plan", "35b", "--memory", "--scheme", "fp8"], "scheme: found it with --memory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_is_refused_is_named(arguments, message):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and message in result.stderr, result.output
+
+
+def test_what_does_not_fit_says_how_large_it_is():
+    result = CliRunner().invoke(app, ["plan", "35b", "--gpu", "4090", "--memory"])
+    assert "4090: does not fit: the weights alone are 64.6 GiB" in result.stdout, result.output

@@ -101,8 +101,8 @@ class LLM:
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None:
             self._tokenizer = Tokenizer.from_pretrained(tokenizer, revision=revision, token=token)
-        elif (path / "tokenizer.json").exists():
-            self._tokenizer = Tokenizer.from_pretrained(path)
+        elif ((folder := path.parent if path.is_file() else path) / "tokenizer.json").exists():
+            self._tokenizer = Tokenizer.from_pretrained(folder)
         limits = {
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,

@@ -94,42 +94,50 @@ def _prompts(llm: LLM, num: int, length: int, seed: int) -> list[list[int]]:
     return ids
 
 
+def room_for(batch: int, context: int, num_steps: int, max_num_batched_tokens: int) -> int:
+    """Tokens that a sequence may come to have in `decode`: prompts are taken in turn, by chunks of 64, so the first
+    sequences are some steps ahead of the last."""
+    prompt_tokens = batch * -(-context // 64) * 64
+    return context + WARM_UP + num_steps + 4 + -(-prompt_tokens // max(max_num_batched_tokens // 64 * 64, 64))
+
+
 def decode(llm: LLM, batch: int, context: int, num_steps: int = 64, *, seed: int = 0) -> Step:
     """Times decode steps: `batch` prompts of `context` random tokens, and greedy tokens after them.
 
     Raises RequestError where the engine has no room for that batch at once.
     """
-    if batch > llm._engine.max_num_seqs or context + num_steps + WARM_UP > llm.max_model_len:
+    room, wanted = (
+        room_for(batch, context, num_steps, llm._engine.max_num_batched_tokens),
+        WARM_UP + num_steps + 1,
+    )
+    if batch > llm._engine.max_num_seqs or room > llm.max_model_len:
         raise _core.RequestError(
             f"batch of {batch} sequences of {context} tokens: found an LLM for {llm._engine.max_num_seqs} sequences of "
-            f"{llm.max_model_len}; allowed: smaller, or larger limits"
+            f"{llm.max_model_len}; allowed: smaller, or larger limits ({room} tokens a sequence)"
         )
     prompts = _prompts(llm, batch, context, seed)
-    # Prompts are taken in turn, so the first sequences are some steps ahead.
-    ahead = -(-batch * context // llm._engine.max_num_batched_tokens) + 1
-    params = SamplingParams(temperature=0.0, max_tokens=num_steps + WARM_UP + ahead, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=room - context, ignore_eos=True)
+    last = batch - 1  # the last to be admitted: while it decodes, all do
     times: list[float] = []
-    hits: list[int] = []
-    report: dict[str, Any] = {}
-    last = batch - 1
-    generation = llm._engine.generate(prompts, [params] * batch)
-    for delta in generation:
+    for delta in llm._engine.generate(prompts, [params] * batch):
         if delta.index == last:
             times.append(time.perf_counter())
-        if delta.finish_reason is not None:
+        if len(times) == wanted or delta.finish_reason is not None:
             break
+    if len(times) < wanted:
+        raise _core.Qwen35Error(
+            f"{len(times)} of {wanted} steps of the whole batch were seen before its first end"
+        )
     # Asked for in steps of their own: asking waits for the device.
-    generation = llm._engine.generate(prompts, [params] * batch)
-    count = 0
-    for delta in generation:
-        count += delta.index == last
-        if delta.index == last and count >= WARM_UP and len(hits) < 8:
-            report = json.loads(llm._engine.report())
-            if report["experts_hit"] is not None:
-                hits.append(report["experts_hit"])
-        if delta.finish_reason is not None or len(hits) == 8:
+    count, reports = 0, []
+    for delta in llm._engine.generate(prompts, [params] * batch):
+        if delta.index == last:
+            count += 1
+            if count > WARM_UP:
+                reports.append(json.loads(llm._engine.report()))
+        if len(reports) == 8 or delta.finish_reason is not None:
             break
-    del generation
+    hits = [report["experts_hit"] for report in reports if report["experts_hit"] is not None]
     steps = np.diff(times[WARM_UP:])
     hit = round(statistics.median(hits)) if hits else None
     middle = context + len(times) // 2
@@ -142,7 +150,7 @@ def decode(llm: LLM, batch: int, context: int, num_steps: int = 64, *, seed: int
         (float(low), float(high)),
         len(steps),
         hit,
-        report.get("nodes_per_step"),
+        reports[-1]["nodes_per_step"] if reports else None,
         num_bytes,
         llm._engine.num_layers,
     )

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -186,10 +187,15 @@ struct Load {
 impl Load {
     /// Loads it onto a device; the engine's thread does the work.
     fn start<B: Backend + 'static>(self, backend: B) -> Result<(Service, Sizes)> {
-        Service::start(move || {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&cancelled);
+        let make = move || {
             let checkpoint = if self.dummy { Checkpoint::random() } else { Checkpoint::open(&self.path)? };
             let tensors = ModelTensors::resolve(&checkpoint, &self.config)?;
-            let report = |done, total| report(&self.progress, done, total);
+            let report = |done, total| match seen.load(Ordering::Relaxed) {
+                true => Err(Error::Interrupted),
+                false => report(&self.progress, done, total),
+            };
             let module = match self.mtp {
                 Some(false) => None,
                 Some(true) => Some(MtpTensors::resolve(&checkpoint, &self.config)?),
@@ -203,7 +209,27 @@ impl Load {
             let engine = Engine::new(model, &self.limits, self.num_tokens, self.eos)?;
             let max_model_len = engine.max_model_len();
             Ok((engine, (max_model_len, has_mtp)))
+        };
+        // Ctrl-C ends the wait at once; the thread ends behind the layer that it is at.
+        Service::start(make, || {
+            let signals = Python::attach(|py| py.check_signals());
+            signals.map_err(|_| {
+                cancelled.store(true, Ordering::Relaxed);
+                Error::Interrupted
+            })
         })
+    }
+
+    /// Refuses random weights that are more than the machine has room for: unlike a file's they cannot be given back.
+    fn check_memory(&self) -> Result<()> {
+        let weights = plan::weight_bytes(&self.config, Scheme::Bf16).map_or(0, |bytes| bytes.resident);
+        match available_memory() {
+            Some(free) if self.dummy && weights > free => Err(Error::OutOfMemory {
+                what: format!("random weights ({weights} bytes; the machine has {free} available)"),
+                advice: "take a smaller model, or a GPU".into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     #[cfg(feature = "cuda")]
@@ -290,7 +316,10 @@ impl PyEngine {
             let load =
                 Load { path, dummy, config: config.clone(), dtype, mtp, limits, num_tokens, eos, progress };
             let (service, (max_model_len, has_mtp)) = match device {
-                Device::Cpu => load.start(Cpu)?,
+                Device::Cpu => {
+                    load.check_memory()?;
+                    load.start(Cpu)?
+                }
                 Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic, enforce_eager)?,
             };
             let (device, num_layers) = (device.to_string(), config.layers.len());
@@ -410,6 +439,13 @@ fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
     let Wanted::Tokens(params) = &job.wanted else { return Vec::new() };
     let own = if params.ignore_eos { &[] } else { eos };
     own.iter().chain(&params.stop_token_ids).copied().collect()
+}
+
+/// Bytes that the system says can be taken; `None` where it says nothing.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn report(progress: &Option<Py<PyAny>>, done: usize, total: usize) -> Result<()> {

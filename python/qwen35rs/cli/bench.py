@@ -108,29 +108,39 @@ def engine(
     it must move (weights once, of experts those that were really hit;
     keys, values and states) over the read bandwidth, which is measured
     here; that of a prompt two operations for each active parameter and
-    token over the rate of a large bf16 product, measured too.
+    token over the rate of a large bf16 product, measured too. On the CPU
+    nothing is measured, and no floor is shown.
     """
-    from ..speed import decode, measured
+    from ..speed import decode, measured, room_for
     from ..speed import prefill as time_prompt
 
     batches, prompts = batch or [1], prefill or [context]
     limits = {"batch": batches, "context": [context], "steps": [steps], "prefill": prompts}
+    limits["max_num_batched_tokens"] = [max_num_batched_tokens]
     for name, value in ((name, value) for name, values in limits.items() for value in values):
-        if value < 1:
-            raise RequestError(f"{name}: found {value}; allowed: 1 or more")
+        least = 64 if name == "max_num_batched_tokens" else 1
+        if not least <= value < 2**31:
+            raise RequestError(f"{name}: found {value}; allowed: {least} to 2^31 - 1")
+    rooms = [room_for(size, context, steps, max_num_batched_tokens) for size in batches]
     start = time.perf_counter()
-    llm = load(
-        model,
-        load_format=load_format,
-        device=device,
-        dtype=dtype,
-        max_num_seqs=max(batches),
-        max_num_batched_tokens=max_num_batched_tokens,
-        # Sequences that were admitted first are some steps ahead.
-        max_model_len=max(context + steps + 16 + max(batches) * context // max_num_batched_tokens, *prompts)
-        + 1,
-        enforce_eager=enforce_eager,
-    )
+    try:
+        llm = load(
+            model,
+            load_format=load_format,
+            device=device,
+            dtype=dtype,
+            max_num_seqs=max(batches),
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max(*rooms, *(size + 1 for size in prompts)),
+            enforce_eager=enforce_eager,
+        )
+    except RequestError as error:
+        before, is_length, lengths = str(error).partition("max_model_len: ")
+        if before or not is_length:
+            raise
+        raise RequestError(
+            f"context, batch and steps, or prefill, need sequences that are too long: {lengths}"
+        ) from None
     loaded = time.perf_counter() - start
     floors = measured(llm)
     found: dict[str, Any] = {"model": llm.model, "device": llm.device, "load_seconds": round(loaded, 3)}

@@ -66,10 +66,12 @@ def plan(
     max_model_len: Annotated[
         int | None, typer.Option(help="With --memory: longest prompt plus output.", show_default=False)
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="With --memory: requests that run at once.")] = 32,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="With --memory: requests that run at once. \\[default: 32]")
+    ] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="With --memory: prompt tokens of a step.")
-    ] = 512,
+        int | None, typer.Option(help="With --memory: prompt tokens of a step. \\[default: 512]")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say whether a model fits on GPUs, and how fast it could decode at most. Arithmetic: no GPU is needed.
@@ -84,6 +86,22 @@ def plan(
     sequence must read: no engine decodes faster without drafting tokens.
     This version runs bf16 on the CPU and on one GPU.
     """
+    sizes = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    for name, value in sizes.items():
+        if value is not None and not memory:
+            raise _core.RequestError(f"{name}: found it without --memory; allowed: with it")
+        if value is not None and not 0 <= value < 2**63:
+            raise _core.RequestError(f"{name}: found {value}; allowed: numbers from 1 to 2^63 - 1")
+    others = {"scheme": scheme, "cards": cards, "context": context, "fp8-kv": fp8_kv, "vision": vision}
+    for name, given in others.items():
+        if memory and given:
+            raise _core.RequestError(
+                f"{name}: found it with --memory; allowed: without (bf16 on one card, no vision)"
+            )
     source = _source(model)
 
     def ask(gpus: list[str], cards: list[int], schemes: list[str], context: int) -> dict[str, Any]:
@@ -110,13 +128,10 @@ def plan(
     schemes = scheme or ([] if gpu else SCHEMES)
     found = ask(gpu or GPUS, cards or CARDS, schemes, context)
     if memory:
-        limits = {
-            "mtp": mtp,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
-        held = {name: _held(source, name, limits) for name in gpu or ["H100 80GB"]}
+        limits = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "max_model_len": None, "mtp": mtp}
+        limits |= {name: value for name, value in sizes.items() if value is not None}
+        weights = next(row["resident"] for row in ask([], [], ["bf16"], context)["weights"])
+        held = {name: _held(source, name, limits, weights) for name in gpu or ["H100 80GB"]}
         if not json:
             for name, report in held.items():
                 _show_held(name, report)
@@ -128,12 +143,13 @@ def plan(
     _show(model, found, fewest=not cards)
 
 
-def _held(source: str, gpu: str, limits: dict[str, Any]) -> dict[str, Any]:
+def _held(source: str, gpu: str, limits: dict[str, Any], weights: int) -> dict[str, Any]:
     """What an engine holds on a card, or why it does not fit."""
     try:
         text = _core.plan_memory(source, gpu=gpu, gpu_memory_utilization=0.9, **limits)
     except _core.OutOfMemoryError as error:
-        return {"error": str(error)}
+        reason = str(error).partition("; ")[0].removeprefix("out of memory: ")
+        return {"error": f"the weights alone are {weights / 2**30:.1f} GiB; no room for {reason}"}
     if text is None:
         raise _core.RequestError("--memory: found a build without CUDA; allowed: a build with it")
     report: dict[str, Any] = json_text.loads(text)

@@ -137,15 +137,3 @@ __device__ __forceinline__ float lane_sum(float x) {
     for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;
 }
-
-// The sum over a block of whole warps, the same bits in every thread. Once per kernel: `parts` is not guarded.
-__device__ __forceinline__ float block_sum(float x) {
-    __shared__ float parts[32];
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    x = lane_sum(x);
-    if (threadIdx.x % 32 == 0) parts[warp] = x;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int i = 0; i < warps; i++) sum += parts[i];
-    return sum;
-}

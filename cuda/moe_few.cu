@@ -338,7 +338,7 @@ int launch_fast(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
     const int up_blocks = most < 3 * sms ? int(most) : 3 * sms;
     auto up = p.hidden % UP_STEP == 0 ? few_up<N, true> : few_up<N, false>;
     // Measured on an H100: started early, its wave settles badly on the SMs beside what runs before it, and a decode step
-    // of 35B takes 6 % (1 token) to 12 % (4 tokens) longer.
+    // of 35B takes 6 % (1 token) to 14 % (4 tokens) longer (benches/results/h100/early_start.txt).
     code = launch<false>(up, up_blocks, 32 * UP_WARPS, p.slots * sizeof(int4), stream, p, as_bf16(w.gate_up),
                   as_bf16(w.shared_gate_up), x, norm);
     if (code != cudaSuccess) return code;

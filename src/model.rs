@@ -216,9 +216,13 @@ impl<B: Backend> Model<B> {
             self.run(batch, memory, w, &poll)?;
             for first in (0..rows.len()).step_by(MAX_LOGIT_ROWS) {
                 let n = MAX_LOGIT_ROWS.min(rows.len() - first);
-                let places: Vec<usize> = (first..first + n).collect();
-                b.gather(&places, &w.normed, &mut w.head_rows);
-                b.linear(n, &w.head_rows, self.head(), &mut w.logits);
+                if first == 0 {
+                    b.linear(n, &w.normed, self.head(), &mut w.logits);
+                } else {
+                    let places: Vec<usize> = (first..first + n).collect();
+                    b.gather(&places, &w.normed, &mut w.head_rows);
+                    b.linear(n, &w.head_rows, self.head(), &mut w.logits);
+                }
                 b.sample(first, n, num_tokens, &w.logits);
             }
             Ok(())

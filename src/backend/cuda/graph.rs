@@ -1,5 +1,5 @@
-//! Recorded steps: a batch of one new token each is launched as one CUDA graph, from the third of its shape on. The first
-//! runs as it is, so that kernels are loaded and cuBLASLt has chosen; the second is recorded.
+//! Recorded steps: a batch of one new token each is launched as one CUDA graph, from the second of its shape on, which is
+//! recorded first. The first runs as it is, so that kernels are loaded and cuBLASLt has chosen.
 
 use std::collections::HashMap;
 use std::sync::Arc;

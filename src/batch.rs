@@ -47,6 +47,9 @@ pub struct Batch {
     pub pages: Vec<PageId>,
     /// Tokens (indices into `token_ids`) whose logits are wanted.
     pub logit_rows: Vec<usize>,
+    /// Whether the tokens are those that the device chose last, row by row, and may not be known here yet: `token_ids`
+    /// is not looked at then.
+    pub follows: bool,
 }
 
 /// What the multi-token-prediction module computes after a forward.

@@ -1,8 +1,13 @@
 //! The engine: requests in, tokens out, one `step` at a time. It deals in token ids; text stops at the tokenizer.
 
+mod ahead;
+
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
-use crate::backend::{Backend, Sampled, Sampling, Stats};
+use self::ahead::Flight;
+use crate::backend::{Backend, Lendable, Sampled, Sampling, Stats};
 use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
 use crate::config::LayerKind;
@@ -61,8 +66,24 @@ pub struct StepOutput {
     pub finish: Option<FinishReason>,
     /// Logits of the prompt, `[num_logit_rows, vocab]`, of a request that wanted them.
     pub logits: Vec<f32>,
+    /// The same where they were wanted on the device, complete and waited for.
+    pub device_logits: Option<Arc<dyn Lendable>>,
     /// Why the request failed, if it did.
     pub error: Option<String>,
+}
+
+impl StepOutput {
+    fn new(id: RequestId) -> Self {
+        Self {
+            id,
+            token: None,
+            logprobs: None,
+            finish: None,
+            logits: Vec::new(),
+            device_logits: None,
+            error: None,
+        }
+    }
 }
 
 /// What an engine holds.
@@ -93,6 +114,10 @@ pub struct Engine<B: Backend> {
     num_tokens: usize,
     eos: Vec<u32>,
     samplers: Vec<sampler::Scratch>,
+    /// The step whose tokens the device chooses now.
+    flight: Option<Flight>,
+    /// Outputs that an error came before.
+    landed: Vec<StepOutput>,
 }
 
 impl<B: Backend> Engine<B> {
@@ -154,6 +179,8 @@ impl<B: Backend> Engine<B> {
             num_tokens,
             eos,
             samplers: Vec::new(),
+            flight: None,
+            landed: Vec::new(),
             model,
         })
     }
@@ -181,7 +208,7 @@ impl<B: Backend> Engine<B> {
 
     /// Whether nothing is left to do.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.is_idle()
+        self.scheduler.is_idle() && self.landed.is_empty()
     }
 
     /// Queues a request for text. `index` tells the samples of one prompt apart.
@@ -199,7 +226,8 @@ impl<B: Backend> Engine<B> {
             Some(seed) => mix(seed) ^ index,
             None => mix(self.seed ^ mix(self.next_id)),
         };
-        Ok(self.queue(prompt, Wanted::Tokens(params), seed))
+        let request = self.request(prompt, Wanted::Tokens(params), seed);
+        Ok(self.queue(request))
     }
 
     /// Queues a request for the logits of its prompt.
@@ -208,7 +236,22 @@ impl<B: Backend> Engine<B> {
     /// As [`Engine::add`].
     pub fn add_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
         self.check_prompt(prompt, 1, self.max_model_len)?;
-        Ok(self.queue(prompt, Wanted::Logits, 0))
+        let request = self.request(prompt, Wanted::Logits, 0);
+        Ok(self.queue(request))
+    }
+
+    /// As [`Engine::add_logits`]; they stay on the device.
+    ///
+    /// # Errors
+    /// As [`Engine::add`], where the device's memory is the host's, and where there is no room for them.
+    pub fn add_device_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
+        self.check_prompt(prompt, 1, self.max_model_len)?;
+        let vocab = self.model.config().vocab;
+        let Some(memory) = self.model.backend().lendable(prompt.len(), vocab)? else {
+            return Err(Error::request("on_device", "a model on the CPU", "a model on a CUDA device"));
+        };
+        let request = self.request(prompt, Wanted::DeviceLogits, 0);
+        Ok(self.queue(Request { device_logits: Some(memory), ..request }))
     }
 
     /// Queues a request for the MTP module's drafts over its prompt, of at least two tokens.
@@ -221,7 +264,8 @@ impl<B: Backend> Engine<B> {
             return Err(Error::request("mtp_logits", found, "LLM(..., mtp=True)"));
         }
         self.check_prompt(prompt, 2, self.max_model_len)?;
-        Ok(self.queue(prompt, Wanted::MtpLogits, 0))
+        let request = self.request(prompt, Wanted::MtpLogits, 0);
+        Ok(self.queue(request))
     }
 
     fn check_prompt(&self, prompt: &[u32], shortest: usize, longest: usize) -> Result<()> {
@@ -237,11 +281,10 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    fn queue(&mut self, prompt: &[u32], wanted: Wanted, seed: u64) -> RequestId {
-        let id = RequestId(self.next_id);
+    fn request(&mut self, prompt: &[u32], wanted: Wanted, seed: u64) -> Request {
         self.next_id += 1;
-        self.scheduler.add(Request {
-            id,
+        Request {
+            id: RequestId(self.next_id - 1),
             tokens: prompt.to_vec(),
             num_prompt: prompt.len(),
             computed_len: 0,
@@ -250,7 +293,13 @@ impl<B: Backend> Engine<B> {
             pages: Vec::new(),
             slot: None,
             logits: Vec::new(),
-        });
+            device_logits: None,
+        }
+    }
+
+    fn queue(&mut self, request: Request) -> RequestId {
+        let id = request.id;
+        self.scheduler.add(request);
         id
     }
 
@@ -259,14 +308,20 @@ impl<B: Backend> Engine<B> {
         self.scheduler.remove(id);
     }
 
-    /// Runs one step: schedule, run, commit. `poll` is called between layers with the step's requests and may end it; nothing is
-    /// lost then, and the requests that were in it start over at the next step.
+    /// Runs one step: schedule, run, commit. Where the device chooses the tokens, the step after it is launched before
+    /// they are waited for, if it can be (see `ahead.rs`). `poll` is called between layers with the step's requests and
+    /// may end it; nothing is lost then, and the requests that were in it start over at the next step.
     ///
     /// # Errors
     /// What `poll` returned.
     pub fn step(&mut self, poll: impl Fn(&[RequestId]) -> Result<()>) -> Result<Vec<StepOutput>> {
+        if !self.landed.is_empty() {
+            return Ok(std::mem::take(&mut self.landed));
+        }
+        if let Some(flight) = self.flight.take() {
+            return self.land(&flight, &poll);
+        }
         let step = self.scheduler.schedule();
-        let poll = || poll(&step.requests);
         for slot in &step.new_slots {
             self.model.clear_slot(&mut self.memory, slot.0 as usize);
         }
@@ -276,31 +331,61 @@ impl<B: Backend> Engine<B> {
                 false => Err(Error::Internal("requests wait and none can run".into())),
             };
         }
-        match self.run(&step, &poll) {
+        if let Some(rows) = self.device_sampling(&step) {
+            return match self.launch(step, &rows, &poll) {
+                Ok(flight) => self.land(&flight, &poll),
+                Err(failed) => Err(self.give_up(failed)),
+            };
+        }
+        match self.run(&step, &|| poll(&step.requests)) {
             Ok(rows) => {
                 self.scheduler.commit(&step);
                 let outputs = rows.into_iter().filter_map(|row| self.commit(row)).collect();
                 debug_assert_eq!(self.scheduler.check_integrity(), Ok(()));
                 Ok(outputs)
             }
-            Err(error) => {
-                self.scheduler.abort(&step);
-                Err(error)
-            }
+            Err(error) => Err(self.give_up((step.requests, error))),
         }
     }
 
+    /// Takes back what a step that failed reserved.
+    fn give_up(&mut self, (requests, error): (Vec<RequestId>, Error)) -> Error {
+        self.scheduler.abort(&requests);
+        error
+    }
+
     fn run(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
-        if let Some(rows) = self.device_sampling(step) {
-            let Self { model, memory, workspace, num_tokens, .. } = self;
-            let sampled = model.forward_sampled(&step.batch, &rows, *num_tokens, memory, workspace, poll)?;
-            return Ok(step.logit_owners.iter().copied().zip(sampled.into_iter().map(Row::of)).collect());
-        }
         self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll)?;
         if !step.drafts.hidden_rows.is_empty() {
             self.model.forward_mtp(&step.drafts, &mut self.memory, &mut self.workspace, poll)?;
         }
-        self.read_logits(step, poll)
+        let mut rows = self.lend_logits(step, poll)?;
+        rows.extend(self.read_logits(step, poll)?);
+        Ok(rows)
+    }
+
+    /// Copies the rows of logits that are wanted on the device. Changes no request.
+    fn lend_logits(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
+        let Self { model, workspace, scheduler, .. } = self;
+        let (mut rows, mut first) = (Vec::new(), 0);
+        for group in step.logit_owners.chunk_by(|a, b| a == b) {
+            let end = first + group.len();
+            if let Some(request) = scheduler.running(group[0])
+                && let Some(memory) = &request.device_logits
+            {
+                let mut at = request.computed_len;
+                for start in (first..end).step_by(MAX_LOGIT_ROWS) {
+                    poll()?;
+                    let part = start..end.min(start + MAX_LOGIT_ROWS);
+                    let n = part.len();
+                    model.lend_logits(part, memory.as_ref(), at, workspace)?;
+                    at += n;
+                }
+                rows.push((request.id, Row::Lent));
+            }
+            first = end;
+        }
+        Ok(rows)
     }
 
     /// How the step's tokens are chosen, where the device can do it, for all of them.
@@ -316,12 +401,13 @@ impl<B: Backend> Engine<B> {
         (!rows.is_empty() && self.model.backend().can_sample(&rows)).then_some(rows)
     }
 
-    /// Samples, or copies, the rows of logits that are wanted. Changes no request.
+    /// Samples, or copies, the other rows of logits that are wanted. Changes no request.
     fn read_logits(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
         let Self { model, workspace, scheduler, samplers, num_tokens, eos, .. } = self;
         let vocab = model.config().vocab;
         let mut rows = Vec::with_capacity(step.batch.logit_rows.len());
-        let owned: Vec<_> = step.logit_owners.iter().enumerate().collect();
+        let mut owned: Vec<_> = step.logit_owners.iter().enumerate().collect();
+        owned.retain(|(_, id)| scheduler.running(**id).is_some_and(|r| r.device_logits.is_none()));
         for chunk in owned.chunks(MAX_LOGIT_ROWS) {
             poll()?;
             let (at, requests): (Vec<usize>, Vec<&Request>) =
@@ -336,7 +422,9 @@ impl<B: Backend> Engine<B> {
             let work = samplers.par_iter_mut().zip(contexts).zip(logits.par_chunks_exact(vocab));
             rows.par_extend(work.zip(requests).map(|(((scratch, context), logits), request)| {
                 let row = match context {
-                    Some(context) => Row::Token(sampler::sample(logits, &context, scratch)),
+                    Some(context) => {
+                        Row::Token(request.tokens.len(), sampler::sample(logits, &context, scratch))
+                    }
                     None => Row::Logits(logits.to_vec()),
                 };
                 (request.id, row)
@@ -349,8 +437,7 @@ impl<B: Backend> Engine<B> {
     fn commit(&mut self, (id, row): (RequestId, Row)) -> Option<StepOutput> {
         let vocab = self.model.config().vocab;
         let request = self.scheduler.running_mut(id)?;
-        let mut output =
-            StepOutput { id, token: None, logprobs: None, finish: None, logits: Vec::new(), error: None };
+        let mut output = StepOutput::new(id);
         match row {
             Row::Logits(row) => {
                 if request.logits.is_empty() {
@@ -362,12 +449,18 @@ impl<B: Backend> Engine<B> {
                 }
                 output.finish = Some(FinishReason::Length);
             }
-            Row::Token(None) => {
+            Row::Lent => {
+                if request.computed_len < request.num_prompt {
+                    return None;
+                }
+                output.finish = Some(FinishReason::Length);
+            }
+            Row::Token(_, None) => {
                 output.error = Some(NO_TOKEN.into());
             }
-            Row::Token(Some((token, logprobs))) => {
-                request.tokens.push(token);
-                let (num_output, params) = (request.output().len(), request.params()?);
+            Row::Token(place, Some((token, logprobs))) => {
+                request.set_token(place, token);
+                let (num_output, params) = (place + 1 - request.num_prompt, request.params()?);
                 let stop = params.stop_token_ids.contains(&token)
                     || (!params.ignore_eos && self.eos.contains(&token));
                 output.finish = match () {
@@ -379,7 +472,8 @@ impl<B: Backend> Engine<B> {
             }
         }
         if output.finish.is_some() || output.error.is_some() {
-            output.logits = self.scheduler.remove(id)?.logits;
+            let request = self.scheduler.remove(id)?;
+            (output.logits, output.device_logits) = (request.logits, request.device_logits);
         }
         Some(output)
     }
@@ -449,16 +543,18 @@ const NO_TOKEN: &str = "the model gave no finite logit to choose from: its weigh
 
 /// What a row of logits became.
 enum Row {
-    /// A token; `None` where no logit was finite.
-    Token(Option<(u32, Option<TokenLogprobs>)>),
+    /// A token, at its place in the request; `None` where no logit was finite.
+    Token(usize, Option<(u32, Option<TokenLogprobs>)>),
     /// Itself.
     Logits(Vec<f32>),
+    /// Part of the memory that the request lends.
+    Lent,
 }
 
 impl Row {
-    fn of(sampled: Sampled) -> Self {
+    fn of(place: usize, sampled: Sampled) -> Self {
         let logprobs = sampled.logprobs.map(|l| TokenLogprobs { chosen: l.chosen, rank: l.rank, top: l.top });
-        Row::Token(sampled.token.map(|token| (token, logprobs)))
+        Row::Token(place, sampled.token.map(|token| (token, logprobs)))
     }
 }
 

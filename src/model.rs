@@ -7,7 +7,7 @@ mod mtp;
 
 use self::mtp::Mtp;
 use crate::Result;
-use crate::backend::{Backend, DeltaWeights, MoeTensors, Precision, Rope, Sampled, Sampling};
+use crate::backend::{Backend, DeltaWeights, Lendable, MoeTensors, Precision, Rope, Sampling};
 use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS};
 use crate::config::{FfnConfig, ModelConfig};
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
@@ -196,11 +196,11 @@ impl<B: Backend> Model<B> {
     }
 
     /// As [`Model::forward`], and chooses a token for each of the batch's `logit_rows`, where the backend can
-    /// ([`Backend::can_sample`]). The first `num_tokens` logits of a row exist.
+    /// ([`Backend::can_sample`]): [`Backend::sampled`] waits for them. The first `num_tokens` logits of a row exist.
     ///
     /// # Errors
     /// What `poll` returned, and what the device says.
-    pub fn forward_sampled(
+    pub fn launch_sampled(
         &self,
         batch: &Batch,
         rows: &[Sampling],
@@ -208,7 +208,7 @@ impl<B: Backend> Model<B> {
         memory: &mut Memory<B>,
         w: &mut Workspace<B>,
         poll: impl Fn() -> Result<()>,
-    ) -> Result<Vec<Sampled>> {
+    ) -> Result<()> {
         let b = &self.backend;
         b.begin(batch);
         b.begin_sampling(rows);
@@ -227,7 +227,8 @@ impl<B: Backend> Model<B> {
             }
             Ok(())
         })?;
-        b.sampled()
+        b.send_sampled();
+        b.check()
     }
 
     fn head(&self) -> &B::Linear {
@@ -323,6 +324,11 @@ impl<B: Backend> Model<B> {
         top: Option<(usize, usize)>,
         w: &'a mut Workspace<B>,
     ) -> std::borrow::Cow<'a, [f32]> {
+        self.compute_logits(rows, top, w);
+        self.backend.read(&mut w.logits, rows.len())
+    }
+
+    fn compute_logits(&self, rows: &[usize], top: Option<(usize, usize)>, w: &mut Workspace<B>) {
         let (b, head) = (&self.backend, self.head());
         b.gather(rows, &w.normed, &mut w.head_rows);
         match top {
@@ -332,7 +338,22 @@ impl<B: Backend> Model<B> {
             }
             None => b.linear(rows.len(), &w.head_rows, head, &mut w.logits),
         }
-        b.read(&mut w.logits, rows.len())
+    }
+
+    /// As [`Model::logits`], of neighbouring rows, to row `at` and on of memory of the device.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn lend_logits(
+        &self,
+        rows: std::ops::Range<usize>,
+        to: &dyn Lendable,
+        at: usize,
+        w: &mut Workspace<B>,
+    ) -> Result<()> {
+        let rows: Vec<usize> = rows.collect();
+        self.compute_logits(&rows, None, w);
+        self.backend.lend_rows(rows.len(), &w.logits, to, at)
     }
 }
 

@@ -1,5 +1,8 @@
 //! The nouns of serving: what a caller asks for, and where its request stands.
 
+use std::sync::Arc;
+
+use crate::backend::Lendable;
 use crate::batch::{PageId, SlotId};
 use crate::{Error, Result};
 
@@ -113,6 +116,11 @@ impl SamplingParams {
         }
         Ok(())
     }
+
+    /// Whether how a token is chosen depends on the tokens before it, not only on their number.
+    pub fn looks_back(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
 }
 
 /// Why a request ended.
@@ -142,6 +150,8 @@ pub enum Wanted {
     Tokens(SamplingParams),
     /// Logits after each token of the prompt.
     Logits,
+    /// The same, in memory of the device.
+    DeviceLogits,
     /// Logits of the MTP module's drafts: of the token after each pair of neighbours in the prompt.
     MtpLogits,
 }
@@ -172,6 +182,8 @@ pub struct Request {
     pub slot: Option<SlotId>,
     /// Logits of the computed prompt tokens, `[up to num_logit_rows, vocab]`, where they are wanted.
     pub logits: Vec<f32>,
+    /// Where they go that are wanted on the device.
+    pub device_logits: Option<Arc<dyn Lendable>>,
 }
 
 impl Request {
@@ -185,11 +197,19 @@ impl Request {
         self.params().is_some() && len == self.tokens.len()
     }
 
+    /// Gives the output the token at a place: the next, or one that a placeholder was put for.
+    pub fn set_token(&mut self, place: usize, token: u32) {
+        match self.tokens.get_mut(place) {
+            Some(placeholder) => *placeholder = token,
+            None => self.tokens.push(token),
+        }
+    }
+
     /// How it is sampled, if it is.
     pub fn params(&self) -> Option<&SamplingParams> {
         match &self.wanted {
             Wanted::Tokens(params) => Some(params),
-            Wanted::Logits | Wanted::MtpLogits => None,
+            Wanted::Logits | Wanted::DeviceLogits | Wanted::MtpLogits => None,
         }
     }
 
@@ -197,7 +217,7 @@ impl Request {
     pub fn num_logit_rows(&self) -> usize {
         match self.wanted {
             Wanted::Tokens(_) => 0,
-            Wanted::Logits => self.num_prompt,
+            Wanted::Logits | Wanted::DeviceLogits => self.num_prompt,
             Wanted::MtpLogits => self.num_prompt.saturating_sub(1),
         }
     }

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use crate::batch::{Batch, BatchSeq, CHUNK_LEN, DraftBatch, SlotId};
-use crate::cache::Cache;
+use crate::cache::{Cache, pages_for};
 use crate::request::{Request, RequestId, Wanted};
 
 /// Requests and the accounts of their memory.
@@ -151,7 +151,7 @@ impl Scheduler {
         match r.wanted {
             Wanted::Tokens(_) if !r.samples_at(end) => {}
             Wanted::Tokens(_) => batch.logit_rows.push(query_start + len - 1),
-            Wanted::Logits => batch.logit_rows.extend(query_start..query_start + len),
+            Wanted::Logits | Wanted::DeviceLogits => batch.logit_rows.extend(query_start..query_start + len),
             Wanted::MtpLogits => {
                 // The last token has none after it, and so no draft.
                 let drafted = end.min(r.num_logit_rows()) - start;
@@ -164,6 +164,16 @@ impl Scheduler {
         step.requests.push(r.id);
     }
 
+    /// Whether the next step is one token of each of these requests, in this order, and nothing else: all they have is
+    /// computed, no other request is there, and none has to give way.
+    pub fn is_lockstep(&self, requests: &[RequestId]) -> bool {
+        let missing = |r: &Request| pages_for(r.tokens.len() + 1).saturating_sub(r.pages.len());
+        self.waiting.is_empty()
+            && self.running.iter().map(|r| &r.id).eq(requests)
+            && self.running.iter().all(|r| r.computed_len == r.tokens.len())
+            && self.running.iter().map(missing).sum::<usize>() <= self.cache.num_free_pages()
+    }
+
     /// Keeps what the step computed: its tokens now count as computed.
     pub fn commit(&mut self, step: &Step) {
         for (id, seq) in step.requests.iter().zip(&step.batch.seqs) {
@@ -174,8 +184,8 @@ impl Scheduler {
     }
 
     /// Takes back what a failed step reserved: its states are undefined, so its requests start over.
-    pub fn abort(&mut self, step: &Step) {
-        while let Some(i) = self.running.iter().rposition(|r| step.requests.contains(&r.id)) {
+    pub fn abort(&mut self, requests: &[RequestId]) {
+        while let Some(i) = self.running.iter().rposition(|r| requests.contains(&r.id)) {
             let mut request = self.running.remove(i);
             self.cache.release(&mut request);
             self.wait(request);

@@ -270,6 +270,7 @@ impl<B: Backend> Worker<B> {
             let added = match &job.wanted {
                 Wanted::Tokens(params) => self.engine.add(&job.prompt, params, job.index),
                 Wanted::Logits => self.engine.add_logits(&job.prompt),
+                Wanted::DeviceLogits => self.engine.add_device_logits(&job.prompt),
                 Wanted::MtpLogits => self.engine.add_mtp_logits(&job.prompt),
             };
             match added {

@@ -8,19 +8,20 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _core, hub
-from ._core import ConfigError, RequestError
+from ._core import ConfigError, DeviceTensor, RequestError
 from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, a list of token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+TokenIds = Sequence[int] | npt.NDArray[np.integer]
 Message = Mapping[str, Any]
 
 NOTICE = (
@@ -246,14 +247,28 @@ class LLM:
         text = self._render(messages, tools, enable_thinking, add_generation_prompt, chat_template_kwargs)
         return self._stream(self._request(text), *_each(sampling_params, 1))
 
-    def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+    @overload
+    def logits(
+        self, token_ids: TokenIds, *, on_device: Literal[False] = False
+    ) -> npt.NDArray[np.float32]: ...
+    @overload
+    def logits(self, token_ids: TokenIds, *, on_device: Literal[True]) -> DeviceTensor: ...
+    def logits(
+        self, token_ids: TokenIds, *, on_device: bool = False
+    ) -> npt.NDArray[np.float32] | DeviceTensor:
         """Logits after every token of a sequence: float32 ``[num_tokens, vocab]``, padding rows included.
 
-        Raises RequestError for an empty sequence, one longer than the context, or an unknown id.
-        """
-        return self._engine.logits(_ids("token_ids", token_ids))
+        With ``on_device`` they stay in memory of the model's CUDA device, without a copy to the host:
+        ``torch.from_dlpack(llm.logits(ids, on_device=True))``. That memory is none of the model's; it is given back when
+        the last tensor made of it goes.
 
-    def mtp_logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        Raises RequestError for an empty sequence, one longer than the context, an unknown id, or ``on_device`` on the
+        CPU; OutOfMemoryError where there is no room for them on the device.
+        """
+        ids = _ids("token_ids", token_ids)
+        return self._engine.device_logits(ids) if on_device else self._engine.logits(ids)
+
+    def mtp_logits(self, token_ids: TokenIds) -> npt.NDArray[np.float32]:
         """What the multi-token-prediction module drafts over a sequence: float32 ``[num_tokens - 1, vocab]``, padding
         rows included.
 

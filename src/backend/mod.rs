@@ -19,6 +19,8 @@ mod sampling;
 pub use choice::Device;
 pub use sampling::{Edit, Logprobs, Sampled, Sampling};
 
+use std::sync::Arc;
+
 use crate::Result;
 use crate::batch::{Batch, BatchLimits};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig, RopeConfig};
@@ -277,9 +279,23 @@ pub trait Backend: Send + Sync {
     /// which the first `num_tokens` exist.
     fn sample(&self, _first: usize, _n: usize, _num_tokens: usize, _logits: &Self::Buf) {}
 
-    /// The tokens that were chosen, once all has run.
+    /// Has the tokens that the batch's [`Backend::sample`] chose sent to the host, after all that was launched so far.
+    fn send_sampled(&self) {}
+
+    /// Waits for the tokens of the oldest [`Backend::send_sampled`] that was not asked for yet, of two at most.
     fn sampled(&self) -> Result<Vec<Sampled>> {
         Ok(Vec::new())
+    }
+
+    /// Memory for f32 rows `[rows, width]` that other libraries can be lent; `None` on a device whose results lie on the
+    /// host anyway.
+    fn lendable(&self, _rows: usize, _width: usize) -> Result<Option<Arc<dyn Lendable>>> {
+        Ok(None)
+    }
+
+    /// Copies the leading `n` rows of `x` to row `at` and on of such memory, and waits until they are there.
+    fn lend_rows(&self, _n: usize, _x: &Self::Buf, _to: &dyn Lendable, _at: usize) -> Result<()> {
+        Ok(())
     }
 
     /// `out[i] = x[rows[i]]`: gathers the tokens whose logits are wanted.
@@ -299,6 +315,16 @@ pub trait Backend: Send + Sync {
 
     /// Zeroes the state and the convolution tail of one slot.
     fn clear_slot(&self, slots: &mut Self::Slots, slot: usize);
+}
+
+/// Memory on a device that other libraries can be lent.
+pub trait Lendable: std::any::Any + std::fmt::Debug + Send + Sync {
+    /// The number of its CUDA device.
+    fn device(&self) -> usize;
+    /// Where it is there.
+    fn address(&self) -> u64;
+    /// Lets a stream use it, which waits for what was launched; `None`: one that the caller sees to.
+    fn share(&self, stream: Option<usize>) -> Result<()>;
 }
 
 /// What a device says of itself.

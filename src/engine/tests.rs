@@ -1,14 +1,19 @@
 //! The engine on the CPU backend and the committed checkpoints: what a request gets does not depend on what else
 //! happens.
 
+mod late;
+
+use std::any::Any;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
 
+use self::late::{Late, Lent};
 use super::{Engine, EngineLimits, StepOutput};
 use crate::Error;
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::config::ModelConfig;
 use crate::model::Model;
@@ -22,11 +27,15 @@ const CHECKPOINTS: [&str; 4] = ["dense_bf16", "moe_bf16", "dense_delta_only", MT
 const MTP: &str = "moe_vision_mtp";
 
 pub(crate) fn model(name: &str) -> Model<Cpu> {
+    model_on(name, Cpu)
+}
+
+fn model_on<B: Backend>(name: &str, backend: B) -> Model<B> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(name);
     let config = ModelConfig::from_dir(&path).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     let tensors = ModelTensors::resolve(&checkpoint, &config).unwrap();
-    let model = Model::load(&config, tensors, None, Cpu, |_, _| Ok(())).unwrap();
+    let model = Model::load(&config, tensors, None, backend, |_, _| Ok(())).unwrap();
     match MtpTensors::resolve(&checkpoint, &config) {
         Ok(mtp) => model.with_mtp(mtp, None).unwrap(),
         Err(_) => model,
@@ -74,7 +83,7 @@ fn collect(into: &mut BTreeMap<RequestId, Outcome>, outputs: Vec<StepOutput>) {
     }
 }
 
-fn finish(engine: &mut Engine<Cpu>) -> BTreeMap<RequestId, Outcome> {
+fn finish<B: Backend>(engine: &mut Engine<B>) -> BTreeMap<RequestId, Outcome> {
     let mut outcomes = BTreeMap::new();
     while !engine.is_idle() {
         collect(&mut outcomes, engine.step(|_| Ok(())).unwrap());
@@ -313,4 +322,142 @@ fn stop_tokens_end_a_request_and_are_held_back_by_min_tokens() {
     let other = tokens[1];
     let (got, _, why) = run(&SamplingParams { stop_token_ids: vec![other], ignore_eos: true, ..greedy(30) });
     assert_eq!((got.last(), why), (Some(&other), Some(FinishReason::Stop)));
+}
+
+/// A greedy request of a random set: prompt length, tokens to generate, steps between it and the one before, and a token
+/// that its output would have at this place, to stop at.
+type GreedyJob = (usize, usize, usize, Option<usize>);
+
+fn greedy_params(job: &GreedyJob, output: Option<&[u32]>, i: usize) -> SamplingParams {
+    let stop = output.and_then(|tokens| tokens.get(job.3?));
+    SamplingParams {
+        temperature: 0.0,
+        max_tokens: Some(job.1),
+        // Some look back at their tokens, so that no step may run ahead of them.
+        repetition_penalty: if i % 5 == 4 { 1.1 } else { 1.0 },
+        stop_token_ids: stop.copied().into_iter().collect(),
+        min_tokens: if i % 3 == 2 { 2.min(job.1) } else { 0 },
+        logit_bias: vec![(i as u32, 0.5)],
+        ..SamplingParams::default()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn steps_that_run_ahead_of_their_tokens_change_nothing(
+        jobs in prop::collection::vec((1usize..150, 1usize..40, 0usize..9, prop::option::of(0usize..30)), 1..6),
+        interrupts in prop::collection::vec((0usize..60, 0usize..6), 0..5),
+        aborted in prop::option::of((0usize..6, 0usize..30)),
+        which in 0..CHECKPOINTS.len(),
+        num_pages in 4usize..12,
+    ) {
+        let name = CHECKPOINTS[which];
+        let mut one = engine(name, &limits());
+        let mut alone = Vec::new();
+        let mut params = Vec::new();
+        for (i, job) in jobs.iter().enumerate() {
+            let mut run = |params: &SamplingParams| {
+                let id = one.add(&prompt(job.0, i), params, 0).unwrap();
+                finish(&mut one).remove(&id).unwrap()
+            };
+            let whole = run(&greedy_params(job, None, i));
+            params.push(greedy_params(job, Some(&whole.0), i));
+            alone.push(run(&params[i]));
+        }
+
+        let kv_cache_bytes = Some(page_bytes(name, num_pages).max(1));
+        let limits = EngineLimits { kv_cache_bytes, ..limits() };
+        let mut late = Engine::new(model_on(name, Late::default()), &limits, usize::MAX, Vec::new()).unwrap();
+        let (mut ids, mut outcomes, mut step, mut wait) = (BTreeMap::new(), BTreeMap::new(), 0, 0);
+        while ids.len() < jobs.len() || !late.is_idle() {
+            while let Some(job) = jobs.get(ids.len()).filter(|job| wait >= job.2) {
+                let i = ids.len();
+                ids.insert(late.add(&prompt(job.0, i), &params[i], 0).unwrap(), i);
+                wait = 0;
+            }
+            wait += 1;
+            if let Some((which, at)) = aborted && at == step && let Some((&id, _)) = ids.iter().nth(which) {
+                late.abort(id);
+            }
+            let polls = Cell::new(0);
+            let stop = interrupts.iter().find(|x| x.0 == step).map(|x| x.1);
+            let poll = |_: &[RequestId]| {
+                polls.set(polls.get() + 1);
+                if stop.is_some_and(|stop| polls.get() > stop) { Err(Error::Interrupted) } else { Ok(()) }
+            };
+            match late.step(poll) {
+                Ok(outputs) => collect(&mut outcomes, outputs),
+                Err(Error::Interrupted) => prop_assert!(stop.is_some()),
+                Err(error) => panic!("{error}"),
+            }
+            prop_assert_eq!(late.scheduler.check_integrity(), Ok(()));
+            step += 1;
+        }
+        let gone = aborted.and_then(|(which, _)| ids.keys().nth(which));
+        for (id, i) in &ids {
+            let got = outcomes.remove(id).unwrap_or_default();
+            if got.2.is_none() && Some(id) == gone {
+                prop_assert!(alone[*i].0.starts_with(&got.0)); // ended in the middle
+            } else {
+                prop_assert_eq!(&got, &alone[*i], "request {} of {:?}", i, jobs);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_step_runs_ahead_while_nothing_else_is_to_do() {
+    let make =
+        || Engine::new(model_on("moe_bf16", Late::default()), &limits(), usize::MAX, Vec::new()).unwrap();
+    let greedy = |max, penalty| SamplingParams {
+        temperature: 0.0,
+        max_tokens: Some(max),
+        repetition_penalty: penalty,
+        ..SamplingParams::default()
+    };
+    let run = |engine: &mut Engine<Late>, params: &[SamplingParams]| {
+        for (i, params) in params.iter().enumerate() {
+            engine.add(&prompt(20, i), params, 0).unwrap();
+        }
+        let outcomes = finish(engine);
+        assert_eq!(outcomes.len(), params.len());
+        engine.model().backend().counts()
+    };
+    // The prompt's step, then 19 whose tokens the host has not seen, and none too many.
+    assert_eq!(run(&mut make(), &[greedy(20, 1.0)]), (19, 20));
+    assert_eq!(run(&mut make(), &[greedy(20, 1.2)]), (0, 20));
+    // Two that end at different lengths: the end of the shorter is waited for.
+    assert_eq!(run(&mut make(), &[greedy(20, 1.0), greedy(10, 1.0)]), (18, 20));
+}
+
+#[test]
+fn logits_on_the_device_are_those_on_the_host() {
+    // Four pages for two requests of three: one is sent back and starts over.
+    for (name, num_pages) in [("moe_bf16", 16), ("dense_bf16", 4)] {
+        let kv_cache_bytes = Some(page_bytes(name, num_pages).max(1));
+        let limits = EngineLimits { kv_cache_bytes, ..limits() };
+        let mut late = Engine::new(model_on(name, Late::default()), &limits, usize::MAX, Vec::new()).unwrap();
+        let mut host = engine(name, &limits);
+        let prompts = [prompt(130, 1), prompt(150, 2)];
+        let ids = prompts.each_ref().map(|p| late.add_device_logits(p).unwrap());
+        let expected = prompts.each_ref().map(|p| host.add_logits(p).unwrap());
+        let expected_rows = finish(&mut host);
+        let mut seen = 0;
+        while !late.is_idle() {
+            for output in late.step(|_| Ok(())).unwrap() {
+                let i = ids.iter().position(|&id| id == output.id).unwrap();
+                let memory: &dyn Any = output.device_logits.as_deref().unwrap();
+                let rows = memory.downcast_ref::<Lent>().unwrap().0.lock().unwrap();
+                let bits: Vec<u32> = rows.iter().map(|x| x.to_bits()).collect();
+                assert!(output.logits.is_empty());
+                assert_eq!(bits, expected_rows[&expected[i]].1);
+                seen += 1;
+            }
+        }
+        assert_eq!(seen, 2);
+    }
+    let refused = engine("moe_bf16", &limits()).add_device_logits(&[1]).unwrap_err().to_string();
+    assert_eq!(refused, "on_device: found a model on the CPU; allowed: a model on a CUDA device");
 }

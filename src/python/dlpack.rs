@@ -12,6 +12,7 @@ use pyo3::types::{PyCapsule, PyDict, PyTuple};
 
 use super::ops_shapes::{Shape, refuse};
 use super::to_py;
+use crate::backend::Lendable;
 
 const UNUSED: &CStr = c"dltensor";
 const USED: &CStr = c"used_dltensor";
@@ -79,13 +80,6 @@ impl std::fmt::Display for Element {
             Self::Bfloat16 => "bfloat16",
         })
     }
-}
-
-/// Memory that tensors are made of.
-pub(super) trait Owner: Send + Sync {
-    fn address(&self) -> u64;
-    /// Lets a stream use it; `None`: one that the caller sees to.
-    fn share(&self, stream: Option<usize>) -> crate::Result<()>;
 }
 
 /// A borrowed tensor, given back when this is dropped.
@@ -251,15 +245,14 @@ fn is_contiguous(shape: &[i64], strides: &[i64]) -> bool {
 /// that it was made on, when neither this nor any tensor made of it is left.
 #[pyclass(frozen, module = "qwen35rs._core")]
 pub(super) struct DeviceTensor {
-    owner: Arc<dyn Owner>,
+    owner: Arc<dyn Lendable>,
     dims: Vec<usize>,
     element: Element,
-    device: usize,
 }
 
 impl DeviceTensor {
-    pub(super) fn new(owner: Arc<dyn Owner>, dims: &[usize], element: Element, device: usize) -> Self {
-        Self { owner, dims: dims.to_vec(), element, device }
+    pub(super) fn new(owner: Arc<dyn Lendable>, dims: &[usize], element: Element) -> Self {
+        Self { owner, dims: dims.to_vec(), element }
     }
 }
 
@@ -268,7 +261,7 @@ struct Export {
     managed: Managed,
     shape: Vec<i64>,
     strides: Vec<i64>,
-    _owner: Arc<dyn Owner>,
+    _owner: Arc<dyn Lendable>,
 }
 
 /// Of a [`Managed`] made here; from any thread, with or without the interpreter.
@@ -304,11 +297,11 @@ impl DeviceTensor {
     /// `cuda:N`
     #[getter]
     fn device(&self) -> String {
-        format!("cuda:{}", self.device)
+        format!("cuda:{}", self.owner.device())
     }
 
     fn __dlpack_device__(&self) -> (i32, usize) {
-        (CUDA, self.device)
+        (CUDA, self.owner.device())
     }
 
     #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
@@ -325,7 +318,7 @@ impl DeviceTensor {
         if dl_device.is_some_and(|wanted| wanted != self.__dlpack_device__()) {
             return Err(PyBufferError::new_err(format!(
                 "the tensor is on cuda:{} and stays there",
-                self.device
+                self.owner.device()
             )));
         }
         if copy == Some(true) {
@@ -350,7 +343,7 @@ impl DeviceTensor {
         let mut export = Box::new(Export {
             managed: Managed {
                 data: self.owner.address() as *mut c_void,
-                device: [CUDA, i32::try_from(self.device).unwrap_or(-1)],
+                device: [CUDA, i32::try_from(self.owner.device()).unwrap_or(-1)],
                 ndim: shape.len() as i32,
                 dtype: self.element.raw(),
                 shape: std::ptr::null_mut(),
@@ -381,6 +374,11 @@ impl DeviceTensor {
     }
 
     fn __repr__(&self) -> String {
-        format!("DeviceTensor(shape={:?}, dtype={}, device=cuda:{})", self.dims, self.element, self.device)
+        format!(
+            "DeviceTensor(shape={:?}, dtype={}, device=cuda:{})",
+            self.dims,
+            self.element,
+            self.owner.device()
+        )
     }
 }

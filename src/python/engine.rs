@@ -10,6 +10,7 @@ use std::time::Duration;
 use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
+use super::dlpack::{DeviceTensor, Element};
 use super::tokenizer::{Ids, PyTokenizer};
 use super::tools::{json, model_config};
 use super::{enter, to_py};
@@ -397,6 +398,14 @@ impl PyEngine {
         self.rows(py, prompt, Wanted::Logits)
     }
 
+    /// The same, in memory of the model's device.
+    fn device_logits(&self, py: Python<'_>, prompt: Ids) -> PyResult<DeviceTensor> {
+        let num_rows = prompt.0.len();
+        let lost = || to_py(Error::Internal("logits were lost".into()));
+        let memory = self.answer(py, prompt, Wanted::DeviceLogits)?.device_logits.ok_or_else(lost)?;
+        Ok(DeviceTensor::new(memory, &[num_rows, self.vocab], Element::Float32))
+    }
+
     /// float32 logits of the MTP module's drafts over a prompt, `[num_tokens - 1, vocab]`.
     fn mtp_logits<'py>(&self, py: Python<'py>, prompt: Ids) -> PyResult<Bound<'py, PyArray2<f32>>> {
         self.rows(py, prompt, Wanted::MtpLogits)
@@ -406,16 +415,19 @@ impl PyEngine {
 impl PyEngine {
     /// The rows of logits that a prompt is answered with.
     fn rows<'py>(&self, py: Python<'py>, prompt: Ids, wanted: Wanted) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let logits = self.answer(py, prompt, wanted)?.logits;
+        let num_rows = logits.len() / self.vocab;
+        numpy::PyArray1::from_vec(py, logits).reshape([num_rows, self.vocab])
+    }
+
+    /// The one output of a request without tokens.
+    fn answer(&self, py: Python<'_>, prompt: Ids, wanted: Wanted) -> PyResult<StepOutput> {
         let job = Job { prompt: prompt.0, wanted, index: 0 };
         let mut generation = enter(py, || self.service.submit(vec![job]))?;
         loop {
             match enter(py, || generation.wait(SIGNAL_POLL))? {
                 Event::Timeout => py.check_signals()?,
-                Event::Output(_, output) => {
-                    let num_rows = output.logits.len() / self.vocab;
-                    let flat = numpy::PyArray1::from_vec(py, output.logits);
-                    return flat.reshape([num_rows, self.vocab]);
-                }
+                Event::Output(_, output) => return Ok(output),
                 Event::Done => return Err(to_py(Error::Internal("logits were lost".into()))),
             }
         }

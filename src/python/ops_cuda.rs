@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 
-use super::dlpack::{DeviceTensor, Element, Input, Owner};
+use super::dlpack::{DeviceTensor, Element, Input};
 use super::enter;
 use super::ops_shapes::{self as shapes, Rotation, refuse};
 use crate::backend::cuda::ops::{Memory, MoeViews, Positions, Queue};
@@ -15,16 +15,6 @@ const FLOATS: &[Element] = &[Element::Bfloat16, Element::Float32];
 const INTS: &[Element] = &[Element::Int32, Element::Int64];
 
 type Arg<'a, 'py> = &'a Bound<'py, PyAny>;
-
-impl Owner for Memory {
-    fn address(&self) -> u64 {
-        Memory::address(self)
-    }
-
-    fn share(&self, stream: Option<usize>) -> crate::Result<()> {
-        Memory::share(self, stream)
-    }
-}
 
 /// The ops on a stream of a device, 0 for its default stream.
 #[pyclass(frozen, module = "qwen35rs._core")]
@@ -56,7 +46,7 @@ impl CudaOps {
     }
 
     fn tensor(&self, memory: Memory, dims: &[usize], element: Element) -> DeviceTensor {
-        DeviceTensor::new(Arc::new(memory), dims, element, self.device)
+        DeviceTensor::new(Arc::new(memory), dims, element)
     }
 
     fn bf16(&self, memory: Memory, dims: &[usize]) -> DeviceTensor {

@@ -74,6 +74,7 @@ fn request(id: u64, arrival: &Arrival) -> Request {
         pages: Vec::new(),
         slot: None,
         logits: Vec::new(),
+        device_logits: None,
     }
 }
 
@@ -114,7 +115,7 @@ fn check_step(s: &Scheduler, step: &Step, trace: &Trace) {
         match &r.wanted {
             Wanted::Tokens(_) if end == r.tokens.len() => rows.push((last, *id)),
             Wanted::Tokens(_) => {}
-            Wanted::Logits => rows.extend((next_token..=last).map(|row| (row, *id))),
+            Wanted::Logits | Wanted::DeviceLogits => rows.extend((next_token..=last).map(|row| (row, *id))),
             Wanted::MtpLogits => {
                 // Every token that has one after it, each beside that one, in the same places of the same pages.
                 let len = seq.query_len.min(r.num_prompt - 1 - start);
@@ -193,7 +194,7 @@ fn play(trace: &Trace) -> Vec<RequestId> {
 
         if trace.failures.contains(&step_idx) {
             failed = true;
-            s.abort(&step);
+            s.abort(&step.requests);
             assert_eq!(s.check_integrity(), Ok(()));
             assert!(step.requests.iter().all(|&id| s.running(id).is_none()));
             continue;

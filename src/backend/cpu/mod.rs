@@ -60,7 +60,7 @@ pub struct Slots {
 }
 
 impl Buf {
-    fn row(&self, row: usize) -> &[f32] {
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.width..(row + 1) * self.width]
     }
 }

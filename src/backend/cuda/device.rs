@@ -116,6 +116,11 @@ impl Device {
         Arc::new(Self { device: 0, context, stream, imagined: Some(bytes), ledger: Mutex::default() })
     }
 
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.device as usize
+    }
+
     /// Whether it is only imagined.
     pub fn is_imagined(&self) -> bool {
         self.imagined.is_some()
@@ -270,13 +275,19 @@ impl Memory {
 
     /// Copies the leading bytes to the host and waits for them.
     pub fn read(&self, host: &mut Pinned, len: usize) -> Result<()> {
+        self.send(host, len)?;
+        host.wait()
+    }
+
+    /// Copies the leading bytes to the host, on the stream; `Pinned::wait` waits for them.
+    pub fn send(&self, host: &mut Pinned, len: usize) -> Result<()> {
         self.check(0, len)?;
         self.device.bind()?;
         let stream = self.device.stream;
-        // SAFETY: inside the allocation, and waited for before anyone looks.
+        // SAFETY: inside the allocation, and waited for before anyone looks or host memory goes (`Pinned::wait`).
         unsafe { result::memcpy_dtoh_async(&mut host.as_mut_slice()[..len], self.ptr, stream) }
             .map_err(|e| failed("copying from the device", e))?;
-        self.device.synchronize()
+        host.record()
     }
 
     /// Copies `len` bytes of `from`, from `skip` on, to `offset`, on the stream.
@@ -413,7 +424,7 @@ impl Pinned {
             .map_err(|e| failed("recording an event", e))
     }
 
-    /// Waits until the last copy from it is done.
+    /// Waits until the last copy from or to it is done.
     pub fn wait(&self) -> Result<()> {
         if self.device.is_imagined() {
             return Ok(());

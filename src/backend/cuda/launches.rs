@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::ffi::c_int;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use super::blas::Blas;
 use super::buffers::{
@@ -15,7 +15,8 @@ use super::{Cuda, State, ffi, measure, sample};
 use crate::backend::cpu::conv1d::tap_major;
 use crate::backend::cpu::linear::to_f32;
 use crate::backend::{
-    Backend, DecayWeights, DeltaWeights, Measured, MoeTensors, Precision, Rope, Sampled, Sampling, Stats,
+    Backend, DecayWeights, DeltaWeights, Lendable, Measured, MoeTensors, Precision, Rope, Sampled, Sampling,
+    Stats,
 };
 use crate::batch::{Batch, BatchLimits, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
@@ -478,8 +479,14 @@ impl Backend for Cuda {
         self.launch("sample", n, |step, stream| {
             let sizes = (logits.width, num_tokens);
             // SAFETY: logits are f32, as many rows as were computed.
-            Ok(unsafe { step.sampler.launch(stream, (first, n), sizes, logits.memory.ptr()) })
+            Ok(unsafe {
+                step.sampler.launch(stream, (first, n), sizes, logits.memory.ptr(), step.next_tokens())
+            })
         });
+    }
+
+    fn send_sampled(&self) {
+        self.launch("sending tokens", 1, |step, _| step.sampler.send().map(|()| 0));
     }
 
     fn sampled(&self) -> Result<Vec<Sampled>> {
@@ -488,6 +495,15 @@ impl Backend for Cuda {
             Some(step) => step.sampler.read(),
             None => Err(Error::Internal("sampling without scratch".into())),
         }
+    }
+
+    fn lendable(&self, rows: usize, width: usize) -> Result<Option<Arc<dyn Lendable>>> {
+        self.lend(rows, width).map(Some)
+    }
+
+    fn lend_rows(&self, n: usize, x: &Buf, to: &dyn Lendable, at: usize) -> Result<()> {
+        self.check()?;
+        self.copy_rows(n, x, to, at)
     }
 
     fn gather(&self, rows: &[usize], x: &Buf, out: &mut Buf) {

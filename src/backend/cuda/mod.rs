@@ -10,6 +10,7 @@ mod device;
 mod ffi;
 mod graph;
 mod launches;
+mod lend;
 mod measure;
 pub mod ops;
 mod sample;

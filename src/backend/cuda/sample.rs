@@ -1,11 +1,12 @@
 //! Choosing tokens on the device: how rows are sampled goes up before a step, and what was chosen comes back after it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::device::{Device, Memory, Pinned};
 use super::ffi;
-use crate::Result;
 use crate::backend::{Logprobs, Sampled, Sampling};
+use crate::{Error, Result};
 
 /// Edits of all rows of a step; requests that need more are sampled on the host.
 const MAX_EDITS: usize = 1 << 16;
@@ -16,11 +17,14 @@ pub(super) struct Sampler {
     edits: Memory,
     edit_staging: Pinned,
     chosen: Memory,
-    host: Pinned,
-    tokens: Memory,
     workspace: Memory,
     /// Whose log-probabilities are wanted, of the rows of the step under way.
     wanted: Vec<bool>,
+    /// Where chosen tokens come to the host, in turn: a step may run while the host reads those of the one before.
+    hosts: [Pinned; 2],
+    turn: usize,
+    /// What was sent and not read yet, oldest first: whose log-probabilities are wanted, and the place in `hosts`.
+    sent: VecDeque<(Vec<bool>, usize)>,
 }
 
 /// Whether the kernels can choose for these rows.
@@ -45,10 +49,11 @@ impl Sampler {
             edits: device.alloc(bytes(edit, MAX_EDITS), "the sampler")?,
             edit_staging: Pinned::new(device, edit * MAX_EDITS)?,
             chosen: device.zeros(bytes(out, max_rows), "the sampler")?,
-            host: Pinned::new(device, out * max_rows)?,
-            tokens: device.zeros(bytes(4, max_rows), "the sampler")?,
             workspace: device.zeros(usize::try_from(workspace).ok(), "workspace of the sampler")?,
             wanted: Vec::with_capacity(max_rows),
+            hosts: [Pinned::new(device, out * max_rows)?, Pinned::new(device, out * max_rows)?],
+            turn: 0,
+            sent: VecDeque::new(),
         })
     }
 
@@ -102,16 +107,18 @@ impl Sampler {
         self.edits.write(0, &self.edit_staging, size_of::<ffi::Edit>() * num_edits)
     }
 
-    /// Chooses for rows `first..first + n` from `n` rows of logits. Returns the launcher's code.
+    /// Chooses for rows `first..first + n` from `n` rows of logits, and puts the tokens where `tokens` begins. Returns the
+    /// launcher's code.
     ///
     /// # Safety
-    /// `logits` is f32 `[n, vocab]` on the device, and the context is current.
+    /// `logits` is f32 `[n, vocab]` on the device, `tokens` has room for all rows, and the context is current.
     pub unsafe fn launch(
         &self,
         stream: ffi::Stream,
         (first, n): (usize, usize),
         (vocab, num_tokens): (usize, usize),
         logits: *const f32,
+        tokens: *mut i32,
     ) -> i32 {
         let at = |memory: &Memory, each: usize| memory.at(first * each);
         // SAFETY: the buffers are for as many rows as a step has.
@@ -126,16 +133,31 @@ impl Sampler {
                 self.edits.ptr(),
                 self.workspace.ptr(),
                 at(&self.chosen, size_of::<ffi::Sampled>()) as *mut ffi::Sampled,
-                at(&self.tokens, 4) as *mut i32,
+                tokens.wrapping_add(first),
             )
         }
     }
 
-    /// What was chosen, once the step has run.
+    /// Sends what was chosen to the host, on the stream.
+    pub fn send(&mut self) -> Result<()> {
+        let turn = self.turn;
+        if self.sent.iter().any(|sent| sent.1 == turn) {
+            return Err(Error::Internal("tokens of a third step before those of the first are read".into()));
+        }
+        self.chosen.send(&mut self.hosts[turn], size_of::<ffi::Sampled>() * self.wanted.len())?;
+        self.sent.push_back((self.wanted.clone(), turn));
+        self.turn = 1 - turn;
+        Ok(())
+    }
+
+    /// What was sent first, once it is there.
     pub fn read(&mut self) -> Result<Vec<Sampled>> {
-        self.chosen.read(&mut self.host, size_of::<ffi::Sampled>() * self.wanted.len())?;
-        let chosen = self.host.items::<ffi::Sampled>();
-        Ok(self.wanted.iter().zip(chosen).map(|(&wanted, row)| sampled(row, wanted)).collect())
+        let Some((wanted, turn)) = self.sent.pop_front() else {
+            return Err(Error::Internal("tokens are read that were not sent".into()));
+        };
+        self.hosts[turn].wait()?;
+        let chosen = self.hosts[turn].items::<ffi::Sampled>();
+        Ok(wanted.iter().zip(chosen).map(|(&wanted, row)| sampled(row, wanted)).collect())
     }
 }
 

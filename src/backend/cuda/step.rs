@@ -145,7 +145,10 @@ impl Step {
             )));
         }
         self.staging.wait()?;
-        let mut ints = Ints { bytes: self.staging.as_mut_slice(), len: 0, base: self.ints.ptr() };
+        // Tokens that the device has chosen are there already.
+        let known = if batch.follows { n } else { 0 };
+        let base = self.ints.ptr::<i32>().cast_const();
+        let mut ints = Ints { bytes: self.staging.as_mut_slice(), len: 0, base: base.wrapping_add(known) };
         let seqs = &batch.seqs;
         self.sampler.clear();
         self.plain_decode = seqs.len() <= graph::MAX_SEQS
@@ -160,7 +163,10 @@ impl Step {
             num_seqs: seqs.len() as i32,
             max_query_len: seqs.iter().map(|s| s.query_len).max().unwrap_or(0) as i32,
             max_kv_len: max_kv_len as i32,
-            token_ids: ints.push(batch.token_ids.iter().map(|&id| id as i32)),
+            token_ids: match batch.follows {
+                true => base,
+                false => ints.push(batch.token_ids.iter().map(|&id| id as i32)),
+            },
             positions: ints.push(batch.positions.iter().flatten().map(|&p| p as i32)),
             seq_of: ints
                 .push(seqs.iter().enumerate().flat_map(|(i, s)| std::iter::repeat_n(i as i32, s.query_len))),
@@ -177,7 +183,12 @@ impl Step {
         self.batch.pages = ints.push(batch.pages.iter().map(|p| p.0 as i32));
         let len = 4 * ints.len;
         self.logit_rows.clone_from(&batch.logit_rows);
-        self.ints.write(0, &self.staging, len)
+        self.ints.write(4 * known, &self.staging, len)
+    }
+
+    /// Where the tokens that are chosen go, a row each: they are the first of the next batch, if that follows.
+    pub fn next_tokens(&self) -> *mut i32 {
+        self.ints.ptr()
     }
 
     /// What decides the launches of the batch, where it can be recorded.

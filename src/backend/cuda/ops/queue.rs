@@ -12,6 +12,7 @@ use half::bf16;
 use super::super::buffers::product;
 use super::super::{device, ffi};
 use super::{ADVICE, F32};
+use crate::backend::Lendable;
 use crate::{Error, Result};
 
 /// An address on a device.
@@ -51,7 +52,9 @@ impl Drop for Current {
 }
 
 /// A stream of the caller's.
+#[derive(Debug)]
 pub struct Queue {
+    ordinal: usize,
     context: sys::CUcontext,
     stream: sys::CUstream,
 }
@@ -94,6 +97,7 @@ impl View<'_> {
 }
 
 /// Memory made on a queue, freed in the order of its stream.
+#[derive(Debug)]
 pub struct Memory {
     pub(super) at: Address,
     pub(super) len: usize,
@@ -103,14 +107,16 @@ pub struct Memory {
     elsewhere: AtomicBool,
 }
 
-impl Memory {
-    /// The address.
-    pub fn address(&self) -> u64 {
+impl Lendable for Memory {
+    fn device(&self) -> usize {
+        self.queue.ordinal
+    }
+
+    fn address(&self) -> u64 {
         self.at
     }
 
-    /// Lets another stream use it, which waits for what was launched; `None`: one that the caller sees to.
-    pub fn share(&self, stream: Option<usize>) -> Result<()> {
+    fn share(&self, stream: Option<usize>) -> Result<()> {
         let own = self.queue.stream;
         if stream == Some(own as usize) {
             return Ok(());
@@ -130,7 +136,9 @@ impl Memory {
         };
         order().map_err(|e| failed("ordering two streams", e))
     }
+}
 
+impl Memory {
     pub(super) fn view(&self) -> View<'_> {
         View { at: self.at, len: self.len, size: self.size, life: PhantomData }
     }
@@ -163,7 +171,7 @@ impl Queue {
     /// # Errors
     /// [`Error::Cuda`] where there is no such device; [`Error::Request`] for a stream that is being captured.
     pub fn open(ordinal: usize, stream: usize) -> Result<Arc<Self>> {
-        let queue = Self { context: context(ordinal)?, stream: stream as sys::CUstream };
+        let queue = Self { ordinal, context: context(ordinal)?, stream: stream as sys::CUstream };
         let _current = queue.bind()?;
         // SAFETY: a stream of the caller's, who waits for us.
         let status = unsafe { result::stream::is_capturing(queue.stream) };

@@ -70,8 +70,8 @@ __device__ __forceinline__ int route_parts(const float4 (&logits)[PARTS], int nu
     return expert;
 }
 
-// Routes a group of tokens, a warp a token at a time, takes the dot products of the shared expert's gate, and counts the
-// tokens of each expert. PARTS: of route_parts, or 0 where it does not serve.
+// Routes a group of tokens, a warp a token at a time, takes the dot products of the shared expert's gate, and counts
+// the tokens of each expert. PARTS: of route_parts, or 0 where it does not serve.
 template <int PARTS, bool VEC>
 __global__ void __launch_bounds__(32 * GROUP) many_route(Plan p, const bf16 *shared_gate, const bf16 *x) {
     extern __shared__ uint32_t counts[];  // a byte an expert, which has a token once
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(32 * GROUP) many_route(Plan p, const bf16 *sha
             if (lane == 0) p.gate[token] = acc[0][0];
         }
         if constexpr (PARTS > 0) {
-            const int expert = route_parts<PARTS>(logits, p.num_experts, p.top_k, weights, chosen[threadIdx.x / 32], lane);
+            int *own = chosen[threadIdx.x / 32];
+            const int expert = route_parts<PARTS>(logits, p.num_experts, p.top_k, weights, own, lane);
             if (lane < p.top_k) experts[lane] = expert, count(expert);
         } else {
             route_any(row, p.num_experts, p.top_k, 0, weights, experts, lane);
@@ -182,8 +183,8 @@ __device__ __forceinline__ void add_starts(int num_experts, const int *totals, i
     }
 }
 
-// The list of tiles: the highest first, so that blocks that take every so-many'th have about the same to do; those of an
-// expert together. By the whole block, a warp a height; `tiles` and `places` [E] are room for it.
+// The list of tiles: the highest first, so that blocks that take every so-many'th have about the same to do; those of
+// an expert together. By the whole block, a warp a height; `tiles` and `places` [E] are room for it.
 __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, const int *totals, const int *starts,
                                            int *tiles, int *places) {
     __shared__ int of_height[32];
@@ -219,8 +220,8 @@ __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, const
     }
 }
 
-// A stable counting sort (as radix sorts do a digit): each block adds up for itself where its groups' assignments start,
-// of every expert. The first block lists the tiles, the others place the assignments of so many groups each.
+// A stable counting sort (as radix sorts do a digit): each block adds up for itself where its groups' assignments of
+// every expert start. The first block lists the tiles, the others place the assignments of so many groups each.
 __global__ void __launch_bounds__(SORT_THREADS) many_sort(Plan p, Heights heights, int groups) {
     extern __shared__ int totals[];  // [E], E rounded up to a multiple of 4, and three more of these
     const int experts = ceil_div(p.num_experts, 4) * 4, tid = threadIdx.x;

@@ -64,7 +64,7 @@ def test_odd_sizes(dims, misaligned):
 
 
 def test_whole_rows_of_many_tokens_and_blocks_of_columns(small_family):
-    """8192 tokens are the most whose outputs by expert are whole on Hopper; 10000 are not."""
+    """On Hopper the outputs by expert of 8192 tokens are whole rows, those of 10000 are not."""
     for n in (4097, 8192, 10000):
         x = small_family.tokens(n)
         _, residual, w = norm_inputs(n, SMALL_FAMILY[0], with_delta=False)

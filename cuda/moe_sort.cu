@@ -184,9 +184,9 @@ __device__ __forceinline__ void add_starts(int num_experts, const int *totals, i
 }
 
 // The list of tiles: the highest first, so that blocks that take every so-many'th have about the same to do; those of
-// an expert together. By the whole block, a warp a height; `tiles` and `places` [E] are room for it.
+// an expert together. By the whole block, a warp a height; `tiles` [E] is room for it.
 __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, const int *totals, const int *starts,
-                                           int *tiles, int *places) {
+                                           int *tiles) {
     __shared__ int of_height[32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, highest = heights.most / heights.step;
     for (int e = threadIdx.x; e < p.num_experts; e += SORT_THREADS) {
@@ -200,16 +200,17 @@ __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, const
         for (int first = 0; first < p.num_experts; first += 32) {
             const int e = first + lane, both = e < p.num_experts ? tiles[e] : 0;
             const int own = (both & 31) == warp ? both >> 5 : 0, upto = sums_upto(own, lane);
-            if (own != 0) places[e] = sum + upto - own;
+            // Where its first is of those of its height, in place of their number; the other warps see no difference.
+            if (own != 0) tiles[e] = (sum + upto - own) << 5 | warp;
             sum += __shfl_sync(ALL_LANES, upto, 31);
         }
         if (lane == 0) of_height[warp] = sum;
     }
     __syncthreads();
     for (int e = threadIdx.x; e < p.num_experts; e += SORT_THREADS) {
-        const int count = tiles[e] >> 5, height = tiles[e] & 31, rows = height * heights.step;
+        const int count = ceil_div(totals[e], heights.most), height = tiles[e] & 31, rows = height * heights.step;
         if (count == 0) continue;
-        int2 *to = p.tiles + places[e];
+        int2 *to = p.tiles + (tiles[e] >> 5);
         for (int h = height + 1; h <= highest; h++) to += of_height[h];
         for (int i = 0; i < count; i++) to[i] = tile_entry(e, min(rows, totals[e] - i * rows), starts[e] + i * rows);
     }
@@ -223,7 +224,7 @@ __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, const
 // A stable counting sort (as radix sorts do a digit): each block adds up for itself where its groups' assignments of
 // every expert start. The first block lists the tiles, the others place the assignments of so many groups each.
 __global__ void __launch_bounds__(SORT_THREADS) many_sort(Plan p, Heights heights, int groups) {
-    extern __shared__ int totals[];  // [E], E rounded up to a multiple of 4, and three more of these
+    extern __shared__ int totals[];  // [E], E rounded up to a multiple of 4, and two more of these
     const int experts = ceil_div(p.num_experts, 4) * 4, tid = threadIdx.x;
     int *next = totals + experts, *masks = next + experts;
     const bool lists = blockIdx.x == 0;
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(SORT_THREADS) many_sort(Plan p, Heights height
     add_starts(p.num_experts, totals, next);
     __syncthreads();
     if (lists) {
-        list_tiles(p, heights, totals, next, masks, masks + experts);
+        list_tiles(p, heights, totals, next, masks);
         return;
     }
     for (int group = first; group < end; group++) {
@@ -281,7 +282,7 @@ int launch_routes(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, 
 }
 
 int launch_sort(cudaStream_t stream, const Plan &p, Heights heights) {
-    const int bytes = 4 * ceil_div(p.num_experts, 4) * 4 * int(sizeof(int));
+    const int bytes = 3 * ceil_div(p.num_experts, 4) * 4 * int(sizeof(int));
     const cudaError_t code = cudaFuncSetAttribute(many_sort, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (code != cudaSuccess) return code;
     const int groups = ceil_div(p.num_groups, SORT_BLOCKS);

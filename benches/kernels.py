@@ -204,6 +204,15 @@ def experts(table: Table) -> None:
                 flops=6 * n * hidden * (8 * width + shared),
             )
             if n > 16:
+                residual, norm = random(n, hidden, dtype=F32), random(hidden, dtype=F32)
+                table.add(
+                    f"moe then norm {name} {n} tokens, {hit} experts hit",
+                    lambda n=n, x=x, o=out, s=space, d=dims, w=struct, r=residual, g=norm: call(
+                        "q35_moe_then_norm", n, d, w, x, s, r, g, 1e-6, o
+                    ),
+                    num_bytes=2 * 3 * hidden * (hit * width + shared) + 2 * 256 * hidden + 12 * n * hidden,
+                    flops=6 * n * hidden * (8 * width + shared),
+                )
                 continue
             # Layer after layer in a graph, past L2, as in a step: what a launch costs alone is not in it. Each layer has
             # a router and a shared expert of its own, and so other experts of the same weights.

@@ -175,6 +175,11 @@ int64_t q35_moe_experts_at(int n, q35_moe_dims dims);
 int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *delta,
                  float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 
+// q35_moe, then q35_rmsnorm_residual of what it leaves, to out; for n > 16 without writing it out where the workspace
+// holds whole rows of all experts' outputs. The same bits as the two. out may be x.
+int q35_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x,
+                      void *workspace, float *residual, const float *norm, float eps, q35_bf16 *out);
+
 // ------------------------------------------------------------------------------------------------------ sampler.cu
 
 // How to choose one token. Of the edits of a row at most one names a token.

@@ -3,9 +3,10 @@
 
 namespace {
 
-// So many bytes of outputs of assignments are kept at a time: past that the down projection goes by blocks of columns,
-// since n * (top_k + 1) * hidden floats would be more than all the other activations of a model.
-constexpr int64_t Y_BYTES = int64_t(160) << 20;
+// So many bytes of outputs of assignments are kept at a time, on Hopper all of 8192 tokens of 35B-A3B: past that the
+// down projection goes by blocks of columns, since n * (top_k + 1) * hidden floats would be more than all the other
+// activations of a model.
+constexpr int64_t Y_BYTES = int64_t(320) << 20;
 constexpr int Y_STEP = 128;
 
 // Where everything lies, for n tokens. Every size grows with n, so what serves max_tokens serves fewer.
@@ -17,7 +18,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     const int64_t few_assignments = int64_t(n < FEW ? n : FEW) * d.top_k;
     const int64_t rows = assignments + (p.has_shared ? tokens : 0), row_bytes = int64_t(d.hidden) * 4;
     p.slots = int(few_assignments < experts ? few_assignments : experts);
-    p.num_chunks = int(ceil_div(assignments, CHUNK));
+    p.num_groups = ceil_div(n, GROUP);
     p.max_tiles = int(assignments / SMALL_TILE + (experts < assignments ? experts : assignments));
 
     int64_t y_bytes = rows * row_bytes;
@@ -45,8 +46,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     take(p.hits, p.slots);
     take(p.num_hit, 1);
     take(p.place, few_assignments);
-    take(p.counts, int64_t(p.num_chunks) * experts);
-    take(p.offsets, experts + 1);
+    take(p.counts, p.num_groups * ceil_div(experts, 4));
     take(p.tiles, p.max_tiles);
     take(p.num_tiles, 1);
     take(p.sorted, assignments);
@@ -152,4 +152,18 @@ extern "C" int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weig
     }
     const int code = q35_rmsnorm_residual(stream, n, dims.hidden, delta, residual, norm, eps, x);
     return code != cudaSuccess ? code : q35_moe(stream, n, dims, weights, x, workspace, out);
+}
+
+extern "C" int q35_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x,
+                                 void *workspace, float *residual, const float *norm, float eps, q35_bf16 *out) {
+    if (n <= 0) return cudaSuccess;
+    if (!valid(dims)) return cudaErrorInvalidValue;
+    const Plan p = plan(n, dims, workspace);
+    if (n > FEW && norm_is_fast(p, weights, as_bf16(x), residual, norm, as_bf16(out)))
+        return launch_many_then_norm(as_stream(stream), p, weights, as_bf16(x), residual, norm, eps, as_bf16(out));
+    // The block's own output can wait in `out`: every kernel that reads x has ended when it comes, and the norm reads a
+    // row before it writes it.
+    const int code = q35_moe(stream, n, dims, weights, x, workspace, out);
+    return code != cudaSuccess ? code
+                               : q35_rmsnorm_residual(stream, n, dims.hidden, out, residual, norm, eps, out);
 }

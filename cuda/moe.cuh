@@ -4,8 +4,8 @@
 
 // Up to so many tokens the weights are streamed past vectors; more take the tensor cores.
 constexpr int FEW = 16;
-// Assignments (pairs of a token and one of its experts) that one block of the sort takes.
-constexpr int CHUNK = 1024;
+// Tokens whose experts are counted together.
+constexpr int GROUP = 32;
 // The smaller of the two heights of a tile; the table of tiles is sized for it.
 constexpr int SMALL_TILE = 64;
 
@@ -14,7 +14,7 @@ struct Plan {
     int n, hidden, num_experts, top_k, width, shared_width, has_shared;
     // Columns of `hidden` that `y` holds at a time.
     int y_cols;
-    int num_chunks, max_tiles;
+    int num_groups, max_tiles;
     float *logits;      // [n, E]
     float *weights;     // [n, top_k]
     int *experts;       // [n, top_k]
@@ -23,11 +23,10 @@ struct Plan {
     int4 *hits;         // few: [slots], an expert hit, its tokens (bit t: token t), where they start in `sorted`
     int *num_hit;       // few: [1]
     int *place;         // few: [n * top_k], where an assignment stands in `sorted`
-    int *counts;        // many: [num_chunks, E], then the assignments of the chunks before
-    int *offsets;       // many: [E + 1], where an expert's assignments start in `sorted`
+    uint32_t *counts;   // many: [num_groups, E rounded up to words], a byte an expert: how many of 32 tokens it has
     int2 *tiles;        // many: [max_tiles], expert and first of its assignments
     int *num_tiles;     // many: [1]
-    int *sorted;        // [n * top_k], assignments by expert, then token
+    int *sorted;        // [n * top_k], assignments (pairs of a token and one of its experts) by expert, then token
     bf16 *act;          // [n * top_k, width], in the order of `sorted`
     bf16 *shared_act;   // [n, shared_width]
     float *y;           // [n * top_k + n, y_cols]: by assignment, then the shared expert's
@@ -53,7 +52,13 @@ int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, con
 int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x);
 int launch_route(cudaStream_t stream, const Plan &p);
 int launch_any(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+// Without `out` it leaves y, which must then have all columns: in bf16 where has_wgmma says so, else in f32.
 int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+// moe_norm.cu: many tokens, then the norm after the block in the kernel of the weighted sums; and whether it serves.
+bool norm_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x, const float *residual, const float *norm,
+                  const bf16 *out);
+int launch_many_then_norm(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x,
+                          float *residual, const float *norm, float eps, bf16 *out);
 // out[:, col0 .. col0 + cols] = the weighted sums of y.
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
 
@@ -134,9 +139,9 @@ __device__ __forceinline__ unsigned all_tokens(int n) { return (1u << n) - 1; }
 
 // Unsigned order of the keys is the order of routing: NaN 1, then -inf up to +inf, -0 with +0. 0 is no logit.
 __device__ __forceinline__ uint32_t route_key(float x) {
-    if (x != x) return 1;
     const uint32_t bits = __float_as_uint(x + 0.f);  // -0 + 0 is +0
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int>(bits) >> 31) | 0x80000000u);
+    return x != x ? 1 : key;
 }
 __device__ __forceinline__ float route_value(uint32_t key) {
     if (key == 1) return __uint_as_float(0x7fffffffu);
@@ -212,6 +217,15 @@ __device__ __forceinline__ int tile_expert(int2 tile) { return tile.x & 0xffff; 
 __device__ __forceinline__ int tile_rows(int2 tile) { return tile.x >> 16; }
 __device__ __forceinline__ int tile_first(int2 tile) { return tile.y; }
 
+// moe_sort.cu: how the assignments of an expert become tiles: as few as have at most `most` rows, shared out evenly in
+// multiples of `step`, of which `most` has up to 31.
+struct Heights {
+    int most, step;
+};
+// From p.logits to p.weights, p.experts and p.counts, with p.gate from x; then to p.sorted and p.tiles.
+int launch_routes(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x);
+int launch_sort(cudaStream_t stream, const Plan &p, Heights heights);
+
 // moe_wgmma.cu: the products for cards of compute capability 9.0. Their tiles have up to so many rows; an expert's are
 // shared out evenly, in multiples of the step.
 constexpr int WGMMA_ROWS = 256;
@@ -219,7 +233,7 @@ constexpr int WGMMA_STEP = 16;
 // Whether they serve this card, these sizes and addresses.
 bool has_wgmma(const Plan &p, const q35_moe_weights &w, const bf16 *x, const bf16 *out);
 int launch_wgmma_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x);
-// From the sorted list to `out`: both projections and the weighted sum.
+// From the sorted list to `out`: both projections and the weighted sum, or, where out is null, to y.
 int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 
 // silu(gate) * up with the quick exponential and reciprocal: some units in the last place of an f32.

@@ -1,184 +1,8 @@
-// More than 16 tokens: assignments sorted by expert, then one grouped product of tiles for each projection.
+// More than 16 tokens: of the assignments sorted by expert one grouped product of tiles for each projection.
 #include "mma.cuh"
 #include "moe.cuh"
 
 namespace {
-
-// ------------------------------------------------------------------------------------- routing, and the sorted list
-
-// Routes a token a warp, and takes the dot product of the shared expert's gate.
-template <bool VEC>
-__global__ void __launch_bounds__(128) many_route(Plan p, const bf16 *shared_gate, const bf16 *x) {
-    wait_for_inputs();
-    let_next_start();
-    const int token = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (token >= p.n) return;
-    const int64_t at = int64_t(token) * p.top_k;
-    route_any(p.logits + int64_t(token) * p.num_experts, p.num_experts, p.top_k, 0, p.weights + at, p.experts + at,
-              lane);
-    if (!p.has_shared) return;
-    const bf16 *const w[1] = {shared_gate}, *const in[1] = {x + int64_t(token) * p.hidden};
-    float acc[1][1];
-    warp_dots<1, 1, 4, VEC>(w, in, p.hidden, lane, acc);
-    if (lane == 0) p.gate[token] = acc[0][0];
-}
-
-// How the assignments of an expert become tiles: as few as have at most `most` rows, shared out evenly in multiples of
-// `step`, of which `most` has up to 31.
-struct Heights {
-    int most, step;
-};
-
-// A stable counting sort (as radix sorts do a digit), by the whole block, in three parts. First: how many of the
-// assignments of a chunk go to each expert.
-__device__ __forceinline__ void count_chunk(const Plan &p, int chunk, int *counts) {
-    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) counts[e] = 0;
-    __syncthreads();
-    const int64_t first = int64_t(chunk) * CHUNK, total = int64_t(p.n) * p.top_k;
-    for (int i = threadIdx.x; i < CHUNK; i += blockDim.x)
-        if (first + i < total) atomicAdd(&counts[p.experts[first + i]], 1);
-    __syncthreads();
-}
-
-// The rows of an expert's tiles, in steps.
-__device__ __forceinline__ int height_of(int total, Heights heights) {
-    const int tiles = ceil_div(total, heights.most);
-    return tiles == 0 ? 0 : ceil_div(ceil_div(total, tiles), heights.step);
-}
-
-// before[e] = the sum of value(i) over i < e where value(e) is not 0, by one warp; returns the sum of all.
-template <typename Value>
-__device__ __forceinline__ int sums_before(int count, Value value, int *before) {
-    const int lane = threadIdx.x % 32;
-    int sum = 0;
-    for (int first = 0; first < count; first += 32) {
-        const int e = first + lane, own = e < count ? value(e) : 0;
-        int upto = own;  // inclusive sums over the lanes
-#pragma unroll
-        for (int d = 1; d < 32; d <<= 1) {
-            const int a = __shfl_up_sync(ALL_LANES, upto, d);
-            if (lane >= d) upto += a;
-        }
-        if (own != 0) before[e] = sum + upto - own;
-        sum += __shfl_sync(ALL_LANES, upto, 31);
-    }
-    return sum;
-}
-
-// Second: where each expert starts, and the list of tiles: the highest first, so that blocks that take every so-many'th
-// have about the same to do; those of an expert together. `totals` [E] are of all chunks; a warp a height.
-__device__ __forceinline__ void place_experts(const Plan &p, Heights heights, const int *totals, int *starts,
-                                              int *tile_starts) {
-    __shared__ int of_height[32];  // tiles
-    const int warp = threadIdx.x / 32, highest = heights.most / heights.step;
-    auto tiles_of = [&](int e) { return ceil_div(totals[e], heights.most); };
-    if (warp == 0) {
-        sums_before(p.num_experts, [&](int e) { return totals[e]; }, starts);
-    } else if (warp <= highest) {
-        auto tiles = [&](int e) { return height_of(totals[e], heights) == warp ? tiles_of(e) : 0; };
-        const int sum = sums_before(p.num_experts, tiles, tile_starts);
-        if (threadIdx.x % 32 == 0) of_height[warp] = sum;
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
-        const int total = totals[e], tiles = tiles_of(e), height = height_of(total, heights);
-        const int rows = height * heights.step;
-        if (tiles == 0) continue;
-        int2 *to = p.tiles + tile_starts[e];
-        for (int h = height + 1; h <= highest; h++) to += of_height[h];
-        for (int i = 0; i < tiles; i++) to[i] = tile_entry(e, min(rows, total - i * rows), starts[e] + i * rows);
-    }
-    if (threadIdx.x == 0) {
-        int sum = 0;
-        for (int h = 1; h <= highest; h++) sum += of_height[h];
-        *p.num_tiles = sum;
-    }
-}
-
-// Third: one warp places the assignments of a chunk in their order, equals of 32 ranked by a match. next [E]: where an
-// expert's next one goes.
-__device__ __forceinline__ void scatter_chunk(const Plan &p, int chunk, int *next) {
-    const int lane = threadIdx.x;
-    const int64_t first = int64_t(chunk) * CHUNK, total = int64_t(p.n) * p.top_k;
-    int experts[CHUNK / 32];
-#pragma unroll
-    for (int i = 0; i < CHUNK / 32; i++) {
-        const int64_t at = first + i * 32 + lane;
-        experts[i] = at < total ? p.experts[at] : -1;
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < CHUNK / 32; i++) {
-        const int e = experts[i];
-        const unsigned peers = __match_any_sync(ALL_LANES, e), before = peers & ((1u << lane) - 1);
-        const int place = e >= 0 ? next[e] + __popc(before) : 0;
-        __syncwarp();
-        if (e >= 0) {
-            p.sorted[place] = static_cast<int>(first) + i * 32 + lane;
-            if (before == 0) next[e] += __popc(peers);
-        }
-        __syncwarp();
-    }
-}
-
-// The three in one block, where there is one chunk: a warp for each height, and one more.
-constexpr int SORT_THREADS = 32 * (1 + WGMMA_ROWS / WGMMA_STEP);
-__global__ void __launch_bounds__(SORT_THREADS) many_sort(Plan p, Heights heights) {
-    extern __shared__ int totals[];  // [E], then [E] starts, then [E] starts of tiles
-    int *starts = totals + p.num_experts;
-    wait_for_inputs();
-    let_next_start();
-    count_chunk(p, 0, totals);
-    place_experts(p, heights, totals, starts, starts + p.num_experts);
-    __syncthreads();
-    if (threadIdx.x < 32) scatter_chunk(p, 0, starts);
-}
-
-__global__ void __launch_bounds__(256) many_count(Plan p) {
-    extern __shared__ int counts[];  // [E]
-    wait_for_inputs();
-    let_next_start();
-    count_chunk(p, blockIdx.x, counts);
-    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x)
-        p.counts[int64_t(blockIdx.x) * p.num_experts + e] = counts[e];
-}
-
-// One block: for each expert the sums over the chunks before, then the second part.
-__global__ void __launch_bounds__(1024) many_offsets(Plan p, Heights heights) {
-    extern __shared__ int totals[];  // as in many_sort
-    int *starts = totals + p.num_experts;
-    wait_for_inputs();
-    let_next_start();
-    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
-        int sum = 0;
-        for (int chunk = 0; chunk < p.num_chunks; chunk += 16) {
-            int count[16];  // loaded together: a load waits for no store
-            int *at = p.counts + int64_t(chunk) * p.num_experts + e;
-#pragma unroll
-            for (int i = 0; i < 16; i++)
-                count[i] = chunk + i < p.num_chunks ? at[int64_t(i) * p.num_experts] : 0;
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
-                if (chunk + i < p.num_chunks) at[int64_t(i) * p.num_experts] = sum;
-                sum += count[i];
-            }
-        }
-        totals[e] = sum;
-    }
-    __syncthreads();
-    place_experts(p, heights, totals, starts, starts + p.num_experts);
-    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x)
-        if (totals[e] != 0) p.offsets[e] = starts[e];
-}
-
-__global__ void __launch_bounds__(32) many_scatter(Plan p) {
-    extern __shared__ int next[];  // [E]
-    wait_for_inputs();
-    let_next_start();
-    for (int e = threadIdx.x; e < p.num_experts; e += 32)  // what is never used may be anything
-        next[e] = p.offsets[e] + p.counts[int64_t(blockIdx.x) * p.num_experts + e];
-    scatter_chunk(p, blockIdx.x, next);
-}
 
 // -------------------------------------------------------------------------------------------- the product of tiles
 
@@ -406,24 +230,11 @@ int launch_groups(cudaStream_t stream, const Plan &p, TileArgs args, int height,
     return launch_tiles<128, MODE, true>(stream, p, args, tiles);
 }
 
-int launch_sort(cudaStream_t stream, const Plan &p, Heights heights) {
-    const int bytes = p.num_experts * int(sizeof(int));
-    auto kernel = p.num_chunks == 1 ? many_sort : many_offsets;
-    int code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 3 * bytes);
-    if (code != cudaSuccess) return code;
-    if (p.num_chunks == 1) return launch(kernel, dim3(1), dim3(SORT_THREADS), 3 * bytes, stream, p, heights);
-    code = launch(many_count, dim3(p.num_chunks), dim3(256), bytes, stream, p);
-    if (code != cudaSuccess) return code;
-    code = launch(kernel, dim3(1), dim3(1024), 3 * bytes, stream, p, heights);
-    if (code != cudaSuccess) return code;
-    return launch(many_scatter, dim3(p.num_chunks), dim3(32), bytes, stream, p);
-}
-
 }  // namespace
 
 int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out) {
     const bool whole = p.hidden % 8 == 0 && aligned(x);
-    const bool vec_logits = whole && aligned(w.router), vec_gate = whole && aligned(w.shared_gate);
+    const bool vec_logits = whole && aligned(w.router);
     const bool vec_up = whole && aligned(w.gate_up) && (!p.has_shared || aligned(w.shared_gate_up));
     const bool vec_down = p.width % 8 == 0 && p.shared_width % 8 == 0 && aligned(w.down) &&
                           (!p.has_shared || aligned(w.shared_down));
@@ -438,8 +249,7 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
                : vec_logits ? launch_tiles<64, LOGITS, true>(stream, p, args, row_tiles)
                             : launch_tiles<64, LOGITS, false>(stream, p, args, row_tiles);
     if (code != cudaSuccess) return code;
-    auto route = vec_gate ? many_route<true> : many_route<false>;
-    code = launch(route, dim3(ceil_div(p.n, 4)), dim3(128), 0, stream, p, as_bf16(w.shared_gate), x);
+    code = launch_routes(stream, p, w, x);
     if (code != cudaSuccess) return code;
     code = launch_sort(stream, p, hopper ? Heights{WGMMA_ROWS, WGMMA_STEP} : Heights{height, height});
     if (code != cudaSuccess) return code;
@@ -456,8 +266,7 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
         args.col0 = col0, args.cols = p.hidden - col0 < p.y_cols ? p.hidden - col0 : p.y_cols;
         args.feature_tiles = ceil_div(args.cols, TILE_N);
         code = launch_groups<DOWN>(stream, p, args, height, vec_down);
-        if (code != cudaSuccess) return code;
-        code = launch_sum(stream, p, col0, args.cols, out);
+        if (code == cudaSuccess && out != nullptr) code = launch_sum(stream, p, col0, args.cols, out);
         if (code != cudaSuccess) return code;
     }
     return cudaSuccess;

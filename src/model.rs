@@ -245,31 +245,35 @@ impl<B: Backend> Model<B> {
     ) -> Result<()> {
         let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
         b.embed(batch, &self.embed, &mut w.residual);
+        if let Some(first) = self.layers.first() {
+            b.rmsnorm_residual(n, None, &mut w.residual, &first.input_norm, eps, &mut w.normed);
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             poll()?;
-            let keep = (i + 1 == self.layers.len()).then_some(&batch.logit_rows[..]);
-            n = self.layer(layer, i == 0, batch, keep, memory, w);
+            n = match self.layers.get(i + 1) {
+                Some(next) => self.layer(layer, batch, None, Some(&next.input_norm), memory, w),
+                None => self.layer(layer, batch, Some(&batch.logit_rows), None, memory, w),
+            };
         }
         poll()?;
         b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &self.norm, eps, &mut w.normed);
         Ok(())
     }
 
-    /// A decoder layer: reads `residual` (and `block`, the change that the layer before it left, unless it is the
-    /// `first`), and leaves `residual` and a new `block`. With `keep`, tokens that are not in it get as far as the
-    /// layer's pages or slots, and the rows of the others move to the front. Returns the number of rows left.
+    /// A decoder layer: reads `residual` and what its input norm has made of it, `normed`. It leaves `residual` and
+    /// `block`, the change that is still to be added to it; or, given the norm that comes `next`, `residual` with that
+    /// change and `normed`. With `keep`, tokens that are not in it get as far as the layer's pages or slots, and the rows
+    /// of the others move to the front. Returns the number of rows left.
     fn layer(
         &self,
         layer: &Layer<B>,
-        first: bool,
         batch: &Batch,
         keep: Option<&[usize]>,
+        next: Option<&B::Vector>,
         memory: &mut Memory<B>,
         w: &mut Workspace<B>,
     ) -> usize {
         let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
-        let delta = (!first).then_some(&w.block);
-        b.rmsnorm_residual(n, delta, &mut w.residual, &layer.input_norm, eps, &mut w.normed);
         match &layer.mixer {
             Mixer::Attention { index, qkv, out, q_norm, k_norm } => {
                 let (dims, pages) = (&self.config.attention, &mut memory.pages[*index]);
@@ -306,11 +310,19 @@ impl<B: Backend> Model<B> {
                 b.linear(n, normed, gate_up, &mut w.gate_up);
                 b.silu_mul(n, &w.gate_up, &mut w.act);
                 b.linear(n, &w.act, down, block);
+                if let Some(next) = next {
+                    b.rmsnorm_residual(n, Some(block), residual, next, eps, normed);
+                }
             }
-            Ffn::Moe(moe) => {
-                let norm = (&layer.ffn_norm, eps);
-                b.norm_moe(n, residual, norm, normed, moe, &mut w.scratch, block);
-            }
+            Ffn::Moe(moe) => match next {
+                Some(next) => {
+                    let norms = (&layer.ffn_norm, next, eps);
+                    b.norm_moe_norm(n, residual, norms, normed, moe, &mut w.scratch, block);
+                }
+                None => {
+                    b.norm_moe(n, residual, (&layer.ffn_norm, eps), normed, moe, &mut w.scratch, block);
+                }
+            },
         }
         n
     }

@@ -262,6 +262,24 @@ pub trait Backend: Send + Sync {
         self.moe(n, x, weights, scratch, block);
     }
 
+    /// [`Backend::norm_moe`], then [`Backend::rmsnorm_residual`] of the change that it leaves in `block`, to `x`; `block`
+    /// is undefined afterwards. `norms` are the weights before and after the experts, and eps.
+    #[allow(clippy::too_many_arguments)]
+    fn norm_moe_norm(
+        &self,
+        n: usize,
+        residual: &mut Self::Buf,
+        norms: (&Self::Vector, &Self::Vector, f32),
+        x: &mut Self::Buf,
+        weights: &Self::Moe,
+        scratch: &mut Self::Scratch,
+        block: &mut Self::Buf,
+    ) {
+        let (before, after, eps) = norms;
+        self.norm_moe(n, residual, (before, eps), x, weights, scratch, block);
+        self.rmsnorm_residual(n, Some(block), residual, after, eps, x);
+    }
+
     // Choosing tokens, for devices that can; elsewhere logits are read and the host chooses.
 
     /// Whether it ever can.

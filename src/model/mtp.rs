@@ -73,8 +73,8 @@ impl<B: Backend> Model<B> {
         b.rmsnorm_residual(n, None, &mut w.residual, &mtp.hidden_norm, eps, &mut w.normed);
         b.concat(n, &w.block, &w.normed, &mut w.pair);
         b.linear(n, &w.pair, &mtp.fc, &mut w.residual);
-        self.layer(&mtp.layer, true, batch, None, memory, w);
-        b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &mtp.norm, eps, &mut w.normed);
+        b.rmsnorm_residual(n, None, &mut w.residual, &mtp.layer.input_norm, eps, &mut w.normed);
+        self.layer(&mtp.layer, batch, None, Some(&mtp.norm), memory, w);
         b.scatter(rows, &w.normed, &mut w.hidden);
         std::mem::swap(&mut w.normed, &mut w.hidden);
         b.check()

@@ -305,7 +305,7 @@ def test_many_tokens_an_expert(dims):
 
 def test_outputs_by_blocks_of_columns(small_family):
     """So many tokens that their outputs by expert are not kept whole."""
-    x = small_family.tokens(2500)
+    x = small_family.tokens(12000)
     out = small_family.check(x)
     assert same_bits(small_family.run(x[2000:2100]), out[2000:2100])
 
@@ -516,7 +516,7 @@ def test_experts_of_uneven_shares(dims):
 
 
 def test_several_blocks_of_columns(small_family):
-    x = small_family.tokens(5200)
+    x = small_family.tokens(10000)
     out = small_family.check(x)
     assert same_bits(small_family.run(x[3000:3100]), out[3000:3100])
     assert same_bits(small_family.run(x), out)

@@ -308,6 +308,18 @@ unsafe extern "C" {
         workspace: *mut c_void,
         out: *mut Bf16,
     ) -> c_int;
+    pub fn q35_moe_then_norm(
+        stream: Stream,
+        n: c_int,
+        dims: MoeDims,
+        weights: MoeWeights,
+        x: *const Bf16,
+        workspace: *mut c_void,
+        residual: *mut f32,
+        norm: *const f32,
+        eps: f32,
+        out: *mut Bf16,
+    ) -> c_int;
     pub fn q35_sample_workspace(max_rows: c_int, vocab: c_int) -> i64;
     pub fn q35_sample(
         stream: Stream,

@@ -424,12 +424,7 @@ impl Backend for Cuda {
     }
 
     fn moe(&self, n: usize, x: &Buf, m: &Moe, _scratch: &mut (), out: &mut Buf) {
-        let n = self.num_rows(n, x.rows.min(out.rows));
-        self.launch("moe", n, |step, stream| {
-            let (x, workspace, out) = (x.memory.ptr(), step.moe.ptr(), out.memory.ptr());
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
-            Ok(unsafe { ffi::q35_moe(stream, n as c_int, m.dims, m.weights(), x, workspace, out) })
-        });
+        self.experts(n, x, m, out);
     }
 
     fn norm_moe(
@@ -442,27 +437,20 @@ impl Backend for Cuda {
         _scratch: &mut (),
         block: &mut Buf,
     ) {
-        let n = self.num_rows(n, residual.rows.min(x.rows).min(block.rows));
-        self.launch("norm_moe", n, |step, stream| {
-            let (block, residual, x) = (block.memory.ptr(), residual.memory.ptr(), x.memory.ptr());
-            let (norm, eps, workspace) = (norm.0.0.ptr(), norm.1, step.moe.ptr());
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
-            Ok(unsafe {
-                ffi::q35_norm_moe(
-                    stream,
-                    n as c_int,
-                    m.dims,
-                    m.weights(),
-                    block,
-                    residual,
-                    norm,
-                    eps,
-                    x,
-                    workspace,
-                    block,
-                )
-            })
-        });
+        self.norm_experts(n, residual, norm, x, m, block);
+    }
+
+    fn norm_moe_norm(
+        &self,
+        n: usize,
+        residual: &mut Buf,
+        norms: (&Vector, &Vector, f32),
+        x: &mut Buf,
+        m: &Moe,
+        _scratch: &mut (),
+        block: &mut Buf,
+    ) {
+        self.norm_experts_norm(n, residual, norms, x, m, block);
     }
 
     const SAMPLES: bool = true;

@@ -7,6 +7,7 @@
 mod blas;
 mod buffers;
 mod device;
+mod experts;
 mod ffi;
 mod graph;
 mod launches;

@@ -195,6 +195,13 @@ def test_delta_chunk_borders(length):
     ).check()
 
 
+@pytest.mark.parametrize("dims", FAMILY)
+def test_delta_long_prompts(dims):
+    # Many chunks one after the other, with sequences that end in between and that have more slices than the card has
+    # multiprocessors.
+    Delta(dims, [(0, 1500, 1500), (64, 1000, 1000), (0, 449, 449), (128, 192, 192)], decay=-5.0).check()
+
+
 def test_delta_keys_alike():
     # Keys that share a large mean and hardly decay: the inverse has large entries that cancel.
     Delta(FAMILY[0], [(0, 300, 300), (64, 150, 150)], mean=1.0, decay=-5.0).check()

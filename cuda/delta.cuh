@@ -35,9 +35,15 @@ __device__ __forceinline__ void named_sync(int number) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory");
 }
 
-// The convolution's activation: `silu` by an approximate quotient, whose error of two f32 roundings the bf16 of the
-// result hides; the exact one costs more instructions than all the rest of an output. At x = -inf it is NaN, too.
-__device__ __forceinline__ float conv_silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+// The convolution's activation: `silu` by approximate functions that take what is below 2^-126 for 0; the bf16 of the
+// result hides their error of two f32 roundings. The exact quotient costs more instructions than all the rest of an
+// output, and the care of numbers that small as many again. At x = -inf it is NaN, too.
+__device__ __forceinline__ float conv_silu(float x) {
+    float power, quotient;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1.0f + power));
+    return x * quotient;
+}
 
 // One output of eight channels of the rows under its taps, oldest first. Taps in order, so the bits do not depend on
 // who has a token.

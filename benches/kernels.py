@@ -282,7 +282,20 @@ def delta_rule(table: Table) -> None:
                 ),
                 num_bytes=4 * n * channels,
             )
-            if seqs[0][2] == 0:
+            if seqs[0][2]:
+                norm = random(128, dtype=F32)
+                table.add(
+                    f"delta prompt {name} {what}",
+                    lambda b=batch, d=dims, c=conv, r=rates, g=norm, p=projected, s=stride, z=channels, t=tails, x=states, w=space, m=mixed, o=out, h=heads: (
+                        call(
+                            "q35_delta_prompt",
+                            *(b.struct, d, c, r[0], r[1], g, 1e-6, p, s, z, s - 2 * h, t, x, w, m, o),
+                        )
+                    ),
+                    num_bytes=2 * len(seqs) * heads * 128 * 128 * 4 + 2 * n * (stride + heads * 128),
+                    flops=flops,
+                )
+            else:
                 counters = torch.zeros(len(seqs) * 16, device="cuda", dtype=torch.int32)
                 norm = random(128, dtype=F32)
                 table.add(

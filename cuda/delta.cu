@@ -52,10 +52,10 @@ __device__ __forceinline__ void conv_output(const ConvArgs &args, int c, int64_t
     conv_store<N>(args.out + t * args.channels + c, acc);
 }
 
-// The first kernel - 1 tokens of a sequence, which need its tail, and then the tail itself. All of it is one thread's
+// Tokens from .. kernel - 2 of a sequence, which need its tail, and then the tail itself. All of it is one thread's
 // work, so nobody reads a tail that somebody else has replaced.
 template <int N, int KERNEL>
-__device__ __forceinline__ void conv_head(const ConvArgs &args, int seq, int c) {
+__device__ __forceinline__ void conv_head(const ConvArgs &args, int seq, int c, int from = 0) {
     const int before = (KERNEL > 0 ? KERNEL : args.kernel) - 1, len = args.batch.query_len[seq];
     const int64_t first = args.batch.query_start[seq];
     bf16 *tail = args.tails + static_cast<int64_t>(args.batch.slot[seq]) * before * args.channels + c;
@@ -64,16 +64,16 @@ __device__ __forceinline__ void conv_head(const ConvArgs &args, int seq, int c) 
         return i < before ? tail + static_cast<int64_t>(i) * args.channels
                           : args.projected + (first + i - before) * args.stride + c;
     };
-    for (int i = 0; i < before && i < len; i++)
+    for (int i = from; i < before && i < len; i++)
         conv_output<N, KERNEL>(args, c, first + i, [&](int tap) { return input(i + tap); });
     // Oldest first: input len + i is never before input i, so nothing is read after it is replaced.
     for (int i = 0; i < before; i++) {
-        const bf16 *from = input(len + i);
+        const bf16 *next = input(len + i);
         bf16 *to = tail + static_cast<int64_t>(i) * args.channels;
         if constexpr (N == 8)
-            *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+            *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(next);
         else
-            *to = *from;
+            *to = *next;
     }
 }
 
@@ -127,19 +127,8 @@ __global__ __launch_bounds__(CONV_THREADS) void causal_conv1d(ConvArgs args) {
             for (int i = 0; i < CONV_RUN; i++)
                 rows[KERNEL - 1 + i] = *reinterpret_cast<const uint4 *>(row + static_cast<int64_t>(i) * args.stride);
 #pragma unroll
-            for (int i = 0; i < CONV_RUN; i++) {
-                float acc[N] = {};
-#pragma unroll
-                for (int tap = 0; tap < KERNEL; tap++) {
-                    float x[N];
-                    unpack8(rows[i + tap], x);
-#pragma unroll
-                    for (int j = 0; j < N; j++) acc[j] = fmaf(w[tap][j], x[j], acc[j]);
-                }
-#pragma unroll
-                for (int j = 0; j < N; j++) acc[j] = conv_silu(acc[j]);
-                store8(args.out + (t + i) * args.channels + c, acc);
-            }
+            for (int i = 0; i < CONV_RUN; i++)
+                *reinterpret_cast<uint4 *>(args.out + (t + i) * args.channels + c) = convolved<KERNEL>(rows + i, w);
 #pragma unroll
             for (int i = 0; i < KERNEL - 1; i++) rows[i] = rows[CONV_RUN + i];
             ready = true;
@@ -148,6 +137,23 @@ __global__ __launch_bounds__(CONV_THREADS) void causal_conv1d(ConvArgs args) {
         wait_for_inputs();
         let_next_start();
         one_by_one(begin, end);
+    }
+}
+
+// What the chunked form leaves of the convolution: the tokens behind the chunks, dealt over the blocks along z, and the
+// tails, which no other block reads.
+__global__ __launch_bounds__(CONV_THREADS) void conv_rest(ConvArgs args) {
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8, seq = blockIdx.x;
+    wait_for_inputs();
+    let_next_start();
+    const int len = args.batch.query_len[seq], done = tokens_in_chunks(args.batch.chunked_len[seq]);
+    if (c >= args.channels || len == 0) return;
+    if (blockIdx.z == 0) conv_head<8, CHUNK_TAPS>(args, seq, c, done);
+    const bf16 *in = args.projected + c;
+    for (int i = max(done, CHUNK_TAPS - 1) + blockIdx.z; i < len; i += gridDim.z) {
+        const int64_t t = static_cast<int64_t>(args.batch.query_start[seq]) + i;
+        conv_output<8, CHUNK_TAPS>(args, c, t,
+                                   [&](int tap) { return in + (t - (CHUNK_TAPS - 1 - tap)) * args.stride; });
     }
 }
 
@@ -289,6 +295,13 @@ __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(Del
     }
 }
 
+cudaError_t launch_recurrent(cudaStream_t stream, const DeltaArgs &args) {
+    const int64_t heads = static_cast<int64_t>(args.batch.num_seqs) * args.dims.num_v_heads;
+    const unsigned blocks = static_cast<unsigned>(heads * (args.dims.v_dim / 32));
+    return launch(args.dims.k_dim == 64 ? delta_recurrent<64> : delta_recurrent<128>, blocks, REC_THREADS, 0, stream,
+                  args);
+}
+
 }  // namespace
 
 extern "C" int q35_causal_conv1d(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight,
@@ -323,11 +336,10 @@ extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dim
     const int64_t heads = static_cast<int64_t>(batch.num_seqs) * dims.num_v_heads;
     if (fast_dims(dims) && aligned(mixed, 16) && aligned(states, 16) && aligned(out, 16)) {
         if (batch.max_query_len > SHORT_CHUNK) {
-            const cudaError_t error = launch_chunks(s, args, workspace);
+            const cudaError_t error = launch_chunks(s, args, nullptr, workspace);
             if (error != cudaSuccess) return error;
         }
-        const unsigned blocks = static_cast<unsigned>(heads * (dims.v_dim / 32));
-        return launch(dims.k_dim == 64 ? delta_recurrent<64> : delta_recurrent<128>, blocks, REC_THREADS, 0, s, args);
+        return launch_recurrent(s, args);
     }
     const int slices = static_cast<int>(ceil_div(dims.v_dim, ANY_COLUMNS));
     const size_t shared = 2 * sizeof(float) * dims.k_dim;
@@ -338,4 +350,41 @@ extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dim
     }
     const unsigned blocks = static_cast<unsigned>(heads * slices);
     return launch(delta_recurrent_any, blocks, ANY_COLUMNS * ANY_ROWS, shared, s, args, slices);
+}
+
+extern "C" int q35_delta_prompt(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight,
+                                const float *a_log, const float *dt_bias, const float *norm, float eps,
+                                const q35_bf16 *projected, int stride, int z_start, int ba_start, q35_bf16 *tails,
+                                float *states, float *workspace, q35_bf16 *mixed, q35_bf16 *out) {
+    if (batch.num_tokens <= 0 || batch.num_seqs <= 0 || dims.num_v_heads <= 0 || dims.v_dim <= 0) return 0;
+    const bool fused = fast_dims(dims) && dims.k_dim == 128 && dims.conv_kernel == CHUNK_TAPS &&
+                       dims.num_v_heads % dims.num_k_heads == 0 && batch.max_query_len > SHORT_CHUNK &&
+                       stride % 8 == 0 && aligned(weight) && aligned(projected) && aligned(tails) && aligned(mixed) &&
+                       aligned(states) && aligned(out);
+    int error = cudaSuccess;
+    if (fused) {
+        const int channels = conv_channels(dims);
+        const DeltaArgs args = {batch,  dims,     a_log,  dt_bias,      as_bf16(mixed), as_bf16(projected),
+                                stride, ba_start, states, as_bf16(out), channels};
+        const ConvInputs conv = {weight, as_bf16(tails), as_bf16(mixed)};
+        const ConvArgs rest = {batch, weight, args.projected, stride, channels, CHUNK_TAPS, 1, conv.tails, conv.mixed};
+        // What a preempted sequence had generated is behind its chunks: where sequences are few, more blocks for each.
+        const int shares = batch.num_seqs < 32 ? 64 / batch.num_seqs : 1;
+        const dim3 grid(static_cast<unsigned>(batch.num_seqs),
+                        static_cast<unsigned>(ceil_div(channels, CONV_THREADS * 8)),
+                        static_cast<unsigned>(shares < 16 ? shares : 16));
+        const cudaStream_t s = as_stream(stream);
+        error = launch_chunks(s, args, &conv, workspace);
+        if (error == cudaSuccess) error = launch(conv_rest, grid, CONV_THREADS, 0, s, rest);
+        if (error == cudaSuccess) error = launch_recurrent(s, args);
+    } else {
+        error = q35_causal_conv1d(stream, batch, dims, weight, projected, stride, tails, mixed);
+        if (error == cudaSuccess)
+            error = q35_gated_delta_rule(stream, batch, dims, a_log, dt_bias, mixed, projected, stride, ba_start,
+                                         states, workspace, out);
+    }
+    if (error == cudaSuccess)
+        error = q35_gated_rmsnorm(stream, batch.num_tokens, dims.num_v_heads, dims.v_dim, norm, eps, projected, stride,
+                                  z_start, out);
+    return error;
 }

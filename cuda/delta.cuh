@@ -35,9 +35,32 @@ __device__ __forceinline__ void named_sync(int number) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory");
 }
 
-// The convolution's activation: `silu` by an approximate quotient, whose error of two f32 roundings the bf16 of the
-// result hides; the exact one costs more instructions than all the rest of an output. At x = -inf it is NaN, too.
-__device__ __forceinline__ float conv_silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+// The convolution's activation: `silu` by approximate functions that take what is below 2^-126 for 0; the bf16 of the
+// result hides their error of two f32 roundings. The exact quotient costs more instructions than all the rest of an
+// output, and the care of numbers that small as many again. At x = -inf it is NaN, too.
+__device__ __forceinline__ float conv_silu(float x) {
+    float power, quotient;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1.0f + power));
+    return x * quotient;
+}
+
+// One output of eight channels of the rows under its taps, oldest first. Taps in order, so the bits do not depend on
+// who has a token.
+template <int TAPS>
+__device__ __forceinline__ uint4 convolved(const uint4 *rows, const float (&w)[TAPS][8]) {
+    float y[8] = {};
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) {
+        float x[8];
+        unpack8(rows[tap], x);
+#pragma unroll
+        for (int j = 0; j < 8; j++) y[j] = fmaf(w[tap][j], x[j], y[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) y[j] = conv_silu(y[j]);
+    return make_uint4(pack2(y[0], y[1]), pack2(y[2], y[3]), pack2(y[4], y[5]), pack2(y[6], y[7]));
+}
 
 // Log decay and write strength of a token, of its columns of a and b.
 __device__ __forceinline__ float log_decay(float a_log, float dt_bias, float column) {
@@ -123,6 +146,14 @@ static inline int conv_channels(q35_delta_dims d) { return 2 * d.num_k_heads * d
 // Whether the kernels that hold states in registers take these sizes; the others go through the plain recurrence.
 static inline bool fast_dims(q35_delta_dims d) { return (d.k_dim == 64 || d.k_dim == 128) && d.v_dim % 32 == 0; }
 
-// f32 elements of workspace, and the launch of the chunked tokens. Sizes for which fast_dims holds.
+// What the convolution adds to DeltaArgs where the chunked form has it inside; mixed is written.
+struct ConvInputs {
+    const float *weight;
+    bf16 *tails, *mixed;
+};
+constexpr int CHUNK_TAPS = 4;
+
+// f32 elements of workspace, and the launch of the chunked tokens. Sizes for which fast_dims holds. Where `conv` is not
+// null, k_dim is 128 and conv_kernel CHUNK_TAPS: the tokens in chunks are convolved first. Tails are only read.
 int64_t chunk_workspace(int64_t tokens, int64_t seqs, q35_delta_dims dims);
-cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, float *workspace);
+cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, const ConvInputs *conv, float *workspace);

@@ -13,7 +13,7 @@
 // of the output).
 //
 // Source: Yang et al. 2024 (arXiv:2412.06464), the UT transform as in the flash-linear-attention project; own code.
-#include "delta_chunk.cuh"
+#include "delta_conv.cuh"
 
 namespace {
 
@@ -128,9 +128,11 @@ struct PrepareShared {
 };
 
 // T, P and the factors of a chunk for the value heads of one key head, with nothing of the state: the UT transform of
-// Yang et al. 2024, by an inverse in f32. The products of q and k are the block's, then each warp has a head. Own code.
-template <int K, int WARPS>
-__global__ __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 5) void delta_prepare(DeltaArgs args, ChunkPlan plan) {
+// Yang et al. 2024, by an inverse in f32. The products of q and k are the block's, then each warp has a head. With CONV
+// the block first convolves the channels of all of these heads. Own code.
+template <int K, int WARPS, bool CONV>
+__global__ __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 5) void delta_prepare(DeltaArgs args, ConvInputs conv,
+                                                                                 ChunkPlan plan) {
     constexpr int THREADS = 32 * WARPS, STRIPES = 4 / WARPS, PER_ROW = THREADS / C;
     extern __shared__ __align__(16) unsigned char raw[];
     PrepareShared<K, WARPS> &s = *reinterpret_cast<PrepareShared<K, WARPS> *>(raw);
@@ -144,12 +146,17 @@ __global__ __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 5) void delta_prepare(
     const int seq = which.x;
     const int len = min(C, tokens_in_chunks(args.batch.chunked_len[seq]) - which.y * C);
     const int64_t first = args.batch.query_start[seq] + static_cast<int64_t>(which.y) * C;
-    const bf16 *q_rows = args.mixed + first * args.channels + k_head * K, *k_rows = q_rows + d.num_k_heads * K;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-    copy_rows<K, K + 8, THREADS>(tid, &s.rows.q[0][0], q_rows, args.channels, len);
-    copy_rows<K, K + 8, THREADS>(tid, &s.rows.k[0][0], k_rows, args.channels, len);
-    copy_commit();
-    copy_wait<0>();
+    if constexpr (CONV) {
+        convolve_chunk<K, K + 8, THREADS>(args, conv, args.batch.slot[seq], which.y == 0, first, len, k_head, s.rows.q,
+                                          s.rows.k);
+    } else {
+        const bf16 *q_rows = args.mixed + first * args.channels + k_head * K, *k_rows = q_rows + d.num_k_heads * K;
+        copy_rows<K, K + 8, THREADS>(tid, &s.rows.q[0][0], q_rows, args.channels, len);
+        copy_rows<K, K + 8, THREADS>(tid, &s.rows.k[0][0], k_rows, args.channels, len);
+        copy_commit();
+        copy_wait<0>();
+    }
     __syncthreads();
 
     float rq, rk;  // of row tid / PER_ROW
@@ -390,15 +397,15 @@ __global__ __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 5) void delta_prepare(
     }
 }
 
-template <int K, int WARPS>
-cudaError_t launch_prepare(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan) {
+template <int K, int WARPS, bool CONV>
+cudaError_t launch_prepare(cudaStream_t stream, const DeltaArgs &args, const ConvInputs &conv, const ChunkPlan &plan) {
     const int64_t chunks = max_chunks(args.batch.num_tokens, args.batch.num_seqs);
     const int shared = sizeof(PrepareShared<K, WARPS>);
     const cudaError_t error =
-        cudaFuncSetAttribute(delta_prepare<K, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(delta_prepare<K, WARPS, CONV>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>(chunks * args.dims.num_k_heads);
-    return launch(delta_prepare<K, WARPS>, blocks, 32 * WARPS, shared, stream, args, plan);
+    return launch(delta_prepare<K, WARPS, CONV>, blocks, 32 * WARPS, shared, stream, args, conv, plan);
 }
 
 }  // namespace
@@ -409,7 +416,7 @@ int64_t chunk_workspace(int64_t tokens, int64_t seqs, q35_delta_dims dims) {
            dims.num_v_heads * tiles_before(tokens) * (NUM_PARTS * TILE / 2);
 }
 
-cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, float *workspace) {
+cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, const ConvInputs *conv, float *workspace) {
     const int64_t tokens = args.batch.num_tokens, seqs = args.batch.num_seqs;
     if (max_chunks(tokens, seqs) == 0) return cudaSuccess;
     float *base = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(workspace) + 127) / 128 * 128);
@@ -423,9 +430,12 @@ cudaError_t launch_chunks(cudaStream_t stream, const DeltaArgs &args, float *wor
     cudaError_t error = launch(delta_plan, 1, 32, 0, stream, args.batch, plan);
     if (error != cudaSuccess) return error;
     const bool many = args.dims.num_v_heads / args.dims.num_k_heads > 2;
-    const auto prepare = args.dims.k_dim == 64 ? (many ? launch_prepare<64, 4> : launch_prepare<64, 2>)
-                                               : (many ? launch_prepare<128, 4> : launch_prepare<128, 2>);
-    error = prepare(stream, args, plan);
+    if (conv != nullptr)
+        error = (many ? launch_prepare<128, 4, true> : launch_prepare<128, 2, true>)(stream, args, *conv, plan);
+    else if (args.dims.k_dim == 64)
+        error = (many ? launch_prepare<64, 4, false> : launch_prepare<64, 2, false>)(stream, args, {}, plan);
+    else
+        error = (many ? launch_prepare<128, 4, false> : launch_prepare<128, 2, false>)(stream, args, {}, plan);
     if (error != cudaSuccess) return error;
     const int64_t by_tokens = tokens / (SHORT_CHUNK + 1);
     return launch_walks(stream, args, plan, seqs < by_tokens ? seqs : by_tokens);

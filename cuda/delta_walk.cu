@@ -294,6 +294,7 @@ cudaError_t launch_fitting(cudaStream_t stream, const DeltaArgs &args, const Chu
 }  // namespace
 
 cudaError_t launch_walks(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan, int64_t most_seqs) {
+    if (walk_wgmma_fits(args.dims)) return walk_wgmma(stream, args, plan, most_seqs);
     return args.dims.k_dim == 64 ? launch_fitting<64>(stream, args, plan, most_seqs)
                                  : launch_fitting<128>(stream, args, plan, most_seqs);
 }

@@ -95,6 +95,14 @@ int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dims dims, con
                          const q35_bf16 *mixed, const q35_bf16 *projected, int stride, int ba_start, float *states,
                          float *workspace, q35_bf16 *out);
 
+// q35_causal_conv1d, q35_gated_delta_rule and q35_gated_rmsnorm (z: columns z_start.. of projected, norm f32 [v_dim]),
+// with the same bits; where the sizes allow, tokens in chunks are convolved as the rule comes to them.
+// mixed: bf16 [num_tokens, C], scratch. workspace: as q35_gated_delta_rule.
+int q35_delta_prompt(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight, const float *a_log,
+                     const float *dt_bias, const float *norm, float eps, const q35_bf16 *projected, int stride,
+                     int z_start, int ba_start, q35_bf16 *tails, float *states, float *workspace, q35_bf16 *mixed,
+                     q35_bf16 *out);
+
 // For batches whose every sequence has one new token: q35_causal_conv1d, q35_gated_delta_rule and q35_gated_rmsnorm
 // (z: columns z_start.. of projected, norm f32 [v_dim]) in one kernel where the sizes allow, with the same bits.
 // mixed: bf16 [num_tokens, C], scratch. counters: int32 [num_seqs * K], zero before and after.

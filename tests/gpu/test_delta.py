@@ -195,6 +195,13 @@ def test_delta_chunk_borders(length):
     ).check()
 
 
+@pytest.mark.parametrize("dims", FAMILY)
+def test_delta_long_prompts(dims):
+    # Many chunks one after the other, with sequences that end in between and that have more slices than the card has
+    # multiprocessors.
+    Delta(dims, [(0, 1500, 1500), (64, 1000, 1000), (0, 449, 449), (128, 192, 192)], decay=-5.0).check()
+
+
 def test_delta_keys_alike():
     # Keys that share a large mean and hardly decay: the inverse has large entries that cancel.
     Delta(FAMILY[0], [(0, 300, 300), (64, 150, 150)], mean=1.0, decay=-5.0).check()
@@ -266,18 +273,21 @@ def test_delta_many_steps(dims):
 
 
 class Decode:
-    """One decode step of a layer: by the three launchers one after the other, and by the one."""
+    """A step of a layer, of a number of sequences of one new token or of any: by the three launchers one after the
+    other, and by the one."""
 
-    def __init__(self, dims, num_seqs, *, pad=8, seed=0):
+    def __init__(self, dims, seqs, *, pad=8, seed=0):
         k, v, k_dim, v_dim, _ = dims
-        # chunked_len is 1 for a prompt of one token.
-        seqs = [(64 * (i % 7), 1, i % 2) for i in range(num_seqs)]
+        if isinstance(seqs, int):
+            # chunked_len is 1 for a prompt of one token.
+            seqs = [(64 * (i % 7), 1, i % 2) for i in range(seqs)]
+        num_seqs = len(seqs)
         conv = Conv(dims, seqs, pad=0, seed=seed)
         self.dims, self.batch, self.weight, self.tails = dims, conv.batch, conv.weight, conv.tails
         self.z_start = conv.channels
         self.ba_start = self.z_start + v * v_dim
         self.stride = -(-(self.ba_start + 2 * v) // 8) * 8 + pad
-        self.projected = randn(num_seqs, self.stride, seed=seed + 5)
+        self.projected = randn(self.batch.num_tokens, self.stride, seed=seed + 5)
         self.a_log = randn(v, dtype=torch.float32, seed=seed + 6, scale=0.5, mean=-1.0)
         self.dt_bias = randn(v, dtype=torch.float32, seed=seed + 7)
         self.norm = randn(v_dim, dtype=torch.float32, seed=seed + 8, mean=1.0)
@@ -299,13 +309,23 @@ class Decode:
         dims, batch = DeltaDims(*self.dims), self.batch.struct
         call("q35_delta_decode", batch, dims, *weights, *places, tails, states, self.counters, mixed, out)
 
+    def space(self):
+        size = call("q35_delta_workspace", self.batch.num_tokens, len(self.batch.seqs), DeltaDims(*self.dims))
+        return poisoned(max(1, size), dtype=torch.float32)
+
+    def run_prompt(self, buffers, space):
+        tails, states, mixed, out = buffers
+        weights = (self.weight, self.a_log, self.dt_bias, self.norm, 1e-6)
+        places = (self.projected, self.stride, self.z_start, self.ba_start)
+        dims, batch = DeltaDims(*self.dims), self.batch.struct
+        call("q35_delta_prompt", batch, dims, *weights, *places, tails, states, space, mixed, out)
+
     def one_by_one(self, buffers):
         tails, states, mixed, out = buffers
         _, v, _, v_dim, _ = self.dims
         batch, dims, x, stride = self.batch.struct, DeltaDims(*self.dims), self.projected, self.stride
         call("q35_causal_conv1d", batch, dims, self.weight, x, stride, tails, mixed)
-        size = call("q35_delta_workspace", self.batch.num_tokens, len(self.batch.seqs), dims)
-        space = poisoned(max(1, size), dtype=torch.float32)
+        space = self.space()
         rates = (self.a_log, self.dt_bias)
         call("q35_gated_delta_rule", batch, dims, *rates, mixed, x, stride, self.ba_start, states, space, out)
         call(
@@ -381,6 +401,54 @@ def test_decode_in_a_graph(dims):
     graph.replay()
     assert same_bits(want[0], found[0]) and same_bits(want[1], found[1]) and same_bits(want[3], found[3])
     assert step.counted()
+
+
+# The fused sizes, with 1 to 5 value heads to a key head, then sizes that take the three launchers.
+PROMPTS = [
+    *FAMILY,
+    (2, 2, 128, 64, 4),
+    (1, 3, 128, 96, 4),
+    (1, 5, 128, 32, 4),
+    (2, 4, 64, 64, 4),
+    (2, 4, 128, 64, 3),
+    (2, 6, 24, 10, 4),
+]
+
+
+@pytest.mark.parametrize("dims", PROMPTS)
+@pytest.mark.parametrize("pad", [0, 3])
+def test_prompt_is_the_three(dims, pad):
+    # All of a sequence in chunks, a rest behind them, none in chunks; of one token too.
+    for seqs in ([(0, 200, 200)], [*RAGGED, (0, 20, 0), (64, 9, 9), (0, 700, 700)], [(64, 8, 8), (0, 1, 1)]):
+        step = Decode(dims, seqs, pad=pad)
+        want, found = step.buffers(), step.buffers()
+        for _ in range(2):
+            step.one_by_one(want)
+        for _ in range(2):
+            step.run_prompt(found, step.space())
+        for a, b in zip(want, found, strict=True):
+            assert same_bits(a, b)
+        assert found[3][:-1].isfinite().all() and found[3][-1].isnan().all()
+
+
+@pytest.mark.parametrize("dims", [FAMILY[0], (2, 4, 128, 64, 4)])
+def test_prompt_in_a_graph(dims):
+    step = Decode(dims, [(0, 300, 300), (64, 70, 70), (3, 1, 0)])
+    want, found = step.buffers(), step.buffers()
+    for _ in range(4):
+        step.one_by_one(want)
+    start, space = [x.clone() for x in found], step.space()
+    step.run_prompt(found, space)
+    for x, fresh in zip(found, start, strict=True):
+        x.copy_(fresh)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run_prompt(found, space)
+        step.run_prompt(found, space)
+    graph.replay()
+    graph.replay()
+    for a, b in zip(want, found, strict=True):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("dims", [FAMILY[1], ODD[0], ODD[1]])

@@ -203,6 +203,25 @@ unsafe extern "C" {
         workspace: *mut f32,
         out: *mut Bf16,
     ) -> c_int;
+    pub fn q35_delta_prompt(
+        stream: Stream,
+        batch: Batch,
+        dims: DeltaDims,
+        weight: *const f32,
+        a_log: *const f32,
+        dt_bias: *const f32,
+        norm: *const f32,
+        eps: f32,
+        projected: *const Bf16,
+        stride: c_int,
+        z_start: c_int,
+        ba_start: c_int,
+        tails: *mut Bf16,
+        states: *mut f32,
+        workspace: *mut f32,
+        mixed: *mut Bf16,
+        out: *mut Bf16,
+    ) -> c_int;
     pub fn q35_delta_decode(
         stream: Stream,
         batch: Batch,

@@ -259,34 +259,30 @@ impl Backend for Cuda {
         mixed: &mut Buf,
         core: &mut Buf,
     ) {
-        if !self.state().step.as_ref().is_some_and(Step::is_decode) {
-            self.causal_conv1d(batch, dims, w.conv, projected, slots, mixed);
-            let decay = DecayWeights { a_log: w.a_log, dt_bias: w.dt_bias };
-            self.gated_delta_rule(batch, dims, decay, mixed, projected, slots, core);
-            return self.gated_rmsnorm(batch.num_tokens(), dims, w.norm, eps, projected, core);
-        }
         self.launch("gated_delta_net", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait; the counters are for the largest batch.
+            let (x, stride) = (projected.memory.ptr(), projected.width as c_int);
+            let z_start = dims.conv_channels() as c_int;
+            let ba_start = (dims.conv_channels() + dims.value_width()) as c_int;
+            let (conv, a_log, dt_bias, norm) =
+                (w.conv.0.ptr(), w.a_log.0.ptr(), w.dt_bias.0.ptr(), w.norm.0.ptr());
+            let (tails, states) = (slots.tail.ptr(), slots.state.ptr());
+            let (mixed, out) = (mixed.memory.ptr(), core.memory.ptr());
+            let (batch, dims) = (step.batch, delta_dims(dims));
+            // SAFETY: shapes are those of the trait; counters and workspace are for the largest batch.
             Ok(unsafe {
-                ffi::q35_delta_decode(
-                    stream,
-                    step.batch,
-                    delta_dims(dims),
-                    w.conv.0.ptr(),
-                    w.a_log.0.ptr(),
-                    w.dt_bias.0.ptr(),
-                    w.norm.0.ptr(),
-                    eps,
-                    projected.memory.ptr(),
-                    projected.width as c_int,
-                    dims.conv_channels() as c_int,
-                    (dims.conv_channels() + dims.value_width()) as c_int,
-                    slots.tail.ptr(),
-                    slots.state.ptr(),
-                    step.counters.ptr(),
-                    mixed.memory.ptr(),
-                    core.memory.ptr(),
-                )
+                if step.is_decode() {
+                    let counters = step.counters.ptr();
+                    ffi::q35_delta_decode(
+                        stream, batch, dims, conv, a_log, dt_bias, norm, eps, x, stride, z_start, ba_start,
+                        tails, states, counters, mixed, out,
+                    )
+                } else {
+                    let workspace = step.delta.ptr();
+                    ffi::q35_delta_prompt(
+                        stream, batch, dims, conv, a_log, dt_bias, norm, eps, x, stride, z_start, ba_start,
+                        tails, states, workspace, mixed, out,
+                    )
+                }
             })
         });
     }

@@ -56,6 +56,8 @@ int launch_any(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, con
 int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 // out[:, col0 .. col0 + cols] = the weighted sums of y.
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
+// The same of rows of `cols` bf16, a multiple of 8; `out` is 16-byte aligned.
+int launch_bf16_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
 
 // ------------------------------------------------------------------------------------------------ device functions
 
@@ -212,9 +214,9 @@ __device__ __forceinline__ int tile_expert(int2 tile) { return tile.x & 0xffff; 
 __device__ __forceinline__ int tile_rows(int2 tile) { return tile.x >> 16; }
 __device__ __forceinline__ int tile_first(int2 tile) { return tile.y; }
 
-// moe_wgmma.cu: the products for cards of compute capability 9.0. Their tiles have up to so many rows; an expert's are
-// shared out evenly, in multiples of the step.
-constexpr int WGMMA_ROWS = 256;
+// moe_wgmma.cu: the products for cards of compute capability 9.0. Their tiles have up to so many rows, half of them for
+// each of two blocks; an expert's are shared out evenly, in multiples of the step.
+constexpr int WGMMA_ROWS = 320;
 constexpr int WGMMA_STEP = 16;
 // Whether they serve this card, these sizes and addresses.
 bool has_wgmma(const Plan &p, const q35_moe_weights &w, const bf16 *x, const bf16 *out);

@@ -108,13 +108,11 @@ __global__ void __launch_bounds__(256) sum_kernel(Plan p, int col0, int cols, bf
 
 // out[:, col0 .. col0 + cols] = the weighted sums of y in bf16, the experts in the order of their weights, then the
 // shared expert; a thread 8 columns.
-__global__ void __launch_bounds__(256) bf16_sum_kernel(Plan p, int col0, int cols, bf16 *out) {
+__global__ void __launch_bounds__(128) bf16_sum_kernel(Plan p, int col0, int cols, bf16 *out) {
     wait_for_inputs();
     let_next_start();
-    const int groups = cols / 8;
-    const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x;
-    const int token = static_cast<int>(index / groups), col = static_cast<int>(index % groups) * 8;
-    if (token >= p.n) return;
+    const int token = blockIdx.x, col = (blockIdx.y * 128 + threadIdx.x) * 8;
+    if (col >= cols) return;
     const float *weights = p.weights + int64_t(token) * p.top_k;
     const bf16 *y = reinterpret_cast<const bf16 *>(p.y) + int64_t(token) * p.top_k * cols + col;
     float sum[8] = {};
@@ -157,8 +155,7 @@ int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out
 }
 
 int launch_bf16_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out) {
-    const int64_t blocks = ceil_div(int64_t(p.n) * (cols / 8), 256);
-    return launch(bf16_sum_kernel, dim3(static_cast<unsigned>(blocks)), 256, 0, stream, p, col0, cols, out);
+    return launch(bf16_sum_kernel, dim3(p.n, ceil_div(cols, 1024)), 128, 0, stream, p, col0, cols, out);
 }
 
 extern "C" int q35_route(void *stream, int n, int num_experts, int top_k, const float *logits, float *weights,

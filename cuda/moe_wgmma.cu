@@ -14,16 +14,21 @@ constexpr bool HERE = false;  // for another architecture the kernel is empty
 
 enum Mode { LOGITS, GATE_UP, DOWN };
 
-constexpr int FEATURES = 256;  // rows of the weights: 128 for each of two warpgroups; each block copies 128 to both
+// Of a tile: its features, and the products that each of two warpgroups makes of 64 rows of weights for them. A block
+// copies half of those rows to both blocks. The router is small: low tiles of it keep more pairs busy.
+template <int MODE> constexpr int FEATURES = MODE == DOWN ? 256 : 128;
+template <int MODE> constexpr int PRODUCTS = MODE == LOGITS ? 1 : 2;
+template <int MODE> constexpr int HALF_BYTES = PRODUCTS<MODE> * 64 * 128;
+
 constexpr int COLUMNS = WGMMA_ROWS / 2;  // tokens of a block, at most
+constexpr int LOGITS_ROWS = 256;         // tokens of a pair, at most
 constexpr int TILE_K = 64;
-constexpr int STAGES = 4;         // each filled by a warp of its own
-constexpr int LOGITS_ROWS = 128;  // tokens of a pair, at most
-constexpr int THREADS = 384;      // a warpgroup that copies and two that multiply
+constexpr int STAGES = 4;     // each filled by a warp of its own
+constexpr int THREADS = 384;  // a warpgroup that copies and two that multiply
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 that a thread starts with
 
 // Shared memory, from its start.
-constexpr int HALF_BYTES = FEATURES / 2 * 128, WEIGHT_BYTES = 2 * HALF_BYTES;
+constexpr int WEIGHT_BYTES = 2 * HALF_BYTES<DOWN>;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + COLUMNS * 128;
 constexpr int BOX_ROWS = 16, BOX_BYTES = BOX_ROWS * 128;             // tokens of a tensor copy
 constexpr int STAGING = STAGES * STAGE_BYTES, STAGING_BYTES = 2048;  // outputs of a warp on their way
@@ -65,7 +70,7 @@ template <int MODE>
 __device__ __forceinline__ Item item_at(const Plan &p, const Args &a, int index, int2 entry, int rank) {
     const int tile = index / a.feature_tiles, feature_tile = index - tile * a.feature_tiles;
     Item item;
-    item.feature = feature_tile * (MODE == GATE_UP ? FEATURES / 2 : FEATURES) + (MODE == DOWN ? a.col0 : 0);
+    item.feature = feature_tile * FEATURES<MODE> + (MODE == DOWN ? a.col0 : 0);
     item.dense = tile < a.dense_tiles;
     item.expert = item.dense ? 0 : tile_expert(entry);
     const int first = item.dense ? tile * a.dense_rows : tile_first(entry);
@@ -102,16 +107,15 @@ __device__ __forceinline__ void load_rows(const Plan &p, const Item &item, int l
     }
 }
 
-// Fills stage `warp` with every fourth step of the tiles of this block: half of the weights, for both blocks, and rows of
-// tokens by tensor copies of one lane; rows of x for routed experts, which lie anywhere, 16 bytes a lane. A stage is free
-// when both blocks are done with it.
+// Fills stage `warp` with every fourth step of the tiles of this block: half of the weights, for both blocks, and rows
+// of tokens by tensor copies of one lane; rows of x that routed experts take, which lie anywhere, 16 bytes a lane. A
+// stage is free when both blocks are done with it.
 template <int MODE>
 __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps &maps, uint32_t shared, int total,
                                         int rank, int warp, int lane) {
     const uint32_t stage = shared + warp * STAGE_BYTES, full = shared + FULL + warp * 8;
-    const uint32_t empty = shared + EMPTY + warp * 8, half = stage + rank * HALF_BYTES;
-    // The half starts so many features later: 128 in their order, or 64 gates and then the 64 of up for the same ones.
-    const int own = rank * (MODE == GATE_UP ? FEATURES / 4 : FEATURES / 2);
+    const uint32_t empty = shared + EMPTY + warp * 8, half = stage + rank * HALF_BYTES<MODE>;
+    const int own = rank * (FEATURES<MODE> / 2);  // where its features start
     // Rows lane / 8 + 4 i of the tile, bytes 16 (lane % 8) ..: one swizzle for even i, one for odd.
     const int c = lane % 8, r = lane / 8;
     const uint32_t to_even = stage + WEIGHT_BYTES + r * 128 + ((c ^ r) << 4);
@@ -141,9 +145,10 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps
         const CUtensorMap *tokens = item.dense ? &maps.dense_tokens : &maps.tokens;
         for (int step = (warp - done) & 3; step < steps; step += STAGES) {
             barrier_wait(empty, (((done + step) / STAGES) & 1) ^ 1);
+            __syncwarp();  // no lane still looks for a phase that the first could make the last but one
             const int k0 = step * TILE_K;
             if (lane == 0) {
-                barrier_arrive_and_expect(full, WEIGHT_BYTES + boxes * BOX_BYTES);
+                barrier_arrive_and_expect(full, 2 * HALF_BYTES<MODE> + boxes * BOX_BYTES);
                 tensor_copy_to_both(half, weights, k0, item.feature + own, 0, item.expert, full);
 #pragma unroll 1
                 for (int i = 0; i < boxes; i++) {
@@ -185,21 +190,19 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps
     }
 }
 
-// Stores what a warp has of a tile, through 2 KB of its own at `staging`: two products of 16 features each for COLS
-// tokens. `places` has for the rows lane + 32 q where they go in y.
+// Stores what a warp has of a tile, through 2 KB of its own at `staging`: products of 16 rows each for COLS tokens.
+// `places` has for the rows lane + 32 q where they go in y.
 template <int MODE, int COLS>
-__device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const Item &item, float (&d)[2][COLS / 2],
-                                           uint32_t staging, const int (&places)[COLUMNS / 32], int feature, int lane) {
+__device__ __forceinline__ void store_tile(const Plan &p, const Args &a, const Item &item,
+                                           float (&d)[PRODUCTS<MODE>][COLS / 2], uint32_t staging,
+                                           const int (&places)[COLUMNS / 32], int feature, int lane) {
     const int end = features_end<MODE>(p, a, item);
     if constexpr (MODE == LOGITS) {
 #pragma unroll
-        for (int j = 0; j < COLS / 8; j++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int row = 8 * j + lane % 4 * 2 + i / 4, e = feature + i % 4 * 8 + lane / 4;
-                if (row < item.rows && e < end)
-                    p.logits[int64_t(item.first + row) * p.num_experts + e] = d[i % 2][4 * j + i % 4 / 2 * 2 + i / 4];
-            }
+        for (int i = 0; i < COLS / 2; i++) {
+            const int row = i / 4 * 8 + lane % 4 * 2 + i % 2, e = feature + i % 4 / 2 * 8 + lane / 4;
+            if (row < item.rows && e < end) p.logits[int64_t(item.first + row) * p.num_experts + e] = d[0][i];
+        }
     } else if constexpr (MODE == GATE_UP) {
         // 16 features a token: 32 bytes. Four tokens are a row of all banks, 64 what there is room for.
         const int column = lane % 8, part = lane / 8 & 1;
@@ -272,23 +275,23 @@ template <int MODE, int COLS>
 __device__ __forceinline__ void consume(const Plan &p, const Args &a, const Item &item, uint32_t shared,
                                         uint32_t released, uint32_t done, const int (&places)[COLUMNS / 32], int group,
                                         int warp, int lane) {
-    // Of a warpgroup's 128 rows the first product takes the gates, the second those of up. Else each takes every other
-    // eight rows, so that a warp has 32 neighbouring features: of their eights 0 and 2, and 1 and 3.
-    constexpr int OF_SECOND = MODE == GATE_UP ? 64 * 128 : 1024, BYTES_OF_8 = MODE == GATE_UP ? 1024 : 2048;
+    // GATE_UP: of a warpgroup's 128 rows the first product takes the gates, the second those of up. DOWN: each takes
+    // every other eight rows, so that a warp has 32 neighbouring features: of their eights 0 and 2, and 1 and 3.
+    constexpr int OF_SECOND = MODE == GATE_UP ? 64 * 128 : 1024, BYTES_OF_8 = MODE == DOWN ? 2048 : 1024;
     const int steps = steps_of<MODE>(p, a, item);
-    float d[2][COLS / 2] = {};
+    float d[PRODUCTS<MODE>][COLS / 2] = {};
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         const uint32_t use = done + step, number = use % STAGES, stage = shared + number * STAGE_BYTES;
         barrier_wait(shared + FULL + number * 8, use / STAGES & 1);
-        const uint64_t first = operand(stage + group * HALF_BYTES, BYTES_OF_8);
-        const uint64_t second = operand(stage + group * HALF_BYTES + OF_SECOND, BYTES_OF_8);
+        const uint64_t first = operand(stage + group * HALF_BYTES<MODE>, BYTES_OF_8);
+        const uint64_t second = operand(stage + group * HALF_BYTES<MODE> + OF_SECOND, BYTES_OF_8);
         const uint64_t tokens = operand(stage + WEIGHT_BYTES, 1024);
         products_begin();
 #pragma unroll
         for (int i = 0; i < TILE_K / 16; i++) {
             wgmma<COLS>(d[0], first + 2 * i, tokens + 2 * i);
-            wgmma<COLS>(d[1], second + 2 * i, tokens + 2 * i);
+            if constexpr (PRODUCTS<MODE> == 2) wgmma<COLS>(d[1], second + 2 * i, tokens + 2 * i);
         }
         products_commit();
         // The step before is over, and its stage free.
@@ -296,10 +299,10 @@ __device__ __forceinline__ void consume(const Plan &p, const Args &a, const Item
         if (step > 0 && lane < 2) barrier_arrive_there(released + (use - 1) % STAGES * 8);
     }
     products_wait<0>();
-    products_end(d[0]);
-    products_end(d[1]);
+#pragma unroll
+    for (auto &product : d) products_end(product);
     if (lane < 2) barrier_arrive_there(released + (done + steps - 1) % STAGES * 8);
-    const int feature = item.feature + (MODE == GATE_UP ? group * 64 + warp * 16 : group * 128 + warp * 32);
+    const int feature = item.feature + (group * 4 + warp) * (FEATURES<MODE> / 8);
     store_tile<MODE, COLS>(p, a, item, d, shared + STAGING + (group * 4 + warp) * STAGING_BYTES, places, feature, lane);
 }
 
@@ -434,13 +437,13 @@ bool has_wgmma(const Plan &p, const q35_moe_weights &w, const bf16 *x, const bf1
 
 int launch_wgmma_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x) {
     Args a = {};
-    a.feature_tiles = ceil_div(p.num_experts, FEATURES);
+    a.feature_tiles = ceil_div(p.num_experts, FEATURES<LOGITS>);
     // So high that there is a tile for every pair.
     const int64_t rows = ceil_div(int64_t(p.n) * a.feature_tiles, this_device().multiprocessors / 2);
     a.dense_rows = rows < LOGITS_ROWS ? static_cast<int>(ceil_div(rows, WGMMA_STEP)) * WGMMA_STEP : LOGITS_ROWS;
     a.dense_tiles = ceil_div(p.n, a.dense_rows);
     Maps maps;
-    if (!encode_map(&maps.weights, as_bf16(w.router), 1, 1, p.num_experts, p.hidden, FEATURES / 2) ||
+    if (!encode_map(&maps.weights, as_bf16(w.router), 1, 1, p.num_experts, p.hidden, FEATURES<LOGITS> / 2) ||
         !encode_tokens(&maps.tokens, x, p.n, p.hidden))
         return cudaErrorInvalidValue;
     maps.dense_weights = maps.weights, maps.dense_tokens = maps.tokens;
@@ -456,30 +459,29 @@ int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weigh
         a.dense_rows = ceil_div(ceil_div(p.n, a.dense_tiles), WGMMA_STEP) * WGMMA_STEP;
     }
     Maps up, down;
-    bool encoded = encode_map(&up.weights, as_bf16(w.gate_up), p.num_experts, 2, p.width, p.hidden, FEATURES / 4) &&
-                   encode_map(&down.weights, as_bf16(w.down), p.num_experts, 1, p.hidden, p.width, FEATURES / 2) &&
+    constexpr int UP_BOX = FEATURES<GATE_UP> / 2, DOWN_BOX = FEATURES<DOWN> / 2;
+    bool encoded = encode_map(&up.weights, as_bf16(w.gate_up), p.num_experts, 2, p.width, p.hidden, UP_BOX) &&
+                   encode_map(&down.weights, as_bf16(w.down), p.num_experts, 1, p.hidden, p.width, DOWN_BOX) &&
                    encode_tokens(&up.tokens, x, p.n, p.hidden) &&
                    encode_tokens(&down.tokens, p.act, assignments, p.width);
     up.dense_weights = up.weights, up.dense_tokens = up.tokens;
     down.dense_weights = down.weights, down.dense_tokens = down.tokens;
     if (p.has_shared)
         encoded = encoded &&
-                  encode_map(&up.dense_weights, as_bf16(w.shared_gate_up), 1, 2, p.shared_width, p.hidden,
-                             FEATURES / 4) &&
-                  encode_map(&down.dense_weights, as_bf16(w.shared_down), 1, 1, p.hidden, p.shared_width,
-                             FEATURES / 2) &&
+                  encode_map(&up.dense_weights, as_bf16(w.shared_gate_up), 1, 2, p.shared_width, p.hidden, UP_BOX) &&
+                  encode_map(&down.dense_weights, as_bf16(w.shared_down), 1, 1, p.hidden, p.shared_width, DOWN_BOX) &&
                   encode_tokens(&down.dense_tokens, p.shared_act, p.n, p.shared_width);
     if (!encoded) return cudaErrorInvalidValue;
 
     a.x = x;
-    a.feature_tiles = ceil_div(p.width > p.shared_width ? p.width : p.shared_width, FEATURES / 2);
+    a.feature_tiles = ceil_div(p.width > p.shared_width ? p.width : p.shared_width, FEATURES<GATE_UP>);
     int code = launch_wgmma<GATE_UP>(stream, p, a, up);
     if (code != cudaSuccess) return code;
 
     const int most = 2 * p.y_cols;  // as bf16
     for (a.col0 = 0; a.col0 < p.hidden; a.col0 += a.cols) {
         a.cols = p.hidden - a.col0 < most ? p.hidden - a.col0 : most;
-        a.feature_tiles = ceil_div(a.cols, FEATURES);
+        a.feature_tiles = ceil_div(a.cols, FEATURES<DOWN>);
         code = launch_wgmma<DOWN>(stream, p, a, down);
         if (code != cudaSuccess) return code;
         code = launch_bf16_sum(stream, p, a.col0, a.cols, out);

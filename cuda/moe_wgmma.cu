@@ -30,7 +30,7 @@ constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 
 // Shared memory, from its start.
 constexpr int WEIGHT_BYTES = 2 * HALF_BYTES<DOWN>;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + COLUMNS * 128;
-constexpr int BOX_ROWS = 16, BOX_BYTES = BOX_ROWS * 128;             // tokens of a tensor copy
+constexpr int BOX_ROWS = 16;                                         // tokens of a tensor copy
 constexpr int STAGING = STAGES * STAGE_BYTES, STAGING_BYTES = 2048;  // outputs of a warp on their way
 constexpr int FULL = STAGING + 8 * STAGING_BYTES, EMPTY = FULL + STAGES * 8;
 constexpr int SHARED_BYTES = EMPTY + STAGES * 8;
@@ -98,12 +98,13 @@ __device__ __forceinline__ int steps_of(const Plan &p, const Args &a, const Item
     return item.feature < features_end<MODE>(p, a, item) ? ceil_div(depth<MODE>(p, item), TILE_K) : 0;
 }
 
-// The rows of x that a copying warp gathers: lane l has rows l + 32 q of the tile, in units of 16 bytes.
-__device__ __forceinline__ void load_rows(const Plan &p, const Item &item, int lane, uint32_t (&at)[COLUMNS / 32]) {
+// What a copying warp gathers: lane l has rows l + 32 q of the tile, as entries of the sorted list.
+template <int MODE>
+__device__ __forceinline__ void load_rows(const Plan &p, const Item &item, int lane, uint32_t (&rows)[COLUMNS / 32]) {
 #pragma unroll
     for (int q = 0; q < COLUMNS / 32; q++) {
         const int row = 32 * q + lane;
-        at[q] = !item.dense && row < item.rows ? p.sorted[item.first + row] : 0;
+        rows[q] = MODE == GATE_UP && !item.dense && row < item.rows ? p.sorted[item.first + row] : 0;
     }
 }
 
@@ -124,9 +125,9 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps
 
     const int stride = gridDim.x / 2;
     int index = blockIdx.x / 2;
-    uint32_t rows[COLUMNS / 32] = {};
+    uint32_t rows[COLUMNS / 32];
     Item item = item_at<MODE>(p, a, index, entry_at(p, a, index, total), rank);
-    if (MODE == GATE_UP) load_rows(p, item, lane, rows);
+    load_rows<MODE>(p, item, lane, rows);
     int2 entry = entry_at(p, a, index + stride, total);
     uint32_t done = 0;  // steps of the tiles before
     for (; index < total; index += stride) {
@@ -138,21 +139,21 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps
         for (int q = 0; q < COLUMNS / 32; q++) at[q] = rows[q] / uint32_t(p.top_k) * uint32_t(k / 8);
         // Of the next tile, whose entry is there by now, and the entry of the one after it.
         const Item next = item_at<MODE>(p, a, index + stride, entry, rank);
-        if (MODE == GATE_UP) load_rows(p, next, lane, rows);
+        load_rows<MODE>(p, next, lane, rows);
         entry = entry_at(p, a, index + 2 * stride, total);
 
         const CUtensorMap *weights = item.dense ? &maps.dense_weights : &maps.weights;
         const CUtensorMap *tokens = item.dense ? &maps.dense_tokens : &maps.tokens;
         for (int step = (warp - done) & 3; step < steps; step += STAGES) {
             barrier_wait(empty, (((done + step) / STAGES) & 1) ^ 1);
-            __syncwarp();  // no lane still looks for a phase that the first could make the last but one
+            __syncwarp();  // before the first lane sets off what would end a second phase, of the parity waited for
             const int k0 = step * TILE_K;
             if (lane == 0) {
-                barrier_arrive_and_expect(full, 2 * HALF_BYTES<MODE> + boxes * BOX_BYTES);
+                barrier_arrive_and_expect(full, 2 * HALF_BYTES<MODE> + boxes * BOX_ROWS * 128);
                 tensor_copy_to_both(half, weights, k0, item.feature + own, 0, item.expert, full);
 #pragma unroll 1
                 for (int i = 0; i < boxes; i++) {
-                    const uint32_t to = stage + WEIGHT_BYTES + i * BOX_BYTES;
+                    const uint32_t to = stage + WEIGHT_BYTES + i * BOX_ROWS * 128;
                     tensor_copy(to, tokens, k0, item.first + i * BOX_ROWS, 0, 0, full);
                 }
                 if (MODE == GATE_UP && !gathers) barrier_arrive(full);

@@ -19,7 +19,6 @@ enum Mode { LOGITS, GATE_UP, DOWN };
 template <int MODE> constexpr int FEATURES = MODE == DOWN ? 256 : 128;
 template <int MODE> constexpr int PRODUCTS = MODE == LOGITS ? 1 : 2;
 template <int MODE> constexpr int HALF_BYTES = PRODUCTS<MODE> * 64 * 128;
-
 constexpr int COLUMNS = WGMMA_ROWS / 2;  // tokens of a block, at most
 constexpr int LOGITS_ROWS = 256;         // tokens of a pair, at most
 constexpr int TILE_K = 64;
@@ -35,7 +34,7 @@ constexpr int STAGING = STAGES * STAGE_BYTES, STAGING_BYTES = 2048;  // outputs 
 constexpr int FULL = STAGING + 8 * STAGING_BYTES, EMPTY = FULL + STAGES * 8;
 constexpr int SHARED_BYTES = EMPTY + STAGES * 8;
 static_assert(SHARED_BYTES <= 227 * 1024, "more than a block may have");
-static_assert(COLUMNS % BOX_ROWS == 0 && COLUMNS % 32 == 0, "rows of a stage are whole boxes, and whole warps");
+static_assert(COLUMNS % BOX_ROWS == 0 && COLUMNS % 32 == 0, "not whole boxes, or whole warps");
 
 // The tensors of the copies; dense ones have rows of tokens in their order: of the router, or the shared expert.
 struct Maps {
@@ -46,11 +45,24 @@ struct Maps {
 struct Args {
     const bf16 *x;      // GATE_UP: rows of k elements
     int feature_tiles;  // of a row of tiles
-    int dense_tiles;    // rows of tiles for all tokens in their order; they come first
+    int dense_tiles;    // rows of tiles for all tokens in their order
     int dense_rows;     // of each
     int col0, cols;     // DOWN: columns of the output
-    bool routed;        // tiles of the sorted list follow
+    bool routed;        // there are tiles of the sorted list, too
 };
+
+// The order of all tiles: every so-many'th row of tiles is dense until there are no more of those, in the first three
+// quarters. Their weights stay in L2, those of the others come from memory: mixed, neither has to wait for the other.
+struct Order {
+    int total, every;
+};
+__device__ __forceinline__ Order order_of(const Plan &p, const Args &a) {
+    const int tiles = a.dense_tiles + (a.routed ? *p.num_tiles : 0);
+    return {tiles * a.feature_tiles, a.dense_tiles > 0 ? max(tiles * 3 / (a.dense_tiles * 4), 1) : 1};
+}
+__device__ __forceinline__ bool is_dense(const Args &a, const Order &order, int tile) {
+    return tile % order.every == 0 && tile / order.every < a.dense_tiles;
+}
 
 // One tile of the output, and what this block has of it.
 struct Item {
@@ -61,19 +73,21 @@ struct Item {
 };
 
 // Its entry in the sorted list of tiles, which a block asks for long before it needs it.
-__device__ __forceinline__ int2 entry_at(const Plan &p, const Args &a, int index, int total) {
-    const int tile = index / a.feature_tiles - a.dense_tiles;
-    return index < total && tile >= 0 ? p.tiles[tile] : make_int2(0, 0);
+__device__ __forceinline__ int2 entry_at(const Plan &p, const Args &a, const Order &order, int index) {
+    const int tile = index / a.feature_tiles;
+    if (index >= order.total || is_dense(a, order, tile)) return make_int2(0, 0);
+    return p.tiles[tile - min(ceil_div(tile, order.every), a.dense_tiles)];
 }
 
 template <int MODE>
-__device__ __forceinline__ Item item_at(const Plan &p, const Args &a, int index, int2 entry, int rank) {
+__device__ __forceinline__ Item item_at(const Plan &p, const Args &a, const Order &order, int index, int2 entry,
+                                         int rank) {
     const int tile = index / a.feature_tiles, feature_tile = index - tile * a.feature_tiles;
     Item item;
     item.feature = feature_tile * FEATURES<MODE> + (MODE == DOWN ? a.col0 : 0);
-    item.dense = tile < a.dense_tiles;
+    item.dense = is_dense(a, order, tile);
     item.expert = item.dense ? 0 : tile_expert(entry);
-    const int first = item.dense ? tile * a.dense_rows : tile_first(entry);
+    const int first = item.dense ? tile / order.every * a.dense_rows : tile_first(entry);
     const int rows = item.dense ? min(a.dense_rows, p.n - first) : tile_rows(entry);
     item.cols = ceil_div(rows, 16) * 8;
     item.first = first + rank * item.cols;
@@ -112,8 +126,8 @@ __device__ __forceinline__ void load_rows(const Plan &p, const Item &item, int l
 // of tokens by tensor copies of one lane; rows of x that routed experts take, which lie anywhere, 16 bytes a lane. A
 // stage is free when both blocks are done with it.
 template <int MODE>
-__device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps &maps, uint32_t shared, int total,
-                                        int rank, int warp, int lane) {
+__device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps &maps, const Order &order,
+                                        uint32_t shared, int rank, int warp, int lane) {
     const uint32_t stage = shared + warp * STAGE_BYTES, full = shared + FULL + warp * 8;
     const uint32_t empty = shared + EMPTY + warp * 8, half = stage + rank * HALF_BYTES<MODE>;
     const int own = rank * (FEATURES<MODE> / 2);  // where its features start
@@ -126,11 +140,11 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps
     const int stride = gridDim.x / 2;
     int index = blockIdx.x / 2;
     uint32_t rows[COLUMNS / 32];
-    Item item = item_at<MODE>(p, a, index, entry_at(p, a, index, total), rank);
+    Item item = item_at<MODE>(p, a, order, index, entry_at(p, a, order, index), rank);
     load_rows<MODE>(p, item, lane, rows);
-    int2 entry = entry_at(p, a, index + stride, total);
+    int2 entry = entry_at(p, a, order, index + stride);
     uint32_t done = 0;  // steps of the tiles before
-    for (; index < total; index += stride) {
+    for (; index < order.total; index += stride) {
         const int k = depth<MODE>(p, item), steps = steps_of<MODE>(p, a, item);
         const bool gathers = MODE == GATE_UP && !item.dense;
         const int boxes = gathers ? 0 : ceil_div(item.rows, BOX_ROWS);
@@ -138,9 +152,9 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps
 #pragma unroll
         for (int q = 0; q < COLUMNS / 32; q++) at[q] = rows[q] / uint32_t(p.top_k) * uint32_t(k / 8);
         // Of the next tile, whose entry is there by now, and the entry of the one after it.
-        const Item next = item_at<MODE>(p, a, index + stride, entry, rank);
+        const Item next = item_at<MODE>(p, a, order, index + stride, entry, rank);
         load_rows<MODE>(p, next, lane, rows);
-        entry = entry_at(p, a, index + 2 * stride, total);
+        entry = entry_at(p, a, order, index + 2 * stride);
 
         const CUtensorMap *weights = item.dense ? &maps.dense_weights : &maps.weights;
         const CUtensorMap *tokens = item.dense ? &maps.dense_tokens : &maps.tokens;
@@ -163,7 +177,7 @@ __device__ __forceinline__ void produce(const Plan &p, const Args &a, const Maps
                 const int later = same ? step + AHEAD : step + AHEAD - steps;
                 const int first = same ? item.feature : next.feature, expert = same ? item.expert : next.expert;
                 const CUtensorMap *of = (same ? item.dense : next.dense) ? &maps.dense_weights : &maps.weights;
-                if (same || (index + stride < total && later < steps_of<MODE>(p, a, next)))
+                if (same || (index + stride < order.total && later < steps_of<MODE>(p, a, next)))
                     tensor_prefetch(of, later * TILE_K, first + own, 0, expert);
             }
             __syncwarp();
@@ -346,20 +360,20 @@ __global__ void Q35_PAIRS __launch_bounds__(THREADS, 1)
         pair_barrier();
         wait_for_inputs();
         let_next_start();
-        const int total = (a.dense_tiles + (a.routed ? *p.num_tiles : 0)) * a.feature_tiles;
+        const Order order = order_of(p, a);
 
         if (warp < 4) {
             give_registers<PRODUCER_REGISTERS>();
-            produce<MODE>(p, a, maps, shared, total, rank, warp, lane);
+            produce<MODE>(p, a, maps, order, shared, rank, warp, lane);
         } else {
             take_registers<CONSUMER_REGISTERS>();
             const uint32_t released = address_of(shared + EMPTY, lane & 1);
             const int stride = gridDim.x / 2;
-            int2 entry = entry_at(p, a, blockIdx.x / 2, total);
+            int2 entry = entry_at(p, a, order, blockIdx.x / 2);
             uint32_t done = 0;
-            for (int index = blockIdx.x / 2; index < total; index += stride) {
-                const Item item = item_at<MODE>(p, a, index, entry, rank);
-                entry = entry_at(p, a, index + stride, total);
+            for (int index = blockIdx.x / 2; index < order.total; index += stride) {
+                const Item item = item_at<MODE>(p, a, order, index, entry, rank);
+                entry = entry_at(p, a, order, index + stride);
                 int places[COLUMNS / 32] = {};
                 if (MODE == DOWN) {
 #pragma unroll
@@ -422,11 +436,6 @@ int launch_wgmma(cudaStream_t stream, const Plan &p, const Args &a, const Maps &
                   SHARED_BYTES, stream, p, a, maps);
 }
 
-// Rows of tokens [n, k].
-bool encode_tokens(CUtensorMap *map, const bf16 *tokens, int64_t n, int k) {
-    return n <= 0x7fffffff && encode_map(map, tokens, 1, 1, static_cast<int>(n), k, BOX_ROWS);
-}
-
 }  // namespace
 
 bool has_wgmma(const Plan &p, const q35_moe_weights &w, const bf16 *x, const bf16 *out) {
@@ -445,14 +454,13 @@ int launch_wgmma_logits(cudaStream_t stream, const Plan &p, const q35_moe_weight
     a.dense_tiles = ceil_div(p.n, a.dense_rows);
     Maps maps;
     if (!encode_map(&maps.weights, as_bf16(w.router), 1, 1, p.num_experts, p.hidden, FEATURES<LOGITS> / 2) ||
-        !encode_tokens(&maps.tokens, x, p.n, p.hidden))
+        !encode_map(&maps.tokens, x, 1, 1, p.n, p.hidden, BOX_ROWS))
         return cudaErrorInvalidValue;
     maps.dense_weights = maps.weights, maps.dense_tokens = maps.tokens;
     return launch_wgmma<LOGITS>(stream, p, a, maps);
 }
 
 int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out) {
-    const int64_t assignments = int64_t(p.n) * p.top_k;
     Args a = {};
     a.routed = true;
     if (p.has_shared) {
@@ -463,15 +471,15 @@ int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weigh
     constexpr int UP_BOX = FEATURES<GATE_UP> / 2, DOWN_BOX = FEATURES<DOWN> / 2;
     bool encoded = encode_map(&up.weights, as_bf16(w.gate_up), p.num_experts, 2, p.width, p.hidden, UP_BOX) &&
                    encode_map(&down.weights, as_bf16(w.down), p.num_experts, 1, p.hidden, p.width, DOWN_BOX) &&
-                   encode_tokens(&up.tokens, x, p.n, p.hidden) &&
-                   encode_tokens(&down.tokens, p.act, assignments, p.width);
+                   encode_map(&up.tokens, x, 1, 1, p.n, p.hidden, BOX_ROWS) &&
+                   encode_map(&down.tokens, p.act, 1, 1, p.n * p.top_k, p.width, BOX_ROWS);
     up.dense_weights = up.weights, up.dense_tokens = up.tokens;
     down.dense_weights = down.weights, down.dense_tokens = down.tokens;
     if (p.has_shared)
         encoded = encoded &&
                   encode_map(&up.dense_weights, as_bf16(w.shared_gate_up), 1, 2, p.shared_width, p.hidden, UP_BOX) &&
                   encode_map(&down.dense_weights, as_bf16(w.shared_down), 1, 1, p.hidden, p.shared_width, DOWN_BOX) &&
-                  encode_tokens(&down.dense_tokens, p.shared_act, p.n, p.shared_width);
+                  encode_map(&down.dense_tokens, p.shared_act, 1, 1, p.n, p.shared_width, BOX_ROWS);
     if (!encoded) return cudaErrorInvalidValue;
 
     a.x = x;

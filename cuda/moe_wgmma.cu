@@ -293,6 +293,8 @@ __device__ __forceinline__ void consume(const Plan &p, const Args &a, const Item
     // GATE_UP: of a warpgroup's 128 rows the first product takes the gates, the second those of up. DOWN: each takes
     // every other eight rows, so that a warp has 32 neighbouring features: of their eights 0 and 2, and 1 and 3.
     constexpr int OF_SECOND = MODE == GATE_UP ? 64 * 128 : 1024, BYTES_OF_8 = MODE == DOWN ? 2048 : 1024;
+    // A stage is free when the next one's products are set off; at once where copies are what is waited for.
+    constexpr int BEHIND = COLS > 64 ? 1 : 0;
     const int steps = steps_of<MODE>(p, a, item);
     float d[PRODUCTS<MODE>][COLS / 2] = {};
 #pragma unroll 1
@@ -309,14 +311,13 @@ __device__ __forceinline__ void consume(const Plan &p, const Args &a, const Item
             if constexpr (PRODUCTS<MODE> == 2) wgmma<COLS>(d[1], second + 2 * i, tokens + 2 * i);
         }
         products_commit();
-        // The step before is over, and its stage free.
-        products_wait<1>();
-        if (step > 0 && lane < 2) barrier_arrive_there(released + (use - 1) % STAGES * 8);
+        products_wait<BEHIND>();
+        if (step >= BEHIND && lane < 2) barrier_arrive_there(released + (use - BEHIND) % STAGES * 8);
     }
     products_wait<0>();
 #pragma unroll
     for (auto &product : d) products_end(product);
-    if (lane < 2) barrier_arrive_there(released + (done + steps - 1) % STAGES * 8);
+    if (BEHIND > 0 && lane < 2) barrier_arrive_there(released + (done + steps - 1) % STAGES * 8);
     const int feature = item.feature + (group * 4 + warp) * (FEATURES<MODE> / 8);
     store_tile<MODE, COLS>(p, a, item, d, shared + STAGING + (group * 4 + warp) * STAGING_BYTES, places, feature, lane);
 }
@@ -389,8 +390,7 @@ __global__ void Q35_PAIRS __launch_bounds__(THREADS, 1)
                 done += steps;
             }
         }
-        // Until now the other block may have had copies and arrivals on their way to this one.
-        pair_barrier();
+        pair_barrier();  // until now the other block may have had copies and arrivals on their way to this one
     }
 }
 

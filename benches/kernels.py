@@ -193,7 +193,7 @@ def experts(table: Table) -> None:
             "shared_gate": weights(1, hidden),
         }
         struct = MoeWeights(**{k: v.data_ptr() for k, v in parts.items()})
-        for n in (1, 4, 16, 64, 512, 8192):
+        for n in (1, 4, 16, 64, 512, 1024, 4096, 8192):
             x, out = random(n, hidden), torch.empty(n, hidden, device="cuda", dtype=BF16)
             space = torch.empty(call("q35_moe_workspace", n, dims), device="cuda", dtype=torch.uint8)
             hit = (x.float() @ parts["router"].float().T).topk(8).indices.unique().numel()

@@ -106,6 +106,45 @@ __global__ void __launch_bounds__(256) sum_kernel(Plan p, int col0, int cols, bf
     }
 }
 
+// out[:, col0 .. col0 + cols] = the weighted sums of y in bf16, the experts in the order of their weights, then the
+// shared expert; a thread 8 columns.
+__global__ void __launch_bounds__(128) bf16_sum_kernel(Plan p, int col0, int cols, bf16 *out) {
+    wait_for_inputs();
+    let_next_start();
+    const int token = blockIdx.x, col = (blockIdx.y * 128 + threadIdx.x) * 8;
+    if (col >= cols) return;
+    const float *weights = p.weights + int64_t(token) * p.top_k;
+    const bf16 *y = reinterpret_cast<const bf16 *>(p.y) + int64_t(token) * p.top_k * cols + col;
+    float sum[8] = {};
+    auto load16 = [](const bf16 *from) { return __ldcs(reinterpret_cast<const uint4 *>(from)); };  // read once
+    auto add = [&](float weight, uint4 packed) {
+        float v[8];
+        unpack8(packed, v);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] = fmaf(weight, v[i], sum[i]);
+    };
+    uint4 of_shared = {};
+    float gate = 0.f;
+    if (p.has_shared) {
+        gate = p.gate[token];
+        of_shared = load16(reinterpret_cast<const bf16 *>(p.y) + (int64_t(p.n) * p.top_k + token) * cols + col);
+    }
+    for (int first = 0; first < p.top_k; first += 8) {
+        uint4 v[8];  // loaded together
+        float weight[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int r = min(first + i, p.top_k - 1);
+            weight[i] = weights[r], v[i] = load16(y + int64_t(r) * cols);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (first + i < p.top_k) add(weight[i], v[i]);
+    }
+    if (p.has_shared) add(precise_sigmoid(gate), of_shared);
+    store8(out + int64_t(token) * p.hidden + col0 + col, sum);
+}
+
 }  // namespace
 
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out) {
@@ -113,6 +152,10 @@ int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out
     const bool wide = p.hidden % 4 == 0 && p.y_cols % 4 == 0 && aligned(out, 8);
     const dim3 grid(p.n, ceil_div(cols, wide ? 1024 : 256));
     return launch(wide ? sum_kernel<true> : sum_kernel<false>, grid, 256, 0, stream, p, col0, cols, out);
+}
+
+int launch_bf16_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out) {
+    return launch(bf16_sum_kernel, dim3(p.n, ceil_div(cols, 1024)), 128, 0, stream, p, col0, cols, out);
 }
 
 extern "C" int q35_route(void *stream, int n, int num_experts, int top_k, const float *logits, float *weights,

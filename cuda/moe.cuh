@@ -61,6 +61,8 @@ int launch_many_then_norm(cudaStream_t stream, const Plan &p, const q35_moe_weig
                           float *residual, const float *norm, float eps, bf16 *out);
 // out[:, col0 .. col0 + cols] = the weighted sums of y.
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
+// The same of rows of `cols` bf16, a multiple of 8; `out` is 16-byte aligned.
+int launch_bf16_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
 
 // ------------------------------------------------------------------------------------------------ device functions
 
@@ -226,9 +228,9 @@ struct Heights {
 int launch_routes(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x);
 int launch_sort(cudaStream_t stream, const Plan &p, Heights heights);
 
-// moe_wgmma.cu: the products for cards of compute capability 9.0. Their tiles have up to so many rows; an expert's are
-// shared out evenly, in multiples of the step.
-constexpr int WGMMA_ROWS = 256;
+// moe_wgmma.cu: the products for cards of compute capability 9.0. Their tiles have up to so many rows, half of them for
+// each of two blocks; an expert's are shared out evenly, in multiples of the step.
+constexpr int WGMMA_ROWS = 320;
 constexpr int WGMMA_STEP = 16;
 // Whether they serve this card, these sizes and addresses.
 bool has_wgmma(const Plan &p, const q35_moe_weights &w, const bf16 *x, const bf16 *out);

@@ -1,8 +1,10 @@
 """What is only there on a GPU: recorded steps, tokens chosen on the device, planned memory, random weights of full size."""
 
+import gc
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -118,3 +120,55 @@ def test_random_weights_of_full_size():
     assert np.sqrt(((got - want) ** 2).mean()) < 0.05 * want.std()
     step = speed.decode(on_gpu, 1, 32, 8)
     assert step.nodes is not None and step.seconds < 0.1
+
+
+def test_steps_ahead_of_their_tokens_change_nothing(llm):
+    """A step that starts before the host has read the tokens of the one before, with requests that come, end early and
+    are given up meanwhile. More log-probabilities than the device gives are asked for where no step may run ahead."""
+
+    def params(i, **changes):
+        return SamplingParams(
+            temperature=0.8 * (i % 2), seed=i, max_tokens=30 + 3 * i, ignore_eos=True, **changes
+        )
+
+    def run(i, **changes):
+        return llm.generate(ids(PROMPTS[i : i + 1]), params(i, **changes))[0].outputs[0].token_ids
+
+    numbers = range(12)
+    waited = [run(i, logprobs=40) for i in numbers]
+    stops = [waited[i][5 + i : 6 + i] if i % 3 else [] for i in numbers]
+    expected = [t[: t.index(s[0]) + 1] if s else t for t, s in zip(waited, stops, strict=True)]
+    for i in numbers:
+        assert run(i, stop_token_ids=stops[i]) == expected[i]
+    together = [params(i, stop_token_ids=stops[i]) for i in numbers]
+    assert [o.outputs[0].token_ids for o in llm.generate(ids(PROMPTS[:12]), together)] == expected
+
+    got = {}
+
+    def serve(first):
+        for i in range(first, 12, 3):
+            for _ in zip(range(7), llm.stream(ids(PROMPTS[20:21])[0], params(3)), strict=False):
+                pass  # given up after some tokens
+            got[i] = run(i, stop_token_ids=stops[i])
+
+    threads = [threading.Thread(target=serve, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [got.get(i) for i in numbers] == expected
+
+
+@pytest.mark.parametrize("num", [1, 5, 700])
+def test_logits_stay_on_the_device(num):
+    llm = LLM(hub.EMBEDDED, device="cuda", max_num_batched_tokens=256)
+    token_ids = [(37 * i + 5) % 900 for i in range(num)]
+    free = torch.cuda.mem_get_info()[0]
+    logits = torch.from_dlpack(llm.logits(token_ids, on_device=True))
+    assert logits.is_cuda and logits.dtype == torch.float32
+    assert free - torch.cuda.mem_get_info()[0] >= logits.nbytes - (2 << 20)
+    expected = torch.from_numpy(llm.logits(token_ids))
+    assert torch.equal(logits.cpu().view(torch.int32), expected.view(torch.int32))
+    del llm
+    gc.collect()
+    assert torch.equal(logits.cpu().view(torch.int32), expected.view(torch.int32))

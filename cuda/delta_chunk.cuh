@@ -69,6 +69,6 @@ __device__ __forceinline__ void copy_rows(int thread, bf16 *to, const bf16 *from
 // The part that goes from chunk to chunk. most_seqs: no more sequences than this have chunks.
 cudaError_t launch_walks(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan, int64_t most_seqs);
 
-// The same on Hopper, where walk_wgmma_fits; no slice of columns is narrower there, so a head's bits are the same.
+// The same on Hopper, for the sizes that walk_wgmma_fits says.
 bool walk_wgmma_fits(q35_delta_dims dims);
 cudaError_t walk_wgmma(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan, int64_t most_seqs);

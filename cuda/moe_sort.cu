@@ -184,8 +184,8 @@ __device__ __forceinline__ void add_starts(int num_experts, const int *totals, i
 }
 
 // The list of tiles: the highest first, so that blocks that take every so-many'th have about the same to do; those of
-// an expert together. By the whole block, a warp a height; `tiles` [E] is room for it.
-__device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, const int *totals, const int *starts,
+// an expert together. By the whole block, a warp a height; `tiles` [E] is room for it, and `totals` is lost.
+__device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, int *totals, const int *starts,
                                            int *tiles) {
     __shared__ int of_height[32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, highest = heights.most / heights.step;
@@ -200,19 +200,21 @@ __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, const
         for (int first = 0; first < p.num_experts; first += 32) {
             const int e = first + lane, both = e < p.num_experts ? tiles[e] : 0;
             const int own = (both & 31) == warp ? both >> 5 : 0, upto = sums_upto(own, lane);
-            // Where its first is of those of its height, in place of their number; the other warps see no difference.
-            if (own != 0) tiles[e] = (sum + upto - own) << 5 | warp;
+            // Where its first is of those of its height. Its assignments can still be told from where the next begin.
+            if (own != 0) totals[e] = sum + upto - own;
             sum += __shfl_sync(ALL_LANES, upto, 31);
         }
         if (lane == 0) of_height[warp] = sum;
     }
     __syncthreads();
     for (int e = threadIdx.x; e < p.num_experts; e += SORT_THREADS) {
-        const int count = ceil_div(totals[e], heights.most), height = tiles[e] & 31, rows = height * heights.step;
+        const int count = tiles[e] >> 5, height = tiles[e] & 31, rows = height * heights.step;
         if (count == 0) continue;
-        int2 *to = p.tiles + (tiles[e] >> 5);
+        const int start = starts[e], end = e + 1 < p.num_experts ? starts[e + 1] : p.n * p.top_k;
+        int2 *to = p.tiles + totals[e];
         for (int h = height + 1; h <= highest; h++) to += of_height[h];
-        for (int i = 0; i < count; i++) to[i] = tile_entry(e, min(rows, totals[e] - i * rows), starts[e] + i * rows);
+        for (int i = 0; i < count; i++)
+            to[i] = tile_entry(e, min(rows, end - start - i * rows), start + i * rows);
     }
     if (threadIdx.x == 0) {
         int sum = 0;

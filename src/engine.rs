@@ -7,10 +7,11 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use self::ahead::Flight;
-use crate::backend::{Backend, Lendable, Sampled, Sampling, Stats};
+use crate::backend::{Backend, Sampled, Sampling, Stats};
 use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
 use crate::config::LayerKind;
+use crate::lend::Lendable;
 use crate::model::{Memory, Model, Workspace};
 use crate::random::mix;
 use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, Wanted};

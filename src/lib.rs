@@ -17,6 +17,7 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod inspect;
+pub mod lend;
 pub mod model;
 pub mod plan;
 #[cfg(feature = "python")]

@@ -7,9 +7,10 @@ mod mtp;
 
 use self::mtp::Mtp;
 use crate::Result;
-use crate::backend::{Backend, DeltaWeights, Lendable, MoeTensors, Precision, Rope, Sampling};
+use crate::backend::{Backend, DeltaWeights, MoeTensors, Precision, Rope, Sampling};
 use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS};
 use crate::config::{FfnConfig, ModelConfig};
+use crate::lend::Lendable;
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
 
 /// The weights of the net on one device.

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::backend::Lendable;
 use crate::batch::{PageId, SlotId};
+use crate::lend::Lendable;
 use crate::{Error, Result};
 
 /// Identity of a request, unique in its engine; later requests have larger ids.

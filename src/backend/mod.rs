@@ -24,6 +24,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::batch::{Batch, BatchLimits};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig, RopeConfig};
+use crate::lend::Lendable;
 use crate::weights::{DType, ExpertTensors, Tensor};
 
 /// How an activation buffer is held.
@@ -333,16 +334,6 @@ pub trait Backend: Send + Sync {
 
     /// Zeroes the state and the convolution tail of one slot.
     fn clear_slot(&self, slots: &mut Self::Slots, slot: usize);
-}
-
-/// Memory on a device that other libraries can be lent.
-pub trait Lendable: std::any::Any + std::fmt::Debug + Send + Sync {
-    /// The number of its CUDA device.
-    fn device(&self) -> usize;
-    /// Where it is there.
-    fn address(&self) -> u64;
-    /// Lets a stream use it, which waits for what was launched; `None`: one that the caller sees to.
-    fn share(&self, stream: Option<usize>) -> Result<()>;
 }
 
 /// What a device says of itself.

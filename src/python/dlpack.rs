@@ -12,7 +12,7 @@ use pyo3::types::{PyCapsule, PyDict, PyTuple};
 
 use super::ops_shapes::{Shape, refuse};
 use super::to_py;
-use crate::backend::Lendable;
+use crate::lend::Lendable;
 
 const UNUSED: &CStr = c"dltensor";
 const USED: &CStr = c"used_dltensor";

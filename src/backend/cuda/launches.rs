@@ -15,11 +15,11 @@ use super::{Cuda, State, ffi, measure, sample};
 use crate::backend::cpu::conv1d::tap_major;
 use crate::backend::cpu::linear::to_f32;
 use crate::backend::{
-    Backend, DecayWeights, DeltaWeights, Lendable, Measured, MoeTensors, Precision, Rope, Sampled, Sampling,
-    Stats,
+    Backend, DecayWeights, DeltaWeights, Measured, MoeTensors, Precision, Rope, Sampled, Sampling, Stats,
 };
 use crate::batch::{Batch, BatchLimits, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
+use crate::lend::Lendable;
 use crate::weights::{DType, Tensor};
 use crate::{Error, Result};
 

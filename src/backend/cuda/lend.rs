@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Cuda;
 use super::buffers::{Buf, product};
 use super::device::Memory;
-use crate::backend::Lendable;
+use crate::lend::Lendable;
 use crate::{Error, Result};
 
 /// Complete when it is lent, so that no stream has to wait; freed when nothing runs on the device that could read it.

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::Result;
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, DecayWeights, Edit, Lendable, MoeTensors, Precision, Rope, Sampled, Sampling};
+use crate::backend::{Backend, DecayWeights, Edit, MoeTensors, Precision, Rope, Sampled, Sampling};
 use crate::batch::{Batch, BatchLimits};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
+use crate::lend::Lendable;
 use crate::weights::{DType, Tensor};
 
 type Buf = <Cpu as Backend>::Buf;

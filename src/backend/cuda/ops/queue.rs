@@ -12,7 +12,7 @@ use half::bf16;
 use super::super::buffers::product;
 use super::super::{device, ffi};
 use super::{ADVICE, F32};
-use crate::backend::Lendable;
+use crate::lend::Lendable;
 use crate::{Error, Result};
 
 /// An address on a device.

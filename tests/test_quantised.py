@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import quantised as q
 import tiny
-from qwen35rs import LLM, ConfigError, SamplingParams, _core
+from qwen35rs import LLM, ConfigError, OutOfMemoryError, SamplingParams, _core
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CASES = json.loads((GOLDEN / "quant" / "cases.json").read_text())
@@ -410,6 +410,45 @@ def test_codes_without_a_configuration_are_refused(tmp_path):
     (one / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         ConfigError, match="found dtype F8_E4M3; expected BF16, F16 or F32, as the configuration has no"
+    ):
+        LLM(one)
+
+
+def test_matrices_that_do_not_fit_once_decoded(tmp_path):
+    """A file of holes: it takes no space, and its matrices four times as much memory as there is."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable"))
+    hidden, width = 1 << 12, 1 << 18
+    layers = int(available.split()[1]) * 1024 // (3 * hidden * width) + 1
+    config, tensors = read("dense_attention_only")
+    config |= {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+    config |= {"layer_types": ["full_attention"] * layers, "vocab_size": 8}
+    config.pop("full_attention_interval", None)
+    heads, kv, dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    shapes = {"input_layernorm": [hidden], "post_attention_layernorm": [hidden]}
+    shapes |= {
+        "self_attn.q_norm": [dim],
+        "self_attn.k_norm": [dim],
+        "self_attn.o_proj": [hidden, heads * dim],
+    }
+    shapes |= {"self_attn.q_proj": [2 * heads * dim, hidden]}
+    shapes |= {f"self_attn.{name}_proj": [kv * dim, hidden] for name in "kv"}
+    prefix = next(key for key in tensors if "embed_tokens" in key).removesuffix("embed_tokens.weight")
+    holes = {
+        f"{prefix}embed_tokens.weight": ("BF16", [8, hidden], None),
+        f"{prefix}norm.weight": ("BF16", [hidden], None),
+    }
+    if "lm_head.weight" in tensors:
+        holes["lm_head.weight"] = ("BF16", [8, hidden], None)
+    for i in range(layers):
+        at = f"{prefix}layers.{i}."
+        holes |= {f"{at}{name}.weight": ("BF16", shape, None) for name, shape in shapes.items()}
+        for name, shape in [("gate", [width, hidden]), ("up", [width, hidden]), ("down", [hidden, width])]:
+            holes[f"{at}mlp.{name}_proj.weight"] = ("F8_E4M3", shape, None)
+            holes[f"{at}mlp.{name}_proj.weight_scale"] = ("F32", [], None)
+    one = write(tmp_path / "one", config | {"quantization_config": {"quant_method": "fp8"}}, holes)
+    with pytest.raises(
+        OutOfMemoryError, match=r"decoded matrices \(\d+ bytes; .*bfloat16.* takes half of that"
     ):
         LLM(one)
 

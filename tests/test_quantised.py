@@ -339,6 +339,15 @@ def test_inspect_counts_what_is_quantised(name, form, tmp_path):
     assert found["weight_bytes_per_token"] < plain["weight_bytes_per_token"]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_reads_what_is_stored(name, tmp_path):
+    """A dense model with a shared embedding: all of it, but for what only says again what the shape says."""
+    one, _, _ = pair(tmp_path, "dense_bf16", name)
+    stored = tiny.read_safetensors(one / "model.safetensors")
+    sizes = [len(data) for key, (_, _, data) in stored.items() if not key.endswith(("g_idx", "weight_shape"))]
+    assert inspected(one)["weight_bytes_per_token"] == sum(sizes)
+
+
 def test_inspect_prints_it(tmp_path):
     from qwen35rs.cli import app
     from typer.testing import CliRunner

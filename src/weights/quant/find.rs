@@ -97,6 +97,9 @@ pub(in crate::weights) fn find(
         return Err(module.problem(second, found, "one of the two"));
     }
     let Some(tensor) = checkpoint.get(&module.name(form)) else { return Ok(None) };
+    if stacked.is_some() && form != "weight" {
+        return Err(module.problem(form, "a stack of matrices", "a module of its own for each expert"));
+    }
     let method = config.map(|config| config.method);
     let rules =
         config.map(|config| (&config.fp8, &config.int4, config.nvfp4)).unwrap_or((&None, &None, false));

@@ -403,6 +403,13 @@ fn stacked_experts() {
     let wrong = [parts[0].clone(), part("a.b_scale_inv", DType::F32, &[2, 2])];
     assert!(error(&wrong, Some(&config), &[3, 16, 64]).unwrap().starts_with("a.b_scale_inv: shape [2, 2]; "));
     assert!(error(&parts[..1], Some(&config), &[3, 16, 64]).unwrap().starts_with("a.b_scale_inv: nothing; "));
+    // Nobody has seen the other forms stacked, so their order is not guessed: neither of a stack nor of one matrix.
+    let int4 = &good()[3].0;
+    for shape in [vec![3, 16, 8], vec![16, 8]] {
+        let parts = [part("a.b_packed", DType::I32, &shape), part("a.b_scale", DType::BF16, &[16, 2])];
+        let words = "a.b_packed: a stack of matrices; a module of its own for each expert";
+        assert_eq!(error(&parts, Some(int4), &[3, 16, 64]).unwrap(), words);
+    }
 }
 
 /// Any dtypes, shapes and contents: a matrix that can be read, or a problem that says something.

@@ -158,18 +158,12 @@ def one_by_one(tensors):
     return split
 
 
-def is_quantised(name):
-    """All linears of the layers but those that no release quantises; of the experts every fifth stays as it is."""
-    kept = [
-        "in_proj_a",
-        "in_proj_b",
-        "conv1d",
-        "mlp.gate.",
-        "shared_expert_gate",
-        "visual",
-        "mtp.fc",
-        "experts.3.",
-    ]
+# What no release quantises; and of the experts some stay as they are.
+KEPT = ("in_proj_a", "in_proj_b", "conv1d", "mlp.gate.", "shared_expert_gate", "visual", "mtp.fc")
+MIXED = (*KEPT, "experts.3.")
+
+
+def is_quantised(name, kept):
     return "layers." in name and name.endswith(".weight") and not any(part in name for part in kept)
 
 
@@ -181,13 +175,14 @@ def write(folder, config, tensors):
     return folder
 
 
-def pair(folder, source, name):
-    """A quantised checkpoint, and the same matrices decoded, as float32."""
-    quantization, make, decode = FORMATS[name]
+def pair(folder, source, name, kept=MIXED, make=None):
+    """A quantised checkpoint, and the same matrices decoded, as float32; and how many those are."""
+    quantization, made, decode = FORMATS[name]
+    make = make or made
     config, tensors = read(source)
     stored, plain, count = {}, {}, 0
     for key, entry in one_by_one(tensors).items():
-        if is_quantised(key) and fits(name, entry[1]):
+        if is_quantised(key, kept) and fits(name, entry[1]):
             parts = make(q.numbers(entry))
             stored |= {key.removesuffix("weight") + part: value for part, value in parts.items()}
             plain[key] = q.tensor("F32", decode(parts))

@@ -277,7 +277,8 @@ def nvfp4_packed():
 
     args = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
     tensors, modules = {}, {}
-    for module, rows, cols, whole in [("a", 40, 96, 301.7), ("b", 7, 16, 2100.0)]:
+    # Of a scale like the first, any other order of the arithmetic gives other bits.
+    for module, rows, cols, whole in [("a", 40, 96, 3333.3), ("b", 7, 16, 2100.0)]:
         codes, scale = integers(0, 256, rows, cols // 2, dtype=torch.uint8), positive_e4m3(rows, cols // 16)
         whole = torch.tensor([whole])
         wide = unpack_fp4_from_uint8(codes, rows, cols, torch.float32)

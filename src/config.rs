@@ -8,9 +8,11 @@
 mod fields;
 mod generation;
 mod parse;
+mod quant;
 mod rope;
 
 pub use generation::GenerationConfig;
+pub use quant::{Fp8Rule, Int4Rule, QuantConfig, QuantMethod};
 
 use std::path::Path;
 
@@ -18,6 +20,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::{Error, Result};
+
+/// What some exports write in place of `quantization_config`.
+const QUANT_FILE: &str = "hf_quant_config.json";
 
 /// The geometry and constants of one Qwen3.5 text model. All sizes are in elements.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -52,6 +57,8 @@ pub struct ModelConfig {
     pub vision: Option<VisionConfig>,
     /// The dtype the checkpoint declares (`bfloat16`, ...). The tensors speak for themselves.
     pub dtype: Option<String>,
+    /// The formats that large matrices may have besides plain floats.
+    pub quantization: Option<QuantConfig>,
     /// `eos_token_id` of the configuration. For the family this is end-of-text and not end-of-turn: stop
     /// tokens come from [`GenerationConfig`] first.
     pub eos_token_ids: Vec<u32>,
@@ -200,7 +207,8 @@ impl AttentionConfig {
 }
 
 impl ModelConfig {
-    /// Reads and checks `config.json` of a checkpoint directory.
+    /// Reads and checks `config.json` of a checkpoint directory, and `hf_quant_config.json` where that alone says how
+    /// the weights are quantised.
     ///
     /// # Errors
     /// `Io` if the file cannot be read, `File` if it is not JSON, `Config` for the first value that cannot
@@ -208,7 +216,13 @@ impl ModelConfig {
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| read_error(&path, e))?;
-        Self::from_json(&text, &path)
+        let mut value = parse_json(&text, &path)?;
+        let beside = dir.join(QUANT_FILE);
+        if value.get("quantization_config").is_none() && beside.exists() {
+            let text = std::fs::read_to_string(&beside).map_err(|e| read_error(&beside, e))?;
+            quant::with_file(&mut value, parse_json(&text, &beside)?, &beside)?;
+        }
+        Self::from_value(&value)
     }
 
     /// Checks the text of a `config.json`. `origin` is the file that errors name.
@@ -216,8 +230,7 @@ impl ModelConfig {
     /// # Errors
     /// `File` if the text is not JSON, `Config` for the first value that cannot be run.
     pub fn from_json(text: &str, origin: &Path) -> Result<Self> {
-        let value = serde_json::from_str(text).map_err(|e| Error::file(origin, format!("not JSON: {e}")))?;
-        Self::from_value(&value)
+        Self::from_value(&parse_json(text, origin)?)
     }
 
     /// Checks a parsed `config.json`.
@@ -244,6 +257,10 @@ impl ModelConfig {
             None => self.max_position,
         }
     }
+}
+
+fn parse_json(text: &str, origin: &Path) -> Result<Value> {
+    serde_json::from_str(text).map_err(|e| Error::file(origin, format!("not JSON: {e}")))
 }
 
 /// The error of a text file that could not be read: bad UTF-8 is the file's fault, the rest the system's.

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::plan::{CacheBytes, ParamCounts, cache_bytes, param_counts};
-use crate::weights::{Checkpoint, Depth, ExpertTensors, FfnTensors, ModelTensors, MtpTensors};
+use crate::weights::{Checkpoint, Depth, ExpertTensors, FfnTensors, ModelTensors, MtpTensors, Tensor};
 use crate::{Error, Result};
 
 /// A checkpoint directory, described.
@@ -34,6 +34,9 @@ pub struct Inspection {
     pub tensor_bytes: u64,
     /// Tensors by element type.
     pub dtypes: Vec<DTypeShare>,
+    /// Matrices of the text model, and of an MTP module that can be loaded, by how they are quantised; empty where none
+    /// is.
+    pub quantized: Vec<QuantShare>,
     /// Tensors of a vision tower.
     pub num_vision_tensors: usize,
     /// Tensors of an MTP module.
@@ -72,6 +75,19 @@ pub struct DTypeShare {
     pub bytes: u64,
 }
 
+/// The matrices of one quantised form.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct QuantShare {
+    /// The form, whose layout it is where that matters, and what shares a scale.
+    pub format: String,
+    /// Matrices; stacked experts count one by one.
+    pub num_matrices: usize,
+    /// Their elements.
+    pub num_elements: u64,
+    /// Bytes of codes, scales and zero points.
+    pub bytes: u64,
+}
+
 /// Describes a checkpoint directory. A configuration that cannot be run, or tensors that do not match it,
 /// are part of the answer (`refused`).
 ///
@@ -90,16 +106,20 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
         None => None,
     };
     let mut mtp_refused = refused.clone();
-    if let Some(config) = &config {
-        unless_refused(MtpTensors::resolve(&checkpoint, config), &mut mtp_refused)?;
-    }
+    let module = match &config {
+        Some(config) => unless_refused(MtpTensors::resolve(&checkpoint, config), &mut mtp_refused)?,
+        None => None,
+    };
+    let places =
+        tensors.iter().flat_map(ModelTensors::tensors).chain(module.iter().flat_map(MtpTensors::tensors));
+    let quantized = quantized(places);
     let mut dtypes: BTreeMap<_, DTypeShare> = BTreeMap::new();
     for tensor in checkpoint.iter() {
         let empty = DTypeShare { dtype: tensor.dtype.name(), num_tensors: 0, num_elements: 0, bytes: 0 };
         let share = dtypes.entry(tensor.dtype).or_insert(empty);
         share.num_tensors += 1;
         share.num_elements += tensor.num_elements() as u64;
-        share.bytes += tensor.bytes().len() as u64;
+        share.bytes += tensor.num_bytes() as u64;
     }
     let mut dtypes: Vec<_> = dtypes.into_values().collect();
     dtypes.sort_by_key(|share| std::cmp::Reverse(share.bytes));
@@ -122,6 +142,7 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
         num_elements: dtypes.iter().map(|share| share.num_elements).sum(),
         tensor_bytes: checkpoint.total_bytes(),
         dtypes,
+        quantized,
         num_vision_tensors: starting(&["model.visual.", "visual."]),
         num_mtp_tensors: starting(&["mtp."]),
         mtp_refused,
@@ -143,6 +164,23 @@ fn unless_refused<T>(found: Result<T>, refused: &mut Option<String>) -> Result<O
         }
         Err(other) => Err(other),
     }
+}
+
+/// Encoded matrices by form, the form with most bytes first.
+fn quantized<'a>(places: impl Iterator<Item = &'a Tensor>) -> Vec<QuantShare> {
+    let mut shares: BTreeMap<String, QuantShare> = BTreeMap::new();
+    for tensor in places {
+        let Some(encoded) = tensor.encoded() else { continue };
+        let format = encoded.format();
+        let empty = QuantShare { format: format.clone(), num_matrices: 0, num_elements: 0, bytes: 0 };
+        let share = shares.entry(format).or_insert(empty);
+        share.num_matrices += tensor.shape[..tensor.shape.len() - 2].iter().product::<usize>();
+        share.num_elements += tensor.num_elements() as u64;
+        share.bytes += tensor.num_bytes() as u64;
+    }
+    let mut shares: Vec<_> = shares.into_values().collect();
+    shares.sort_by_key(|share| std::cmp::Reverse(share.bytes));
+    shares
 }
 
 fn expert_layout(tensors: &ModelTensors) -> Option<&'static str> {
@@ -204,11 +242,11 @@ mod tests {
 
         std::fs::write(
             dir.path().join("config.json"),
-            r#"{"model_type": "qwen3_5_text", "quantization_config": {"quant_method": "fp8"}}"#,
+            r#"{"model_type": "qwen3_5_text", "quantization_config": {"quant_method": "hqq"}}"#,
         )
         .unwrap();
         let found = inspect(dir.path(), Depth::Full).unwrap();
         assert!(found.config.is_none() && found.fingerprint.starts_with("full:"));
-        assert!(found.refused.unwrap().starts_with("quantization_config: found \"fp8\""));
+        assert!(found.refused.unwrap().starts_with("quantization_config.quant_method: found \"hqq\""));
     }
 }

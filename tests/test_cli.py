@@ -409,7 +409,7 @@ def test_inspect_says_what_is_refused(demo, tmp_path):
     config["quantization_config"] = {"quant_method": "[red]fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     os.link(Path(demo, "model.safetensors"), tmp_path / "model.safetensors")
-    assert 'refused: quantization_config: found "[red]fp8"' in ok("inspect", tmp_path)
+    assert 'refused: quantization_config.quant_method: found "[red]fp8"' in ok("inspect", tmp_path)
     assert as_json("inspect", tmp_path)["config"] is None
 
 

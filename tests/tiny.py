@@ -107,7 +107,7 @@ def read_safetensors(path):
 
 def write_safetensors(path, tensors):
     """The reverse. A value of None for the bytes leaves a hole: zeros that take no space on disk."""
-    sizes = {"F32": 4, "BF16": 2, "F16": 2}
+    sizes = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}
     header, end = {}, 0
     for name, (dtype, shape, _) in tensors.items():
         start, end = end, end + int(np.prod(shape)) * sizes[dtype]

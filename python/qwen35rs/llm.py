@@ -46,10 +46,11 @@ class LLM:
             family such as ``"35b-a3b"``, and has no tokenizer unless there is one beside it.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: what the environment's QWEN35RS_DEVICE says, else
             the first GPU where it can be used, else the CPU.
-        dtype: how matrices are held: ``"auto"`` as the checkpoint has them, ``"float32"``, ``"bfloat16"`` or
-            ``"float16"``. On the CPU bfloat16 is packed at load, without loss, into three quarters of its bytes;
-            matrices of the other types, and the embedding, stay in the mapped file where it has them in that type;
-            arithmetic is float32 always. On a GPU matrices and activations are bfloat16, whatever the checkpoint has.
+        dtype: how matrices are held: ``"auto"`` as the checkpoint has them, and quantised ones as float32, which is
+            exact; ``"float32"``, ``"bfloat16"`` or ``"float16"``. On the CPU bfloat16 is packed at load, without loss,
+            into three quarters of its bytes; matrices of the other types, and the embedding, stay in the mapped file
+            where it has them in that type; arithmetic is float32 always. On a GPU matrices and activations are
+            bfloat16, whatever the checkpoint has.
         deterministic: on a GPU, make the bits of a request independent of what else is in its batches, at the cost of
             speed. On the CPU they always are.
         enforce_eager: on a GPU, launch the kernels of a decode step one by one, and not as a recorded CUDA graph. The

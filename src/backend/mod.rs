@@ -61,7 +61,9 @@ pub trait Backend: Send + Sync {
     fn buf(&self, rows: usize, width: usize, precision: Precision) -> Result<Self::Buf>;
     /// Scratch for batches of up to these sizes. One workspace of a model is used at a time.
     fn scratch(&self, config: &ModelConfig, limits: &BatchLimits) -> Result<Self::Scratch>;
-    /// A linear layer from the rows of one or more tensors, one after the other; with `dtype`, stored so.
+    /// A linear layer from the rows of one or more tensors, one after the other; with `dtype`, stored so. Tensors may be
+    /// encoded, each in another form: [`Tensor::encoded`] for a device that multiplies codes, else
+    /// [`Tensor::read_rows_as`].
     fn linear_weight(&self, tensors: &[Tensor], dtype: Option<DType>) -> Result<Self::Linear>;
     /// A linear layer of which [`Backend::embed`] reads rows; the head too, where they are tied.
     fn table_weight(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Self::Linear>;

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::fields::{Fields, show};
+use super::quant::quant_config;
 use super::rope::rope_config;
 use super::{AttentionConfig, DeltaConfig, FfnConfig, LayerKind, ModelConfig, RopeConfig, VisionConfig};
 use crate::{Error, Result};
@@ -19,8 +20,6 @@ const MAX_EXPERTS: u64 = 1 << 14;
 pub(super) const MAX_POSITION: u64 = (1 << 31) - 1;
 
 const MODEL_TYPES: &str = "qwen3_5, qwen3_5_moe, qwen3_5_text, qwen3_5_moe_text";
-const NOT_QUANTIZED: &str =
-    "nothing: this format is not supported yet; allowed are bf16, f16 and f32 checkpoints";
 
 /// What differs between the two classes of the reference.
 struct Family {
@@ -74,6 +73,7 @@ pub(super) fn model_config(value: &Value) -> Result<ModelConfig> {
         num_mtp_layers: mtp_layers(&text)?,
         vision,
         dtype: dtype(&top, &text)?,
+        quantization: quant_config(&top, &text)?,
         eos_token_ids: text.token_ids("eos_token_id")?.or(top.token_ids("eos_token_id")?).unwrap_or_default(),
     })
 }
@@ -118,12 +118,6 @@ fn family<'a>(top: &Fields<'a>) -> Result<(&'static Family, Fields<'a>)> {
 /// Refuses the values that would change the result and that no code here obeys.
 fn refuse_what_cannot_run(top: &Fields, text: &Fields, family: &Family) -> Result<()> {
     for fields in [top, text] {
-        for key in ["quantization_config", "compression_config"] {
-            if let Some(value) = fields.get(key) {
-                let method = value.get("quant_method").unwrap_or(value);
-                return Err(Error::config(fields.name(key), show(method), NOT_QUANTIZED));
-            }
-        }
         if let Some(value) = fields.get("architectures") {
             let known = |v: &Value| v.as_str().is_some_and(|name| family.architectures.contains(&name));
             if !value.as_array().is_some_and(|list| list.iter().all(known)) {

@@ -186,13 +186,15 @@ struct Load {
 }
 
 impl Load {
-    /// Loads it onto a device; the engine's thread does the work.
-    fn start<B: Backend + 'static>(self, backend: B) -> Result<(Service, Sizes)> {
+    /// Loads it onto a device; the engine's thread does the work. `room` is what decoded matrices may take, where the
+    /// device does not say itself that they are too large for it.
+    fn start<B: Backend + 'static>(self, backend: B, room: Option<u64>) -> Result<(Service, Sizes)> {
         let cancelled = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&cancelled);
         let make = move || {
             let checkpoint = if self.dummy { Checkpoint::random() } else { Checkpoint::open(&self.path)? };
             let tensors = ModelTensors::resolve(&checkpoint, &self.config)?;
+            check_decoded(&tensors, self.dtype, room)?;
             let report = |done, total| match seen.load(Ordering::Relaxed) {
                 true => Err(Error::Interrupted),
                 false => report(&self.progress, done, total),
@@ -245,12 +247,12 @@ impl Load {
             let found = if dtype == DType::F32 { "float32" } else { "float16" };
             return Err(Error::request("dtype", found, "auto, bfloat16 (on a CUDA device)"));
         }
-        self.start(crate::backend::cuda::Cuda::new(ordinal, folders, deterministic, !enforce_eager)?)
+        self.start(crate::backend::cuda::Cuda::new(ordinal, folders, deterministic, !enforce_eager)?, None)
     }
 
     #[cfg(not(feature = "cuda"))]
     fn start_cuda(self, ordinal: usize, _: &[PathBuf], _: bool, _: bool) -> Result<(Service, Sizes)> {
-        Device::Cuda(ordinal).require().and_then(|()| self.start(Cpu))
+        Device::Cuda(ordinal).require().and_then(|()| self.start(Cpu, None))
     }
 }
 
@@ -319,7 +321,7 @@ impl PyEngine {
             let (service, (max_model_len, has_mtp)) = match device {
                 Device::Cpu => {
                     load.check_memory()?;
-                    load.start(Cpu)?
+                    load.start(Cpu, available_memory())?
                 }
                 Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic, enforce_eager)?,
             };
@@ -451,6 +453,24 @@ fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
     let Wanted::Tokens(params) = &job.wanted else { return Vec::new() };
     let own = if params.ignore_eos { &[] } else { eos };
     own.iter().chain(&params.stop_token_ids).copied().collect()
+}
+
+/// Refuses quantised matrices that are more than there is room for once they are decoded: a file's pages can be given
+/// back, those cannot.
+fn check_decoded(tensors: &ModelTensors, dtype: Option<DType>, room: Option<u64>) -> Result<()> {
+    let size = dtype.unwrap_or(DType::F32).size() as u64;
+    let encoded = tensors.tensors().filter(|tensor| tensor.encoded().is_some());
+    let bytes: u64 = encoded.map(|tensor| size * tensor.num_elements() as u64).sum();
+    match room {
+        Some(room) if bytes > room => Err(Error::OutOfMemory {
+            what: format!("decoded matrices ({bytes} bytes; the machine has {room} available)"),
+            advice: match size {
+                4 => "dtype=\"bfloat16\" takes half of that; or take a smaller model, or a GPU".into(),
+                _ => "take a smaller model, or a GPU".into(),
+            },
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Bytes that the system says can be taken; `None` where it says nothing.

@@ -145,6 +145,12 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
+    /// The tensors whose names begin so.
+    pub(super) fn starting(&self, prefix: &str) -> impl Iterator<Item = &Tensor> {
+        let after = self.tensors.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        after.map(|(_, tensor)| tensor).take_while(move |tensor| tensor.name.starts_with(prefix))
+    }
+
     /// The first name at or after `start`, in order of bytes.
     pub(super) fn name_from(&self, start: &str) -> Option<&str> {
         let mut after = self.tensors.range::<str, _>((Bound::Included(start), Bound::Unbounded));
@@ -163,7 +169,7 @@ impl Checkpoint {
 
     /// Bytes of all tensors, headers not counted.
     pub fn total_bytes(&self) -> u64 {
-        self.iter().map(|t| t.bytes().len() as u64).sum()
+        self.iter().map(|t| t.num_bytes() as u64).sum()
     }
 
     /// A name for the content, the same however the tensors are spread over files. Not a defence against
@@ -176,7 +182,9 @@ impl Checkpoint {
     /// Written as `quick:` or `full:` and 16 hexadecimal digits.
     pub fn fingerprint(&self, depth: Depth) -> String {
         let tensors: Vec<&Tensor> = self.iter().collect();
-        let data_hashes: Vec<u64> = tensors.par_iter().map(|t| hash_data(t.bytes(), depth)).collect();
+        // What a file holds is never encoded: only places in a model are.
+        let data = |t: &&Tensor| hash_data(t.bytes().unwrap_or_default(), depth);
+        let data_hashes: Vec<u64> = tensors.par_iter().map(data).collect();
         let mut hash = Xxh64::default();
         for (tensor, data_hash) in tensors.iter().zip(data_hashes) {
             hash.update(tensor.name.as_bytes());

@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-/// Element types that a safetensors header can name. Only `F32`, `F16` and `BF16` load; the others are
-/// known so that a checkpoint which holds them can be inspected.
+/// Element types that a safetensors header can name. Only `F32`, `F16` and `BF16` load as they are; others are codes and
+/// scales of quantised matrices, or known so that a checkpoint which holds them can be inspected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[allow(non_camel_case_types)] // the header's own spelling
 pub enum DType {

@@ -2,9 +2,11 @@
 
 mod checkpoint;
 mod dtype;
+mod elements;
 mod hash;
 mod mtp;
 mod names;
+pub mod quant;
 mod random;
 pub mod safetensors;
 
@@ -16,14 +18,19 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use self::quant::Encoded;
+
 /// One tensor of a checkpoint, still in the mapped file, or of a model of random weights. Cloning copies no data.
+///
+/// Its elements lie in memory as they are ([`Tensor::bytes`]), or as codes of a quantised matrix
+/// ([`Tensor::encoded`]); [`Tensor::read_rows`] gives them as numbers whatever they are.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     /// The checkpoint's name.
     pub name: String,
-    /// Element type.
+    /// Element type; F32 where the elements are encoded.
     pub dtype: DType,
-    /// Row-major shape.
+    /// Row-major shape, of the elements: `[out, in]` also where codes lie otherwise.
     pub shape: Vec<usize>,
     data: Data,
 }
@@ -33,30 +40,53 @@ enum Data {
     /// A file, and the tensor's bytes in it.
     Mapped(Arc<Mmap>, std::ops::Range<usize>),
     Random(Arc<Random>),
+    /// Codes, scales and zero points, tensors themselves.
+    Encoded(Arc<Encoded>),
 }
 
 impl Tensor {
-    /// The raw little-endian bytes, `shape.product() * dtype.size()` of them. May be unaligned.
-    pub fn bytes(&self) -> &[u8] {
+    /// The raw little-endian elements, `shape.product() * dtype.size()` bytes, maybe unaligned. `None` where they are
+    /// encoded.
+    pub fn bytes(&self) -> Option<&[u8]> {
         match &self.data {
-            Data::Mapped(file, range) => &file[range.clone()],
-            Data::Random(random) => random.bytes(),
+            Data::Mapped(file, range) => Some(&file[range.clone()]),
+            Data::Random(random) => Some(random.bytes()),
+            Data::Encoded(_) => None,
+        }
+    }
+
+    /// The codes and what they mean, where the elements are encoded.
+    pub fn encoded(&self) -> Option<&Encoded> {
+        match &self.data {
+            Data::Encoded(encoded) => Some(encoded),
+            _ => None,
         }
     }
 
     /// How it is drawn, where its elements are random.
     pub fn random_elements(&self) -> Option<&Random> {
         match &self.data {
-            Data::Mapped(..) => None,
             Data::Random(random) => Some(random),
+            _ => None,
+        }
+    }
+
+    /// Bytes that it is stored in: of an encoded matrix codes, scales and zero points.
+    pub fn num_bytes(&self) -> usize {
+        match &self.data {
+            Data::Encoded(encoded) => encoded.parts().into_iter().map(Tensor::num_bytes).sum(),
+            Data::Mapped(_, range) => range.len(),
+            Data::Random(_) => self.num_elements() * self.dtype.size(),
         }
     }
 
     /// Says that the bytes will hardly be read again: the system may drop them from memory (and reads them from the
     /// file if they are).
     pub fn release(&self) {
-        if let Data::Mapped(file, range) = &self.data {
-            safetensors::release(file, range.clone());
+        match &self.data {
+            Data::Mapped(file, range) => safetensors::release(file, range.clone()),
+            Data::Random(_) => {}
+            Data::Encoded(encoded) => encoded.parts().into_iter().for_each(Tensor::release),
         }
     }
 
@@ -84,6 +114,14 @@ pub struct ModelTensors {
     pub mtp: Vec<Tensor>,
 }
 
+impl ModelTensors {
+    /// Every tensor of the text model.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let layers = self.layers.iter().flat_map(LayerTensors::tensors);
+        [&self.embed_tokens, &self.norm].into_iter().chain(&self.lm_head).chain(layers)
+    }
+}
+
 /// The multi-token-prediction (MTP) module, which drafts the token after the next.
 #[derive(Debug, Clone)]
 pub struct MtpTensors {
@@ -99,6 +137,14 @@ pub struct MtpTensors {
     pub norm: Tensor,
 }
 
+impl MtpTensors {
+    /// Every tensor of the module.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let rest = [&self.fc, &self.pre_fc_norm_embedding, &self.pre_fc_norm_hidden, &self.norm];
+        rest.into_iter().chain(self.layer.tensors())
+    }
+}
+
 /// One decoder layer.
 #[derive(Debug, Clone)]
 pub struct LayerTensors {
@@ -110,6 +156,38 @@ pub struct LayerTensors {
     pub mixer: MixerTensors,
     /// `mlp.*`
     pub ffn: FfnTensors,
+}
+
+impl LayerTensors {
+    /// Every tensor of the layer.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let mut list = vec![&self.input_layernorm, &self.post_attention_layernorm];
+        list.extend(self.mixer.tensors());
+        match &self.ffn {
+            FfnTensors::Dense { gate_proj, up_proj, down_proj } => {
+                list.extend([gate_proj, up_proj, down_proj])
+            }
+            FfnTensors::Moe {
+                gate,
+                experts,
+                shared_gate_proj,
+                shared_up_proj,
+                shared_down_proj,
+                shared_expert_gate,
+            } => {
+                list.extend([gate, shared_gate_proj, shared_up_proj, shared_down_proj, shared_expert_gate]);
+                match experts {
+                    ExpertTensors::Fused { gate_up_proj, down_proj } => {
+                        list.extend([gate_up_proj, down_proj])
+                    }
+                    ExpertTensors::PerExpert(experts) => {
+                        list.extend(experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]));
+                    }
+                }
+            }
+        }
+        list
+    }
 }
 
 /// The mixer of a layer; shapes in `spec` terms are `[out, in]`.

@@ -26,7 +26,7 @@ impl MtpTensors {
                 expected: "the multi-token-prediction module: this checkpoint was saved without it".into(),
             });
         }
-        let mut resolver = Resolver::new(checkpoint);
+        let mut resolver = Resolver::new(checkpoint, config);
         let tensors = resolver.mtp(config);
         of_module().for_each(|tensor| resolver.note_unless_taken(tensor));
         match (tensors, resolver.into_error()) {

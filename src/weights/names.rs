@@ -2,10 +2,11 @@
 
 use std::collections::HashSet;
 
+use super::quant::{self, Problem};
 use super::{
     Checkpoint, ExpertTensors, ExpertTriple, FfnTensors, LayerTensors, MixerTensors, ModelTensors, Tensor,
 };
-use crate::config::{FfnConfig, LayerKind, ModelConfig};
+use crate::config::{FfnConfig, LayerKind, ModelConfig, QuantConfig};
 use crate::{Error, Result};
 
 /// Prefixes of the text model: releases with a vision tower, and text-only exports. Exports that say
@@ -14,9 +15,12 @@ const PREFIXES: [&str; 2] = ["model.language_model.", "model."];
 const VISION_PREFIXES: [&str; 2] = ["model.visual.", "visual."];
 pub(super) const MTP_PREFIX: &str = "mtp.";
 const LM_HEAD: &str = "lm_head.weight";
+/// What all parts of it begin with, should it be encoded.
+const LM_HEAD_PARTS: &str = "lm_head.";
 
 impl ModelTensors {
-    /// Finds every tensor that `config` asks for, and checks shape and dtype of each.
+    /// Finds every tensor that `config` asks for, and checks shape and dtype of each. A matrix may be encoded in any of
+    /// the forms that the configuration's `quantization_config` allows, whatever the matrices beside it are.
     ///
     /// Accepts experts fused or one by one, layer by layer. Tensors of the vision tower and of the MTP
     /// module are kept aside. With tied embeddings, an `lm_head.weight` that equals the embedding is
@@ -26,9 +30,10 @@ impl ModelTensors {
     /// `Tensor` for the first tensor that is missing, misshapen, of a dtype that does not load, or not
     /// part of the model; its text says how many more there are.
     pub fn resolve(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Self> {
-        let has_embedding = |prefix: &&&str| checkpoint.contains(&format!("{prefix}embed_tokens.weight"));
+        let has_embedding =
+            |prefix: &&&str| checkpoint.starting(&format!("{prefix}embed_tokens.")).next().is_some();
         let prefix = PREFIXES.iter().find(has_embedding).unwrap_or(&PREFIXES[0]);
-        let mut resolver = Resolver::new(checkpoint);
+        let mut resolver = Resolver::new(checkpoint, config);
         let tensors = resolver.model(config, prefix);
         let (vision, mtp) = resolver.leftovers();
         match (tensors, resolver.into_error()) {
@@ -43,10 +48,10 @@ impl ModelTensors {
 }
 
 impl ModelTensors {
-    /// Bytes of weights that one token reads, as they are stored: everything but the embedding (unless it
-    /// is the head) and the experts the token is not sent to.
+    /// Bytes of weights that one token reads, as they are stored (of a quantised matrix codes, scales and zero points):
+    /// everything but the embedding (unless it is the head) and the experts the token is not sent to.
     pub fn bytes_per_token(&self, config: &ModelConfig) -> u64 {
-        let size = |tensor: &Tensor| (tensor.num_elements() * tensor.dtype.bits() / 8) as u64;
+        let size = |tensor: &Tensor| tensor.num_bytes() as u64;
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         let mut total = size(head) + size(&self.norm);
         for layer in &self.layers {
@@ -116,39 +121,52 @@ impl MixerTensors {
 /// Takes tensors one by one; notes what is wrong and goes on, so that all problems are counted.
 pub(super) struct Resolver<'a> {
     checkpoint: &'a Checkpoint,
+    quantization: Option<&'a QuantConfig>,
+    /// Tensors of the file that have a place, and the names of all places.
     taken: HashSet<String>,
     problems: Vec<Problem>,
 }
 
-struct Problem {
-    name: String,
-    found: String,
-    expected: String,
-}
-
 impl<'a> Resolver<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint) -> Self {
-        Self { checkpoint, taken: HashSet::new(), problems: Vec::new() }
+    pub(super) fn new(checkpoint: &'a Checkpoint, config: &'a ModelConfig) -> Self {
+        let quantization = config.quantization.as_ref();
+        Self { checkpoint, quantization, taken: HashSet::new(), problems: Vec::new() }
     }
 
     fn note(&mut self, name: String, found: impl Into<String>, expected: impl Into<String>) {
         self.problems.push(Problem { name, found: found.into(), expected: expected.into() });
     }
 
-    /// The tensor of this name, if it is there with this shape and a dtype that loads.
+    /// The tensor of this name, if it is there with this shape, plain or encoded.
     pub(super) fn take(&mut self, name: String, shape: &[usize]) -> Option<Tensor> {
+        self.taken.insert(name.clone());
+        match quant::find(self.checkpoint, self.quantization, &name, shape) {
+            Ok(None) => self.take_plain(name, shape),
+            Ok(Some((tensor, parts))) => {
+                self.taken.extend(parts);
+                Some(tensor)
+            }
+            Err(problem) => {
+                self.problems.push(problem);
+                // One problem of a matrix is enough.
+                let base = name.strip_suffix("weight").unwrap_or(&name);
+                self.taken.extend(self.checkpoint.starting(base).map(|tensor| tensor.name.clone()));
+                None
+            }
+        }
+    }
+
+    fn take_plain(&mut self, name: String, shape: &[usize]) -> Option<Tensor> {
         let Some(tensor) = self.checkpoint.tensor(&name, shape) else {
             self.note(name, "nothing", format!("shape {shape:?}"));
             return None;
         };
-        self.taken.insert(name.clone());
         if tensor.shape != shape {
             self.note(name, format!("shape {:?}", tensor.shape), format!("shape {shape:?}"));
             return None;
         }
         if !tensor.dtype.is_loadable() {
-            let expected = "BF16, F16 or F32; other formats are not supported yet";
-            self.note(name, format!("dtype {}", tensor.dtype), expected);
+            self.note(name, format!("dtype {}", tensor.dtype), "BF16, F16 or F32");
             return None;
         }
         Some(tensor)
@@ -177,11 +195,11 @@ impl<'a> Resolver<'a> {
 
     /// The outer `None` is a problem, the inner one a head that is the embedding.
     fn lm_head(&mut self, config: &ModelConfig, embedding: Option<&Tensor>) -> Option<Option<Tensor>> {
-        if config.tied_embeddings && !self.checkpoint.contains(LM_HEAD) {
+        if config.tied_embeddings && self.checkpoint.starting(LM_HEAD_PARTS).next().is_none() {
             return Some(None);
         }
         let head = self.take(LM_HEAD.to_string(), &[config.vocab, config.hidden])?;
-        let same = |e: &Tensor| e.dtype == head.dtype && e.bytes() == head.bytes();
+        let same = |e: &Tensor| e.dtype == head.dtype && e.bytes().is_some() && e.bytes() == head.bytes();
         let tied = config.tied_embeddings && embedding.is_some_and(same);
         Some((!tied).then_some(head))
     }
@@ -328,7 +346,8 @@ impl<'a> Resolver<'a> {
     }
 
     pub(super) fn note_unless_taken(&mut self, tensor: &Tensor) {
-        if !self.taken.contains(&tensor.name) {
+        let ignored = self.quantization.is_some() && quant::is_ignored(&tensor.name, &self.taken);
+        if !self.taken.contains(&tensor.name) && !ignored {
             let found = format!("{} {:?}", tensor.dtype, tensor.shape);
             self.note(tensor.name.clone(), found, "no such tensor in this model");
         }

@@ -127,8 +127,8 @@ mod tests {
 
     fn values(name: &str, shape: &[usize]) -> Vec<f64> {
         let tensor = Tensor::random(name.into(), shape);
-        assert_eq!(tensor.bytes().len(), 2 * tensor.num_elements());
-        let pairs = tensor.bytes().chunks_exact(2);
+        assert_eq!(tensor.bytes().unwrap().len(), 2 * tensor.num_elements());
+        let pairs = tensor.bytes().unwrap().chunks_exact(2);
         pairs.map(|b| f64::from(bf16::from_ne_bytes([b[0], b[1]]).to_f32())).collect()
     }
 
@@ -166,8 +166,10 @@ mod tests {
         use rayon::prelude::*;
         for round in 0..20 {
             let tensor = Tensor::random(format!("{round}.weight"), &[700, 700]);
-            let sums: Vec<u64> =
-                (0..64).into_par_iter().map(|_| tensor.bytes().iter().map(|&b| u64::from(b)).sum()).collect();
+            let sums: Vec<u64> = (0..64)
+                .into_par_iter()
+                .map(|_| tensor.bytes().unwrap().iter().map(|&b| u64::from(b)).sum())
+                .collect();
             assert!(sums.windows(2).all(|pair| pair[0] == pair[1]));
         }
     }

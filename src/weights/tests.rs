@@ -9,7 +9,7 @@ use crate::Error;
 use crate::config::ModelConfig;
 
 /// The bytes of a file with this header and this much data.
-fn file(header: &str, data: &[u8]) -> Vec<u8> {
+pub(super) fn file(header: &str, data: &[u8]) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(header.as_bytes());
     bytes.extend_from_slice(data);
@@ -235,7 +235,7 @@ fn single_file_and_shards() {
         dir(&[("model.safetensors", tensors(&[("a", DType::F32, vec![2]), ("b", DType::BF16, vec![3])]))]);
     let single = Checkpoint::open(whole.path()).unwrap();
     assert_eq!((single.num_tensors(), single.total_bytes(), single.files().len()), (2, 14, 1));
-    assert_eq!(single.get("a").unwrap().bytes(), [0, 1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(single.get("a").unwrap().bytes().unwrap(), [0, 1, 2, 3, 4, 5, 6, 7]);
     assert_eq!((single.get("b").unwrap().shape, single.get("b").unwrap().num_elements()), (vec![3], 3));
     assert!(single.get("c").is_none());
     let path: PathBuf = whole.path().join("model.safetensors");

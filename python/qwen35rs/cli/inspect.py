@@ -51,6 +51,8 @@ def inspect(
     out.print(facts(_geometry(found["config"]) if found["config"] else {}, "Geometry"))
     out.print(facts(_sizes(found), "Sizes"))
     out.print(_formats(found))
+    if found["quantized"]:
+        out.print(_quantized(found))
     out.print(_files(found))
     out.print(facts({"fingerprint": found["fingerprint"]}, ""))
     if found["refused"]:
@@ -160,6 +162,17 @@ def _formats(found: dict[str, Any]) -> Table:
     for share in found["dtypes"]:
         table.add_row(
             share["dtype"], f"{share['num_tensors']:,}", f"{share['num_elements']:,}", gib(share["bytes"])
+        )
+    return table
+
+
+def _quantized(found: dict[str, Any]) -> Table:
+    table = table_of(
+        "Quantised", ("how", "left"), ("matrices", "right"), ("elements", "right"), ("bytes", "right")
+    )
+    for share in found["quantized"]:
+        table.add_row(
+            share["format"], f"{share['num_matrices']:,}", f"{share['num_elements']:,}", gib(share["bytes"])
         )
     return table
 

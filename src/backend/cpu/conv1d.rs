@@ -1,7 +1,6 @@
 //! The causal depthwise convolution of the delta layers, with SiLU, over ragged sequences.
 
 use super::kernel::kernel;
-use super::linear::to_f32;
 use super::parallel::{self, Shared};
 use super::simd::LANES;
 use crate::weights::Tensor;
@@ -12,7 +11,7 @@ const CHANNELS: usize = 256;
 
 /// The taps `[C, 1, kernel]` as `[kernel, C]`, so that neighbouring channels are neighbours in memory.
 pub fn tap_major(tensor: &Tensor) -> Vec<f32> {
-    let wide = to_f32(tensor);
+    let wide = tensor.to_f32();
     let (channels, kernel) = (tensor.shape[0], wide.len() / tensor.shape[0].max(1));
     (0..kernel * channels).map(|i| wide[i % channels * kernel + i / channels]).collect()
 }

@@ -1,5 +1,5 @@
 //! Matrix products `y = x Wᵀ` with f32 activations and bf16, f16 or f32 weights, straight from the mapped
-//! file.
+//! file. Quantised matrices are decoded when they are loaded, to f32, which is exact.
 //!
 //! A product of one row and one weight row is always sixteen partial sums over k (lane i takes k = i,
 //! i + 16, ...) and one fixed fold, whatever tile it is computed in: a token's result does not depend on
@@ -36,11 +36,11 @@ enum Data {
 impl Linear {
     /// The rows of `tensors` (each `[rows, in]`, or `[in]` for one row), one after the other. With `dtype`,
     /// tensors of another dtype are converted (rounded to nearest even). bf16 is packed; f16 and f32 are used where
-    /// they are, in the mapped file.
+    /// they are, in the mapped file; what is encoded becomes f32.
     pub fn new(tensors: &[Tensor], dtype: Option<DType>) -> Self {
         Self::from_parts(tensors, |t| match Data::new(t, dtype) {
             Data::Mapped(t) if t.dtype == DType::BF16 => {
-                let packed = Packed::new(t.bytes(), t.shape.last().copied().unwrap_or(1));
+                let packed = Packed::new(plain(&t), t.shape.last().copied().unwrap_or(1));
                 t.release();
                 Data::Packed(packed)
             }
@@ -146,15 +146,18 @@ impl Linear {
 
 impl Data {
     fn new(t: &Tensor, dtype: Option<DType>) -> Self {
-        match dtype {
-            Some(wish) if wish != t.dtype => Data::Owned(convert(t, wish), wish),
-            _ => Data::Mapped(t.clone()),
+        let wish = dtype.unwrap_or(t.dtype);
+        if wish == t.dtype && t.encoded().is_none() {
+            return Data::Mapped(t.clone());
         }
+        let converted = Data::Owned(t.convert(wish), wish);
+        t.release();
+        converted
     }
 
     fn elements(&self) -> Result<(&[u8], DType), &Packed> {
         match self {
-            Data::Mapped(t) => Ok((t.bytes(), t.dtype)),
+            Data::Mapped(t) => Ok((plain(t), t.dtype)),
             Data::Owned(bytes, dtype) => Ok((bytes, *dtype)),
             Data::Packed(packed) => Err(packed),
         }
@@ -328,20 +331,9 @@ fn widen_row(bytes: &[u8], dtype: DType, out: &mut [f32]) {
     dispatch(WidenRow { w: bytes.as_ptr(), dtype, out: out.as_mut_ptr(), n: out.len() });
 }
 
-/// A tensor's elements as f32.
-pub fn to_f32(t: &Tensor) -> Vec<f32> {
-    let mut out = vec![0f32; t.shape.iter().product()];
-    widen_row(t.bytes(), t.dtype, &mut out);
-    out
-}
-
-fn convert(t: &Tensor, dtype: DType) -> Vec<u8> {
-    let wide = to_f32(t);
-    match dtype {
-        DType::BF16 => wide.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect(),
-        DType::F16 => wide.iter().flat_map(|&x| half::f16::from_f32(x).to_ne_bytes()).collect(),
-        _ => wide.iter().flat_map(|x| x.to_ne_bytes()).collect(),
-    }
+/// The elements of a tensor that is not encoded: no other is held as it is.
+fn plain(t: &Tensor) -> &[u8] {
+    t.bytes().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -117,7 +117,7 @@ impl Backend for Cpu {
     }
 
     fn vector(&self, tensor: &Tensor, offset: f32) -> Result<Vec<f32>> {
-        Ok(linear::to_f32(tensor).iter().map(|x| x + offset).collect())
+        Ok(tensor.to_f32().iter().map(|x| x + offset).collect())
     }
 
     fn conv_weight(&self, tensor: &Tensor) -> Result<Vec<f32>> {

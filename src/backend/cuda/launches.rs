@@ -13,7 +13,6 @@ use super::step::{MIN_WIDE_ROWS, Step};
 use super::weights::Linear;
 use super::{Cuda, State, ffi, measure, sample};
 use crate::backend::cpu::conv1d::tap_major;
-use crate::backend::cpu::linear::to_f32;
 use crate::backend::{
     Backend, DecayWeights, DeltaWeights, Measured, MoeTensors, Precision, Rope, Sampled, Sampling, Stats,
 };
@@ -59,7 +58,7 @@ impl Backend for Cuda {
     }
 
     fn vector(&self, tensor: &Tensor, offset: f32) -> Result<Vector> {
-        let values: Vec<f32> = to_f32(tensor).iter().map(|x| x + offset).collect();
+        let values: Vec<f32> = tensor.to_f32().iter().map(|x| x + offset).collect();
         Ok(Vector(self.upload(|uploader| uploader.vector(&values))?))
     }
 

@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::device::{Device, Memory, Pinned};
@@ -36,7 +35,8 @@ impl Uploader {
         Ok(Self { device: Arc::clone(device), buffers: [buffer()?, buffer()?], turn: 0 })
     }
 
-    /// The rows of tensors, one after the other, rounded to bf16 where they are something else.
+    /// The rows of tensors, one after the other, rounded to bf16 where they are something else: quantised matrices too,
+    /// as long as no kernel takes their codes.
     pub fn linear(&mut self, tensors: &[Tensor]) -> Result<Linear> {
         let num_in = tensors.first().and_then(|t| t.shape.last().copied()).unwrap_or(1);
         let len: usize = tensors.iter().map(Tensor::num_elements).sum();
@@ -46,9 +46,11 @@ impl Uploader {
             if let Some((seed, deviation)) = tensor.random_elements().and_then(Random::normal) {
                 self.draw(&memory, offset, tensor.num_elements(), seed, deviation)?;
             } else {
-                let (bytes, dtype) = (tensor.bytes(), tensor.dtype);
-                self.upload(&memory, offset, 2 * tensor.num_elements(), |place, out| {
-                    to_bf16(dtype, &bytes[place.start / 2 * dtype.size()..], out);
+                // By whole rows: what is encoded is decoded so.
+                let row_len = 2 * tensor.num_cols();
+                self.upload(&memory, offset, 2 * tensor.num_elements(), row_len, |place, out| {
+                    let rows = place.start / row_len..place.end / row_len;
+                    tensor.read_rows_as(rows, DType::BF16, out);
                 })?;
                 tensor.release();
             }
@@ -74,7 +76,7 @@ impl Uploader {
     /// A small parameter.
     pub fn vector(&mut self, values: &[f32]) -> Result<Memory> {
         let memory = self.device.alloc(values.len().checked_mul(4), "weights")?;
-        self.upload(&memory, 0, 4 * values.len(), |place, out| {
+        self.upload(&memory, 0, 4 * values.len(), 4, |place, out| {
             for (x, out) in values[place.start / 4..].iter().zip(out.chunks_exact_mut(4)) {
                 out.copy_from_slice(&x.to_ne_bytes());
             }
@@ -82,44 +84,33 @@ impl Uploader {
         Ok(memory)
     }
 
-    /// Sends `len` bytes to `offset`; `fill` gets the place of each piece among them.
+    /// Sends `len` bytes to `offset`; `fill` gets the place of each piece among them, a whole number of `unit`s.
     fn upload(
         &mut self,
         memory: &Memory,
         offset: usize,
         len: usize,
+        unit: usize,
         fill: impl Fn(Range<usize>, &mut [u8]) + Sync,
     ) -> Result<()> {
-        for start in (0..len).step_by(BUFFER_BYTES) {
-            let part = BUFFER_BYTES.min(len - start);
+        let whole = |bytes: usize| bytes / unit.max(1) * unit;
+        let (buffer_len, piece_len) = (whole(BUFFER_BYTES), whole(PIECE_BYTES).max(unit));
+        if len > 0 && buffer_len == 0 {
+            return Err(Error::config("tensor", unit, format!("rows of up to {BUFFER_BYTES} bytes")));
+        }
+        for start in (0..len).step_by(buffer_len.max(1)) {
+            let part = buffer_len.min(len - start);
             let buffer = &mut self.buffers[self.turn];
             buffer.wait()?;
-            let pieces = buffer.as_mut_slice()[..part].par_chunks_mut(PIECE_BYTES).enumerate();
+            let pieces = buffer.as_mut_slice()[..part].par_chunks_mut(piece_len.max(1)).enumerate();
             pieces.for_each(|(i, piece)| {
-                let first = start + i * PIECE_BYTES;
+                let first = start + i * piece_len;
                 fill(first..first + piece.len(), piece);
             });
             memory.write(offset + start, buffer, part)?;
             self.turn ^= 1;
         }
         Ok(())
-    }
-}
-
-fn to_bf16(dtype: DType, bytes: &[u8], out: &mut [u8]) {
-    let wide = |x: f32, out: &mut [u8]| out.copy_from_slice(&bf16::from_f32(x).to_ne_bytes());
-    let out_pairs = out.chunks_exact_mut(2);
-    match dtype {
-        DType::F32 => {
-            bytes.as_chunks().0.iter().zip(out_pairs).for_each(|(&x, out)| wide(f32::from_le_bytes(x), out))
-        }
-        DType::F16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .zip(out_pairs)
-            .for_each(|(&x, out)| wide(f16::from_le_bytes(x).to_f32(), out)),
-        _ => out.copy_from_slice(&bytes[..out.len()]),
     }
 }
 

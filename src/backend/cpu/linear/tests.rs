@@ -1,6 +1,6 @@
 //! Matrix products against plain sums in f64.
 
-use super::{Data, Linear, Part, to_f32};
+use super::{Data, Linear, Part};
 use crate::backend::cpu::gemm::Panel;
 use crate::backend::cpu::packed::Packed;
 use crate::backend::cpu::parallel::Shared;
@@ -211,7 +211,7 @@ fn tensors_are_converted_where_another_dtype_is_wished() {
     let config = crate::config::ModelConfig::from_dir(&path).unwrap();
     let checkpoint = crate::weights::Checkpoint::open(&path).unwrap();
     let tensor = crate::weights::ModelTensors::resolve(&checkpoint, &config).unwrap().embed_tokens;
-    let plain = to_f32(&tensor);
+    let plain = tensor.to_f32();
     let width = config.hidden;
     for (dtype, exact) in
         [(None, true), (Some(DType::F32), true), (Some(DType::BF16), true), (Some(DType::F16), false)]

@@ -26,6 +26,16 @@ def test_notes_that_cannot_be_written_are_dropped():
     assert done.returncode == 0 and done.stdout
 
 
+@pytest.mark.parametrize(
+    "args", [["--help"], ["plan", "--help"], ["plan", "0.8b"], ["generate", "hi", "--max-tokens", "1"]]
+)
+def test_output_that_cannot_be_written_is_an_error_in_one_line(args):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*SCRIPT, *args], check=False, stdout=full, stderr=subprocess.PIPE, timeout=20)
+    lines = [line for line in done.stderr.decode().splitlines() if not line.startswith("note: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "No space left" in lines[0]
+
+
 @pytest.mark.parametrize("args", [["chat"], ["tokenize"], ["generate"], ["generate", "--file", "-"]])
 def test_stdin_that_is_closed(demo, args):
     command = shlex.join([*SCRIPT, *args, "--model", demo]) + " <&-"

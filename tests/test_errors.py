@@ -152,6 +152,10 @@ def test_places_that_hold_no_checkpoint(checkpoint, tmp_path):
         LLM(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         LLM("./missing/model")
+    with pytest.raises(
+        FileNotFoundError, match='0.8B: does not exist; .*of the size 0.8B, load_format="dummy" makes'
+    ):
+        LLM("0.8B")
     with pytest.raises(FileNotFoundError, match="is a file"):
         LLM(checkpoint / "config.json")
     with pytest.raises(FileNotFoundError, match="config.json"):

@@ -10,7 +10,7 @@ from golden import ops_checks, reference
 from golden.ops_checks import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen35rs import ops
+from qwen35rs import RequestError, ops
 
 TRANSFORMERS = {
     case: v for case, v in ops_checks.load_cases().items() if case.split("/")[0] in ops_checks.CHECKS
@@ -381,3 +381,25 @@ def test_views_give_what_copies_give():
 def test_shapes_that_do_not_fit_are_refused(call):
     with pytest.raises(ValueError):
         call(lambda *shape: np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda ones: ops.route(ones(2, 4), 10**30), f"top_k: found {10**30}; allowed: whole numbers from 0"),
+        (lambda ones: ops.route(ones(2, 4), -1), "top_k: found -1; allowed: whole numbers from 0"),
+        (lambda ones: ops.route(ones(2, 4), "2"), "top_k: found '2'; allowed: whole numbers"),
+        (lambda ones: ops.rms_norm(ones(2, 4), ones(4), eps="a"), "eps: found 'a'; allowed: a number"),
+        (lambda ones: ops.rope(ones(2, 1, 8), [0, 1], rotary_dim=2**40), f"rotary_dim: found {2**40}"),
+        (lambda ones: ops.rope(ones(2, 1, 8), [0, 1], theta=10**400), "theta: found 1000"),
+        (lambda ones: ops.rope(ones(2, 1, 8), [0, 1], mrope_section=[1, 0.5, 0]), "mrope_section: found 0.5"),
+        (
+            lambda ones: ops.attention(ones(2, 1, 8), ones(2, 1, 8), ones(2, 1, 8), scale=[]),
+            "scale: found []",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(call, text):
+    with pytest.raises(RequestError) as refused:
+        call(lambda *shape: np.ones(shape, np.float32))
+    assert str(refused.value).startswith(text)

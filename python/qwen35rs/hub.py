@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from ._core import ConfigError
@@ -13,6 +14,9 @@ EMBEDDED = Path(__file__).parent / "model"
 #: What a checkpoint needs; other files of a repository are not fetched.
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 TOKENIZER_FILES = ["tokenizer*.json", "*.jinja", "config.json", "generation_config.json"]
+
+#: What the sizes of the family are called.
+_SIZE = re.compile(r"[\d.]+b(-a\d+b)?", re.IGNORECASE)
 
 
 def resolve(
@@ -36,9 +40,12 @@ def resolve(
         return path
     if not isinstance(model, str) or path.exists() or not _is_hub_id(name):
         what = "is a file" if path.is_file() else "does not exist"
+        size = (
+            f'; of the size {name}, load_format="dummy" makes random weights' if _SIZE.fullmatch(name) else ""
+        )
         raise FileNotFoundError(
             f"{name or 'an empty name'}: {what}; give the directory of a checkpoint (with config.json and *.safetensors), "
-            "or a name on the Hugging Face hub like Qwen/Qwen3.5-35B-A3B"
+            f"or a name on the Hugging Face hub like Qwen/Qwen3.5-35B-A3B{size}"
         )
     import huggingface_hub
 

@@ -18,6 +18,7 @@ the device fails.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,7 +58,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any = None) -> An
 
     Source: Transformers ``Qwen3_5RMSNorm``.
     """
-    if not eps >= 0:
+    if not _number("eps", eps) >= 0:
         raise RequestError(f"eps: found {eps}; allowed: 0 or more")
     if cuda := _cuda({"x": x, "weight": weight, "residual": residual}):
         y, total = cuda.rms_norm(x, weight, eps, residual)
@@ -106,11 +107,12 @@ def rope(
         x = _array("x", x)
     if rotary_dim is None:
         rotary_dim = x.shape[-1] // 4 if len(x.shape) else 0
-    half = rotary_dim // 2
+    half = _whole("rotary_dim", rotary_dim) // 2
     if mrope_section is None:
         mrope_section = (11, 11, 10) if half == 32 else (half, 0, 0)
+    sections = [_whole("mrope_section", section) for section in mrope_section]
     full = None if yarn is None else _yarn(yarn)
-    rotation = (rotary_dim, theta, list(mrope_section), full)
+    rotation = (rotary_dim, _number("theta", theta), sections, full)
     if _cuda_device(positions) is not None:
         cuda = _cuda({"x": x, "positions": positions})
         assert cuda is not None
@@ -148,6 +150,7 @@ def route(logits: Any, top_k: int) -> Any:
 
     Source: Transformers ``Qwen3_5MoeTopKRouter``.
     """
+    top_k = _whole("top_k", top_k)
     if cuda := _cuda({"logits": logits}):
         weights, experts = cuda.route(logits, top_k)
         return _like(logits, weights), _like(logits, experts)
@@ -212,6 +215,7 @@ def gated_delta_rule(
     """
     if mode not in ("chunked", "recurrent"):
         raise RequestError(f"mode: found {mode!r}; allowed: 'chunked', 'recurrent'")
+    scale = None if scale is None else _number("scale", scale)
     if cuda := _cuda({"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}):
         o, after = cuda.gated_delta_rule(q, k, v, g, beta, state, mode == "chunked", qk_l2norm, scale)
         return _like(q, o), _like(q, after)
@@ -240,6 +244,7 @@ def attention(q: Any, k: Any, v: Any, scale: float | None = None) -> Any:
 
     On CUDA, scale must be as by default, and head_dim at most 1024. Keys and values are copied to pages first.
     """
+    scale = None if scale is None else _number("scale", scale)
     if cuda := _cuda({"q": q, "k": k, "v": v}):
         return _like(q, cuda.attention(q, k, v, scale))
     return _core.ops_attention(_array("q", q), _array("k", k), _array("v", v), scale)
@@ -261,6 +266,7 @@ def moe(x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence
 
     Source: Transformers ``Qwen3_5MoeSparseMoeBlock``.
     """
+    top_k = _whole("top_k", top_k)
     named: dict[str, Any] = {}
     if shared is not None:
         if len(shared) != 4:
@@ -294,6 +300,23 @@ def _yarn(yarn: Mapping[str, Any]) -> dict[str, Any]:
     if set(full) != needed:
         raise RequestError(f"yarn: found keys {sorted(full)}; allowed: {sorted(needed)}")
     return full
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name}: found {value!r}; allowed: whole numbers") from None
+    if not 0 <= number < 1 << 31:
+        raise RequestError(f"{name}: found {number}; allowed: whole numbers from 0, below 2^31")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"{name}: found {value!r}; allowed: a number") from None
 
 
 def _cuda_device(value: Any) -> int | None:

@@ -71,3 +71,8 @@ def main() -> None:
         app(prog_name="qwen35rs")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:  # what is printed cannot be written: a full disk
+        # Nothing is left to be written at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

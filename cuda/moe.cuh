@@ -24,7 +24,7 @@ struct Plan {
     int *num_hit;       // few: [1]
     int *place;         // few: [n * top_k], where an assignment stands in `sorted`
     uint32_t *counts;   // many: [num_groups, E rounded up to words], a byte an expert: how many of 32 tokens it has
-    int2 *tiles;        // many: [max_tiles], expert and first of its assignments
+    int2 *tiles;        // many: [max_tiles], expert, rows and first of its assignments
     int *num_tiles;     // many: [1]
     int *sorted;        // [n * top_k], assignments (pairs of a token and one of its experts) by expert, then token
     bf16 *act;          // [n * top_k, width], in the order of `sorted`

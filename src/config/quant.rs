@@ -130,6 +130,11 @@ fn group(fields: &Fields, key: &str) -> Result<Option<Option<usize>>> {
     }
 }
 
+/// One more size that groups may have: many modules have the same.
+fn add_group(groups: &mut Vec<Option<usize>>, group: Option<Option<usize>>) {
+    groups.extend(group.filter(|group| !groups.contains(group)));
+}
+
 fn only_bits(fields: &Fields, key: &str, required: bool) -> Result<()> {
     match fields.get(key) {
         Some(value) if value.as_u64() == Some(4) => Ok(()),
@@ -137,6 +142,8 @@ fn only_bits(fields: &Fields, key: &str, required: bool) -> Result<()> {
         _ => Err(fields.refuse(key, "4")),
     }
 }
+
+const ROTATED: &str = "nothing: what it does to the weights is not known here";
 
 fn gptq(fields: &Fields) -> Result<QuantConfig> {
     only_bits(fields, "bits", true)?;
@@ -146,7 +153,7 @@ fn gptq(fields: &Fields) -> Result<QuantConfig> {
     fields.only_str("pack_dtype", &["int32"])?;
     for key in ["rotation", "adapter"] {
         if fields.get(key).is_some() {
-            return Err(fields.refuse(key, "nothing: what it does to the weights is not known here"));
+            return Err(fields.refuse(key, ROTATED));
         }
     }
     let mut minus_one = true;
@@ -161,7 +168,7 @@ fn gptq(fields: &Fields) -> Result<QuantConfig> {
             let Some(rule) = dynamic.object(pattern)? else { continue };
             only_bits(&rule, "bits", false)?;
             rule.only_bool("desc_act", false)?;
-            groups.extend(group(&rule, "group_size")?);
+            add_group(&mut groups, group(&rule, "group_size")?);
         }
     }
     let int4 = Int4Rule { groups, needs_zeros: true, zeros_minus_one: minus_one };
@@ -183,6 +190,11 @@ fn awq(fields: &Fields) -> Result<QuantConfig> {
 fn auto_round(fields: &Fields) -> Result<QuantConfig> {
     const PACKINGS: [&str; 2] = ["auto_round:auto_gptq", "auto_round:auto_awq"];
     only_bits(fields, "bits", true)?;
+    for key in ["rotation_config", "spinquant_config", "hadamard_config", "transform_config"] {
+        if fields.get(key).is_some() {
+            return Err(fields.refuse(key, ROTATED));
+        }
+    }
     fields.only_str("data_type", &["int"])?;
     let method = match fields.str("packing_format")? {
         Some("auto_round:auto_gptq") => QuantMethod::Gptq,
@@ -194,10 +206,11 @@ fn auto_round(fields: &Fields) -> Result<QuantConfig> {
     if let Some(extra) = fields.object("extra_config")? {
         for name in extra.keys() {
             let Some(rule) = extra.object(name)? else { continue };
-            if rule.integer("bits", 1, 64)?.is_some_and(|bits| bits != 4 && bits < 16) {
-                return Err(rule.refuse("bits", "4, or 16 and more for a module that was left out"));
+            match rule.integer("bits", 1, 64)? {
+                Some(16..) => {}
+                None | Some(4) => add_group(&mut groups, group(&rule, "group_size")?),
+                _ => return Err(rule.refuse("bits", "4, or 16 and more for a module that was left out")),
             }
-            groups.extend(group(&rule, "group_size")?);
         }
     }
     let zeros_minus_one = method == QuantMethod::Gptq;
@@ -285,7 +298,7 @@ fn packed_int4(weights: &Fields, config: &mut QuantConfig) -> Result<()> {
     let symmetric = weights.bool("symmetric")?.unwrap_or(true);
     let rule =
         config.int4.get_or_insert(Int4Rule { groups: vec![], needs_zeros: true, zeros_minus_one: false });
-    rule.groups.push(size);
+    add_group(&mut rule.groups, Some(size));
     rule.needs_zeros &= !symmetric;
     Ok(())
 }

@@ -215,6 +215,7 @@ impl Drop for Device {
         if self.is_imagined() {
             return;
         }
+        let _own = OwnContext::keep();
         if self.bind().is_ok() && !self.stream.is_null() {
             // SAFETY: made in `open`, used by nobody any more.
             let _ = unsafe { result::stream::destroy(self.stream) };
@@ -347,8 +348,26 @@ impl Memory {
     }
 }
 
+/// While it lives, the calling thread may be given another context; then it has its own again.
+struct OwnContext(sys::CUcontext);
+
+impl OwnContext {
+    fn keep() -> Option<Self> {
+        result::ctx::get_current().ok().map(|context| Self(context.unwrap_or(std::ptr::null_mut())))
+    }
+}
+
+impl Drop for OwnContext {
+    fn drop(&mut self) {
+        // SAFETY: the thread's own context of before, or none.
+        let _ = unsafe { result::ctx::set_current(self.0) };
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
+        // Lent memory goes on whatever thread its last holder has, which may use another device.
+        let _own = (!self.device.is_imagined()).then(OwnContext::keep);
         self.device.account(self.what, |sum| sum.saturating_sub(self.bytes));
         if self.ptr != 0 && self.device.bind().is_ok() {
             // SAFETY: allocated by `alloc`; the driver waits for what still uses it.

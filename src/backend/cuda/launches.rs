@@ -117,7 +117,9 @@ impl Backend for Cuda {
 
     fn stats(&self) -> Stats {
         let state = self.state();
-        let experts = state.step.as_ref().and_then(|step| step.experts_hit(&self.device).ok().flatten());
+        // Deterministic products have more rows than the step has tokens, and the experts' numbers lie elsewhere.
+        let step = state.step.as_ref().filter(|_| !self.deterministic);
+        let experts = step.and_then(|step| step.experts_hit(&self.device).ok().flatten());
         Stats {
             memory: self.device.ledger(),
             nodes_per_step: state.graphs.last_num_nodes,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Cuda;
 use super::buffers::{Buf, product};
 use super::device::Memory;
+use crate::backend::Backend;
 use crate::lend::Lendable;
 use crate::{Error, Result};
 
@@ -37,7 +38,17 @@ impl Lendable for Lent {
 
 impl Cuda {
     pub(super) fn lend(&self, rows: usize, width: usize) -> Result<Arc<dyn Lendable>> {
-        let memory = self.device.alloc(product(&[4, rows, width]), "tensors that are lent")?;
+        let bytes = product(&[4, rows, width]);
+        // What recorded steps will need is not for lending.
+        let free = self.free_memory()?.unwrap_or_default();
+        if bytes.is_none_or(|bytes| bytes > free) {
+            let size = bytes.map_or("over 2^64".into(), |n| n.to_string());
+            return Err(Error::OutOfMemory {
+                what: format!("logits that stay on the device ({size} bytes; it has {free} to spare)"),
+                advice: "give fewer tokens, lower gpu_memory_utilization, or leave out on_device".into(),
+            });
+        }
+        let memory = self.device.alloc(bytes, "tensors that are lent")?;
         Ok(Arc::new(Lent { memory, ordinal: self.device.ordinal() }))
     }
 

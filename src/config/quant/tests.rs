@@ -77,9 +77,14 @@ fn published_configurations() {
             json!({
                 "quant_method": "auto-round", "bits": 4, "group_size": 128, "data_type": "int", "sym": true,
                 "packing_format": "auto_round:auto_gptq",
-                "extra_config": {"model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"}}
+                "extra_config": {
+                    "model.layers.0.mlp.gate": {"bits": 16, "group_size": 64, "data_type": "float"},
+                    "model.layers.0.mlp.a": {"bits": 4, "group_size": 32},
+                    "model.layers.0.mlp.b": {"group_size": 32},
+                    "model.layers.0.mlp.c": {"bits": 4, "group_size": 128}
+                }
             }),
-            of(Gptq, None, int4(&[Some(128)], true, true), false),
+            of(Gptq, None, int4(&[Some(128), Some(32)], true, true), false),
         ),
         (
             group(json!({
@@ -197,6 +202,8 @@ fn what_is_not_known_is_refused_by_name() {
         (json!({"quant_method": "awq", "bits": 4, "version": "gemv"}), "version"),
         (round("packing_format", json!("auto_round")), "packing_format"),
         (round("bits", json!(2)), "bits"),
+        (round("rotation_config", json!({"block_size": 128})), "rotation_config"),
+        (round("spinquant_config", json!({})), "spinquant_config"),
         (round("data_type", json!("mx_fp")), "data_type"),
         (round("extra_config", json!({"m": {"bits": 8}})), "extra_config.m.bits"),
         (compressed("format", json!("int-quantized")), "format"),

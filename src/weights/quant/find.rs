@@ -53,21 +53,23 @@ impl Module<'_> {
 
     /// Takes a part of one of these dtypes and shapes.
     pub fn part(&mut self, part: &str, dtypes: &[DType], shapes: &[Vec<usize>]) -> Result<Tensor, Problem> {
-        let names: Vec<_> = dtypes.iter().map(|dtype| dtype.name()).collect();
-        let mut allowed: Vec<String> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
-        let mut seen = HashSet::new();
-        allowed.retain(|shape| seen.insert(shape.clone()));
-        let (dtypes_text, shapes_text) = (names.join(" or "), format!("shape {}", allowed.join(" or ")));
+        let dtypes_text = || dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(" or ");
+        let shapes_text = || {
+            let mut allowed: Vec<String> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
+            let mut seen = HashSet::new();
+            allowed.retain(|shape| seen.insert(shape.clone()));
+            format!("shape {}", allowed.join(" or "))
+        };
         let name = self.name(part);
         let Some(tensor) = self.checkpoint.get(&name) else {
-            return Err(self.problem(part, "nothing", format!("{dtypes_text} of {shapes_text}")));
+            return Err(self.problem(part, "nothing", format!("{} of {}", dtypes_text(), shapes_text())));
         };
         self.taken.push(name);
         if !dtypes.contains(&tensor.dtype) {
-            return Err(self.problem(part, format!("dtype {}", tensor.dtype), dtypes_text));
+            return Err(self.problem(part, format!("dtype {}", tensor.dtype), dtypes_text()));
         }
         if !shapes.contains(&tensor.shape) {
-            return Err(self.problem(part, format!("shape {:?}", tensor.shape), shapes_text));
+            return Err(self.problem(part, format!("shape {:?}", tensor.shape), shapes_text()));
         }
         Ok(tensor)
     }

@@ -3,7 +3,7 @@
 //! [`Tensor::encoded`]; every other place reads numbers by [`Tensor::read_rows`].
 //!
 //! A decoded element is a product in f32 of exactly widened factors, in the order that each form states: nothing rounds
-//! but that product.
+//! but that product, and of NVFP4 the one that makes a step of two scales.
 
 mod find;
 mod fp8;

@@ -215,11 +215,13 @@ impl Drop for Device {
         if self.is_imagined() {
             return;
         }
-        let _own = OwnContext::keep();
+        let own = OwnContext::keep();
         if self.bind().is_ok() && !self.stream.is_null() {
             // SAFETY: made in `open`, used by nobody any more.
             let _ = unsafe { result::stream::destroy(self.stream) };
         }
+        // Before the context may be gone.
+        drop(own);
         // SAFETY: retained in `open`.
         let _ = unsafe { result::primary_ctx::release(self.device) };
     }

@@ -348,7 +348,8 @@ __global__ __launch_bounds__(THREADS, 1) void delta_walk_wgmma(DeltaArgs args, C
 }  // namespace
 
 // One sequence of fewer heads leaves too much of the card idle: of 32, at 8192 tokens on an H100, 465 us for the whole
-// rule against 414 with the narrower slices of delta_walk.cu; of 64, 505 against 537. It may not depend on the batch.
+// rule against 414 with the narrower slices of delta_walk.cu; of 64, 505 against 537 (benches/results/h100/delta_walk.txt). It
+// may not depend on the batch.
 constexpr int MIN_HEADS = 48;
 
 bool walk_wgmma_fits(q35_delta_dims dims) {

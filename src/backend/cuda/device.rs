@@ -351,11 +351,12 @@ impl Memory {
 }
 
 /// While it lives, the calling thread may be given another context; then it has its own again.
-struct OwnContext(sys::CUcontext);
+pub struct OwnContext(sys::CUcontext);
 
 impl OwnContext {
-    fn keep() -> Option<Self> {
-        result::ctx::get_current().ok().map(|context| Self(context.unwrap_or(std::ptr::null_mut())))
+    /// What the thread has now.
+    pub fn keep() -> std::result::Result<Self, DriverError> {
+        Ok(Self(result::ctx::get_current()?.unwrap_or(std::ptr::null_mut())))
     }
 }
 

@@ -10,7 +10,8 @@ use cudarc::driver::sys;
 use half::bf16;
 
 use super::super::buffers::product;
-use super::super::{device, ffi};
+use super::super::device::{self, OwnContext};
+use super::super::ffi;
 use super::{ADVICE, F32};
 use crate::lend::Lendable;
 use crate::{Error, Result};
@@ -39,16 +40,6 @@ fn context(ordinal: usize) -> Result<sys::CUcontext> {
         .map_err(|e| failed(&format!("cuda:{ordinal}: opening it"), e))?;
     kept.insert(ordinal, context as usize);
     Ok(context)
-}
-
-/// While it lives, a context is the calling thread's; then the one before is again.
-pub(super) struct Current(sys::CUcontext);
-
-impl Drop for Current {
-    fn drop(&mut self) {
-        // SAFETY: the thread's own context of before, or none.
-        let _ = unsafe { result::ctx::set_current(self.0) };
-    }
 }
 
 /// A stream of the caller's.
@@ -185,11 +176,12 @@ impl Queue {
         }
     }
 
-    pub(super) fn bind(&self) -> Result<Current> {
-        let before = result::ctx::get_current().map_err(|e| failed("using the device", e))?;
+    /// Makes its context the calling thread's, until what it returns goes.
+    pub(super) fn bind(&self) -> Result<OwnContext> {
+        let own = OwnContext::keep().map_err(|e| failed("using the device", e))?;
         // SAFETY: a primary context that is never released.
         unsafe { result::ctx::set_current(self.context) }.map_err(|e| failed("using the device", e))?;
-        Ok(Current(before.unwrap_or(std::ptr::null_mut())))
+        Ok(own)
     }
 
     pub(super) fn on(&self) -> ffi::Stream {

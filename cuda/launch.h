@@ -169,15 +169,15 @@ typedef struct {
 
 enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };
 
-// out = x W^T for n <= 16 rows: x bf16 [n, k], 16-byte aligned; out [n, rows], f32 where `wide`, else bf16. Products are
-// exact, f32 sums of a group are scaled and summed in f32, in one order whatever n is. More rows are an error.
+// out = x W^T for n <= 16 rows: x bf16 [n, k], 16-byte aligned; out [n, rows], f32 where `wide`, else bf16. Products
+// are exact, f32 sums of a group are scaled and summed in f32, in one order whatever n is. More rows are an error.
 int q35_packed_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *out, int wide);
 
 // -------------------------------------------------------------------------------------------------------- pack.cu
 
 // These write rows row0 .. row0 + rows - 1 of a packed matrix, through the pointers of `to`; row0 is a multiple of 16.
-// Rows that are missing to a multiple of 16 get code 0 and scale 0. What is read has all of k. Kernels read weights before
-// those ahead of them in the stream have ended: synchronise it between these and the first use.
+// Rows that are missing to a multiple of 16 get code 0 and scale 0. What is read has all of k. Kernels read weights
+// before those ahead of them in the stream have ended: synchronise it between these and the first use.
 
 // How eight 4-bit numbers lie in an int32, lowest bits first, and those in memory.
 enum {
@@ -193,8 +193,8 @@ int q35_pack_zeros(void *stream, q35_packed to, int row0, int rows, const int32_
 // codes: e4m3 [rows, k], 2-byte aligned.
 int q35_pack_fp8(void *stream, q35_packed to, int row0, int rows, const uint8_t *codes);
 
-// The scale of a row and a group is scales[row / block_rows * row_stride + group * group_stride], rounded where `to` has
-// less precise ones. type: 0 f32, 1 f16, 2 bf16. block_rows is 1, or a multiple of 16 (a must for blocks of fp8).
+// The scale of a row and a group is scales[row / block_rows * row_stride + group * group_stride], rounded where `to`
+// has less precise ones. type: 0 f32, 1 f16, 2 bf16. block_rows is 1, or a multiple of 16 (a must for blocks of fp8).
 int q35_pack_scales(void *stream, q35_packed to, int row0, int rows, const void *scales, int type, int block_rows,
                     int64_t row_stride, int64_t group_stride);
 

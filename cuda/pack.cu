@@ -331,7 +331,9 @@ extern "C" int q35_pack_scales(void *stream, q35_packed to, int row0, int rows, 
 }
 
 extern "C" int q35_quantise_int4(void *stream, q35_packed to, int row0, int rows, const q35_bf16 *w) {
-    if (!has_rows(to, row0, rows) || !is_int4(to) || to.zeros != nullptr || !aligned(w, 4)) return cudaErrorInvalidValue;
+    if (!has_rows(to, row0, rows) || !is_int4(to) || to.zeros != nullptr || !aligned(w, 4)) {
+        return cudaErrorInvalidValue;
+    }
     if (rows == 0) return cudaSuccess;
     const int groups = num_groups(to), group = to.group < to.k ? to.group : to.k;
     void *scales = scales_at<void>(to, row0);

@@ -92,15 +92,22 @@ struct Source {
     }
 };
 
+// (x & mask) | bits in one instruction; left to itself the compiler takes two.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+    return y;
+}
+
 __device__ __forceinline__ uint32_t subtract2(uint32_t a, uint32_t b) {
     __nv_bfloat162 d = __hsub2(*reinterpret_cast<__nv_bfloat162 *>(&a), *reinterpret_cast<__nv_bfloat162 *>(&b));
     return *reinterpret_cast<uint32_t *>(&d);
 }
 
-// Two e4m3 codes, in the upper bytes of the halves of a word, as bf16. Their bits in the places of a bf16's are the number
-// divided by 2^120, small ones too.
+// Two e4m3 codes, in the upper bytes of the halves of a word, as bf16. Their bits in the places of a bf16's are the
+// number divided by 2^120, small ones too.
 __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
-    uint32_t bits = (codes & 0x80008000u) | ((codes >> 4) & 0x07f007f0u), by = 0x7b807b80u;
+    uint32_t bits = and_or(codes >> 4, 0x07f007f0u, codes & 0x80008000u), by = 0x7b807b80u;
     __nv_bfloat162 d = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&bits), *reinterpret_cast<__nv_bfloat162 *>(&by));
     return *reinterpret_cast<uint32_t *>(&d);
 }
@@ -119,7 +126,7 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, in
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             // A bf16 from 128 to 255 counts in ones.
-            a[i] = subtract2(((word >> (4 * i)) & 0x000f000fu) | 0x43004300u, zeros[i % 2]);
+            a[i] = subtract2(and_or(word >> (4 * i), 0x000f000fu, 0x43004300u), zeros[i % 2]);
         }
     }
 }
@@ -138,9 +145,9 @@ __device__ __forceinline__ float2 scales_of(const unsigned char *stage, int grou
     return make_float2(__half2float(__ushort_as_half(low)), __half2float(__ushort_as_half(high)));
 }
 
-// sums[i] += a unit in a stage, times rows 8 i .. 8 i + 7 of x: those as a fragment of c. x[i]: this lane's address of them
-// for load_matrices, at the unit's first element of k. The tiles of a unit go to sums of their own, which hides
-// the latency of the tensor cores; groups are added in their order.
+// sums[i], a fragment of c, += a unit in a stage times rows 8 i .. 8 i + 7 of x. x[i]: this lane's address of them for
+// load_matrices, at the unit's first element of k. Each tile of a unit has sums of its own, which hides the latency of
+// the tensor cores; groups are added in their order.
 template <bool FP8, int STEPS, int N>
 __device__ __forceinline__ void multiply_unit(const unsigned char *stage, const uint32_t (&x)[N], int lane, int kind,
                                               bool has_zeros, float (&sums)[N][4]) {

@@ -14,8 +14,8 @@ constexpr int RING = FP8 ? 3 : 5;  // units of a warp
 
 // Two blocks a multiprocessor where they fit; block b has the row tiles b, b + gridDim.x, ... Its warps split k: warp i
 // takes the units i, i + WARPS, ... in this order, and the sums of the warps are added in their order, whatever n is.
-// Each warp has a ring of units, filled before the inputs are there, and its own part of x in shared memory: `slab` units
-// at a time. Where one slab is not all of k, TILES row tiles share it. BOTH: x has rows past the first 8.
+// Each warp has a ring of units, filled before the inputs are there, and its own part of x in shared memory: `slab`
+// units at a time. Where one slab is not all of k, TILES row tiles share it. BOTH: x has rows past the first 8.
 template <bool FP8, int STEPS, bool BOTH, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : 4)
     packed_kernel(int n, q35_packed w, int slab, const bf16 *x, void *out, int wide) {
@@ -197,7 +197,9 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
         if (status != cudaSuccess) return status;
         return launch(kernel, blocks, 32 * WARPS, size_t(shared), stream, n, w, slab, x, out, wide);
     };
-    if (slab < units) return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 2>) : run(packed_kernel<FP8, STEPS, true, 2>);
+    if (slab < units) {
+        return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 2>) : run(packed_kernel<FP8, STEPS, true, 2>);
+    }
     return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 1>) : run(packed_kernel<FP8, STEPS, true, 1>);
 }
 

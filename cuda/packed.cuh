@@ -107,7 +107,7 @@ __device__ __forceinline__ uint32_t subtract2(uint32_t a, uint32_t b) {
 // Two e4m3 codes, in the upper bytes of the halves of a word, as bf16. Their bits in the places of a bf16's are the
 // number divided by 2^120, small ones too.
 __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
-    uint32_t bits = and_or(codes >> 4, 0x07f007f0u, codes & 0x80008000u), by = 0x7b807b80u;
+    uint32_t bits = (codes & 0x80008000u) | ((codes >> 4) & 0x07f007f0u), by = 0x7b807b80u;
     __nv_bfloat162 d = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&bits), *reinterpret_cast<__nv_bfloat162 *>(&by));
     return *reinterpret_cast<uint32_t *>(&d);
 }

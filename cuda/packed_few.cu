@@ -7,17 +7,17 @@ constexpr int FEW = 16;
 constexpr int WARPS = 8;
 constexpr int X_PITCH = UNIT_K + 8;  // of a row's elements of a unit: a matrix load hits all banks
 constexpr int SUM_PITCH = 20;        // of the 16 sums of a row: a warp's stores hit all banks
-constexpr int L2_AHEAD = 64 << 10;   // bytes of its weights that a block asks into L2 beside those in the ring
+constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a block asks into L2 beside those in the ring
 
 template <bool FP8>
 constexpr int RING = FP8 ? 3 : 5;  // units of a warp
 
-// Two blocks a multiprocessor where they fit; block b has the row tiles b, b + gridDim.x, ... Its warps split k: warp i
+// Two blocks a multiprocessor where three fit, else one; block b has the row tiles b, b + gridDim.x, ... Its warps split k: warp i
 // takes the units i, i + WARPS, ... in this order, and the sums of the warps are added in their order, whatever n is.
 // Each warp has a ring of units, filled before the inputs are there, and its own part of x in shared memory: `slab`
 // units at a time. Where one slab is not all of k, TILES row tiles share it. BOTH: x has rows past the first 8.
 template <bool FP8, int STEPS, bool BOTH, int TILES>
-__global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : 4)
+__global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : STEPS == 2 ? 3 : 4)
     packed_kernel(int n, q35_packed w, int slab, const bf16 *x, void *out, int wide) {
     using S = Stage<FP8, STEPS>;
     constexpr int N = BOTH ? 2 : 1, DEPTH = RING<FP8>;
@@ -186,8 +186,8 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     const int units = ceil_div(ceil_div(w.k, UNIT_K), WARPS), room = (card.shared - fixed) / unit_bytes;
     const int slab = room < units ? room : units;
     if (slab < 1) return cudaErrorInvalidValue;
-    // The driver keeps 1 KB of each block. A third and a fourth that fit are the next kernel's, which load meanwhile.
-    const int shared = fixed + slab * unit_bytes, most = (card.shared + 1024) / (shared + 1024) < 2 ? 1 : 2;
+    // The driver keeps 1 KB of each block. What else fits is for the next kernel's blocks, which load meanwhile.
+    const int shared = fixed + slab * unit_bytes, most = (card.shared + 1024) / (shared + 1024) < 3 ? 1 : 2;
     const int tiles = w.rows / PACKED_ROWS, blocks = ceil_div(tiles, ceil_div(tiles, most * card.count));
     const auto run = [&](auto kernel) {
         cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, card.shared);

@@ -2,7 +2,6 @@
 
 import ctypes
 
-import numpy as np
 import pytest
 import torch
 from launch import Packed, call, error, poisoned, randn, same_bits
@@ -37,39 +36,41 @@ class Matrix:
     def unpacked(self):
         """Codes [rows, k], as the header says where they are."""
         tiles, k_tiles = self.rows // 16, self.k // 64
-        words = self.codes.cpu().numpy().view(np.uint32)
-        out = np.empty((tiles, 16, k_tiles, 64), dtype=np.uint8)
-        lane = np.arange(32)
+        words = self.codes.view(torch.int32)
+        out = torch.empty(tiles, 16, k_tiles, 64, dtype=torch.uint8, device="cuda")
+        lane = torch.arange(32, device="cuda")
         g, t = lane // 4, lane % 4
         for step in range(4):
             for i in range(4):
                 if self.int4:
-                    word = words.reshape(tiles, k_tiles, 32, 4)[..., step]
-                    pair = (word >> np.uint32(4 * i)) & np.uint32(0x000F000F)
+                    word = words.view(tiles, k_tiles, 32, 4)[..., step]
+                    pair = (word >> (4 * i)) & 0x000F000F
                 else:
-                    word = words.reshape(tiles, k_tiles, 2, 32, 2, 2)[:, :, step // 2, :, step % 2, i // 2]
-                    pair = (word >> np.uint32(8 * (i % 2))) & np.uint32(0x00FF00FF)
+                    word = words.view(tiles, k_tiles, 2, 32, 2, 2)[:, :, step // 2, :, step % 2, i // 2]
+                    pair = (word >> (8 * (i % 2))) & 0x00FF00FF
                 for half in range(2):
                     column = 16 * step + 2 * t + 8 * (i // 2) + half
+                    code = (pair >> (16 * half)) & 255
                     # The indexed dimensions come first.
-                    out[:, g + 8 * (i % 2), :, column] = ((pair >> np.uint32(16 * half)) & 255).transpose(
-                        2, 0, 1
-                    )
-        return torch.from_numpy(out.reshape(self.rows, self.k))
+                    out[:, g + 8 * (i % 2), :, column] = code.permute(2, 0, 1).to(torch.uint8)
+        return out.view(self.rows, self.k)
 
     def by_row(self, parts):
         """Scales or zero points [rows, groups]."""
-        return parts.cpu().expand(-1, -1, 16).transpose(1, 2).reshape(self.rows, self.groups)
+        return parts.expand(-1, -1, 16).transpose(1, 2).reshape(self.rows, self.groups)
+
+    def rows_of(self, parts):
+        return self.by_row(parts).cpu()
 
     def dequantised(self):
         """float64 [rows, k]."""
         codes = self.unpacked()
         scales = self.by_row(self.scales).double().repeat_interleave(self.group, 1)[:, : self.k]
         if not self.int4:
-            return codes.view(torch.float8_e4m3fn).double() * scales
-        zeros = (
-            8 if self.zeros is None else self.by_row(self.zeros).repeat_interleave(self.group, 1)[:, : self.k]
-        )
+            return codes.view(torch.float8_e4m3fn).float().double() * scales
+        if self.zeros is None:
+            return (codes.double() - 8) * scales
+        zeros = self.by_row(self.zeros).repeat_interleave(self.group, 1)[:, : self.k]
         return (codes.double() - zeros) * scales
 
 
@@ -99,12 +100,14 @@ def drawn_fp8(*shape, seed):
 def filled(kind, rows, k, group=128, with_zeros=False, seed=0):
     """A matrix of random codes, packed from a checkpoint's layout."""
     m = Matrix(kind, rows, k, group, with_zeros)
-    kept = []
+    generator, kept = torch.Generator("cuda").manual_seed(seed), []
     if m.int4:
-        kept.append(words_of(drawn(16, rows, k, seed=seed)))
+        words = torch.randint(-(1 << 31), 1 << 31, (rows, k // 8), generator=generator, device="cuda")
+        kept.append(words.to(torch.int32))
         call("q35_pack_int4", m.struct, 0, rows, kept[-1], PACKED)
     else:
-        kept.append(drawn_fp8(rows, k, seed=seed).cuda())
+        codes = torch.randint(0, 256, (rows, k), generator=generator, device="cuda", dtype=torch.uint8)
+        kept.append(torch.where(codes % 128 == 127, codes - 1, codes))  # no NaN
         call("q35_pack_fp8", m.struct, 0, rows, kept[-1])
     if with_zeros:
         kept.append(words_of(drawn(16, m.groups, rows, seed=seed + 1)))
@@ -127,7 +130,7 @@ def linear(m, x, wide):
 
 def check(m, ns, seed=0):
     all_x = randn(16, m.k, seed=seed)
-    want = all_x.double() @ m.dequantised().cuda().T
+    want = all_x.double() @ m.dequantised().T
     most = linear(m, all_x, True)
     for n in ns:
         x = all_x[16 - n :].contiguous()  # in other places than among 16
@@ -169,12 +172,12 @@ def test_int4_of_checkpoints(order, rows, k, group):
     else:
         turned = scales.T.contiguous()
         call("q35_pack_scales", m.struct, 32, rows, turned, 1, 1, 1, rows)
-    found = m.unpacked()
+    found = m.unpacked().cpu()
     assert torch.equal(found[32 : 32 + rows], codes)
     assert (found[32 + rows :] == 0).all()
-    assert torch.equal(m.by_row(m.zeros)[32 : 32 + rows], zeros)
-    assert same_bits(m.by_row(m.scales)[32 : 32 + rows], scales.cpu())
-    assert (m.by_row(m.scales)[32 + rows :] == 0).all()
+    assert torch.equal(m.rows_of(m.zeros)[32 : 32 + rows], zeros)
+    assert same_bits(m.rows_of(m.scales)[32 : 32 + rows], scales.cpu())
+    assert (m.rows_of(m.scales)[32 + rows :] == 0).all()
     for part in ("codes", "scales", "zeros"):  # of other tensors
         mine, untouched = getattr(m, part), getattr(other, part)
         count = 32 * mine.numel() // m.rows
@@ -205,12 +208,12 @@ def test_fp8_of_checkpoints(rows, k, dtype):
         m = Matrix(kind, 16 + tall, k)
         call("q35_pack_fp8", m.struct, 16, rows, on_device)
         call("q35_pack_scales", m.struct, 16, rows, scales, SCALE_TYPES[dtype], *layout)
-        found = m.unpacked()
+        found = m.unpacked().cpu()
         assert torch.equal(found[16 : 16 + rows], codes)
         assert (found[16 + rows :] == 0).all() and (found[:16] == 0x77).all()
         want = scales.float().cpu().view(-1, scales.shape[1] if kind == FP8_BLOCK else 1)
         want = want.repeat_interleave(128, 0)[:rows] if kind == FP8_BLOCK else want.expand(rows, 1)
-        assert torch.equal(m.by_row(m.scales)[16 : 16 + rows], want)
+        assert torch.equal(m.rows_of(m.scales)[16 : 16 + rows], want)
         assert m.scales[0].isnan().all()
 
 
@@ -223,7 +226,7 @@ def test_int4_of_bf16(kind, rows, k, group):
     w[3, : k // 2] = 0
     m = Matrix(kind, 16 + rows + -rows % 16, k, group)
     call("q35_quantise_int4", m.struct, 16, rows, w)
-    scales = m.by_row(m.scales)[16:]
+    scales = m.rows_of(m.scales)[16:]
     assert (scales[rows:] == 0).all()
     scales, groups = scales[:rows], m.groups
     x = padded(w.float().cpu(), m.group, 1).view(rows, groups, -1)
@@ -241,7 +244,7 @@ def test_int4_of_bf16(kind, rows, k, group):
     least = torch.stack([squares(scale) for scale in tried]).amin(0)
     assert (squares(scales) <= least * (1 + 1e-5)).all()
     want = codes_of(scales).view(rows, -1)[:, :k] + 8
-    found = m.unpacked()
+    found = m.unpacked().cpu()
     assert torch.equal(found[16 : 16 + rows], want.to(torch.uint8))
     assert (found[16 + rows :] == 0).all() and (found[:16] == 7).all()
 
@@ -256,10 +259,10 @@ def test_fp8_of_bf16(rows, k):
     x = padded(padded(w.float().cpu(), 128, 0), 128, 1)
     most = x.view(x.shape[0] // 128, 128, -1, 128).abs().amax((1, 3))
     scales = (most / 448).repeat_interleave(128, 0)[:rows]
-    assert torch.equal(m.by_row(m.scales)[16 : 16 + rows], scales)
+    assert torch.equal(m.rows_of(m.scales)[16 : 16 + rows], scales)
     scales = scales.repeat_interleave(128, 1)[:, :k]
     want = torch.where(scales > 0, x[:rows, :k] / scales, torch.zeros_like(scales)).to(torch.float8_e4m3fn)
-    found = m.unpacked()
+    found = m.unpacked().cpu()
     assert torch.equal(found[16 : 16 + rows].view(torch.float8_e4m3fn).float(), want.float())
     assert (found[16 + rows :] == 0).all() and (found[:16] == 0x77).all()
 
@@ -307,7 +310,7 @@ def test_vocabulary_head(k):
     tile = torch.arange(16, device="cuda")
     part.codes = m.codes.view(-1, 16 * k)[some // 16].view(-1).contiguous()
     part.scales = m.scales[some // 16].contiguous()
-    want = x.double() @ part.dequantised().cuda().T
+    want = x.double() @ part.dequantised().T
     for n in (1, 4, 16):
         found = linear(m, x[16 - n :].contiguous(), True)
         assert torch.isfinite(found).all()

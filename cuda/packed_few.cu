@@ -12,10 +12,11 @@ constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a block asks i
 template <bool FP8>
 constexpr int RING = FP8 ? 3 : 5;  // units of a warp
 
-// Two blocks a multiprocessor where three fit, else one; block b has the row tiles b, b + gridDim.x, ... Its warps split
-// k: warp i takes the units i, i + WARPS, ... in this order, and the sums of the warps are added in their order, whatever
-// n is. Each warp has a ring of units, filled before the inputs are there, and its own part of x in shared memory: `slab`
-// units at a time. Where one slab is not all of k, TILES row tiles share it. BOTH: x has rows past the first 8.
+// Two blocks a multiprocessor where three fit, else one; block b has the row tiles b, b + gridDim.x, ... Its warps
+// split k: warp i takes the units i, i + WARPS, ... in this order, and the sums of the warps are added in their
+// order, whatever n is. Each warp has a ring of units, filled before the inputs are there, and its own part of x in
+// shared memory: `slab` units at a time. Where one slab is not all of k, TILES row tiles share it. BOTH: x has rows
+// past the first 8.
 template <bool FP8, int STEPS, bool BOTH, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : STEPS == 2 ? 3 : 4)
     packed_kernel(int n, q35_packed w, int slab, const bf16 *x, void *out, int wide) {

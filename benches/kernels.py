@@ -28,6 +28,7 @@ from launch import (
     Edit,
     MoeDims,
     MoeWeights,
+    Packed,
     Sampled,
     Sampling,
     call,
@@ -179,6 +180,70 @@ def chains(table: Table) -> None:
                 * (2 * hidden * (projected + inner) + 2 * n * (6 * hidden + 2 * projected)),
             )
         del layers
+
+
+def packed(kind: int, rows: int, k: int, group: int = 128) -> tuple[Packed, int, list[torch.Tensor]]:
+    """A matrix of random codes: its struct, the bytes of codes and scales, and the tensors that hold them."""
+    int4 = kind <= 2
+    codes = torch.empty(rows * k // (2 if int4 else 1), device="cuda", dtype=torch.uint8).random_(0, 256)
+    codes.bitwise_and_(255 if int4 else 0xF7)  # no NaN
+    entries = rows // 16 * (1 if kind == 4 else -(-k // group)) * (1 if kind == 3 else 16)
+    scales = torch.full((entries,), 0.01, device="cuda", dtype=torch.float16 if kind == 1 else F32)
+    struct = Packed(codes.data_ptr(), scales.data_ptr(), None, rows, k, group, kind)
+    return struct, codes.numel() + scales.numel() * scales.element_size(), [codes, scales]
+
+
+def packed_linears(table: Table) -> None:
+    family = (
+        *((20608, 3072), (3072, 8192), (17408, 3072), (2048, 3072), (3072, 1024), (248320, 3072)),
+        *((12352, 2048), (2048, 4096), (9216, 2048), (248320, 2048)),
+    )
+    forms = (("int4 g128", 1, 128), ("int4 g32", 1, 32), ("fp8 blocks", 3, 128), ("fp8 rows", 4, 128))
+    for name, kind, group in forms:
+        for rows, k in family:
+            struct, num_bytes, kept = packed(kind, rows, k, group)
+            for n in (1, 4, 16):
+                x, out = random(n, k), torch.empty(n, rows, device="cuda", dtype=BF16)
+                table.add(
+                    f"packed linear {name} {n} x {k} -> {rows}",
+                    lambda n=n, w=struct, x=x, o=out: call("q35_packed_linear", n, w, x, o, 0),
+                    num_bytes=num_bytes + 2 * (x.numel() + out.numel()),
+                    flops=2 * n * rows * k,
+                )
+            del kept
+
+
+def packed_chains(table: Table) -> None:
+    """`chains` with packed weights, of so many layers that they are past L2."""
+    for name, hidden, projected, inner in (("35B", 2048, 12352, 4096), ("122B", 3072, 20608, 8192)):
+        for form, kind in (("int4", 1), ("fp8", 3)):
+            num_layers = 24
+            layers = [
+                (packed(kind, projected, hidden), packed(kind, hidden, inner)) for _ in range(num_layers)
+            ]
+            norm = random(hidden, dtype=F32)
+            for n in (1, 4, 8, 16):
+                delta, residual, x = random(n, hidden), random(n, hidden, dtype=F32), random(n, hidden)
+                wide = random(n, projected)
+
+                def run(n=n, h=hidden, d=delta, r=residual, x=x, y=wide, w=norm, every=layers) -> None:
+                    for first, second in every:
+                        call("q35_rmsnorm_residual", n, h, d, r, w, 1e-6, x)
+                        call("q35_packed_linear", n, first[0], x, y, 0)
+                        # The rows are not those of y, but as many numbers of it.
+                        call("q35_packed_linear", n, second[0], y, d, 0)
+
+                run()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    run()
+                table.add(
+                    f"norm, packed linear, packed linear {form} {name}, {n} rows, {num_layers} layers",
+                    graph.replay,
+                    num_bytes=sum(a[1] + b[1] for a, b in layers)
+                    + num_layers * 2 * n * (6 * hidden + 2 * projected),
+                )
+            del layers
 
 
 def experts(table: Table) -> None:
@@ -397,7 +462,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     table = Table(Clock(), args.only)
-    for part in (norms, linears, chains, experts, delta_rule, attention, samplers):
+    for part in (
+        norms,
+        linears,
+        chains,
+        packed_linears,
+        packed_chains,
+        experts,
+        delta_rule,
+        attention,
+        samplers,
+    ):
         part(table)
         torch.cuda.empty_cache()
     if args.json:

@@ -146,6 +146,64 @@ int q35_gated_attention(void *stream, q35_batch batch, q35_attention_dims dims, 
 int q35_linear(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, q35_bf16 *out);
 int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, float *out);
 
+// -------------------------------------------------------------------------------------------------- packed_few.cu
+
+// A matrix [rows, k] of 4 or 8 bits an element; rows a multiple of 16, k of 64. Its tiles of 16 rows by 64 of k lie in
+// the order [row tile][k tile], and are what the lanes of a warp hold as A of mma.m16n8k16 in four steps of k 16. With
+// g = lane / 4 and t = lane % 4, registers a0 .. a3 of a step are the elements 2 t and 2 t + 1 (low half, high half) of
+// row g, the same of row g + 8, then 2 t + 8 and 2 t + 9 of row g and of row g + 8.
+//   int4: [lane][4 words], a word a step: (word >> 4 i) & 0x000f000f are the two codes of a_i. An element is
+//     (code - zero) * scale; scales f16 or bf16 [row tile][group][16], zeros uint8 likewise, at most 15 (null: all 8);
+//     a group is 32, 64 or 128 neighbours along k, the last may be shorter, or (group >= k) a row.
+//   fp8 (e4m3, no NaN): [half][lane][2 steps][2 words]: (word >> 8 i) & 0x00ff00ff of the words of a step are the codes
+//     of a0 and a1, then of a2 and a3. Scales f32, for blocks of 128 x 128 [row tile][ceil(k / 128)], for rows
+//     [row tile][16]; `group` is not looked at.
+// Codes, scales and zeros are 16-byte aligned. Kind 0: codes are bf16 [rows, k], of any rows and k.
+typedef struct {
+    const void *codes;
+    const void *scales;
+    const uint8_t *zeros;
+    int rows, k, group;
+    int kind;
+} q35_packed;
+
+enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };
+
+// out = x W^T for n <= 16 rows: x bf16 [n, k], 16-byte aligned; out [n, rows], f32 where `wide`, else bf16. Products
+// are exact, f32 sums of a group are scaled and summed in f32, in one order whatever n is. More rows are an error.
+int q35_packed_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *out, int wide);
+
+// -------------------------------------------------------------------------------------------------------- pack.cu
+
+// These write rows row0 .. row0 + rows - 1 of a packed matrix, through the pointers of `to`; row0 is a multiple of 16.
+// Rows that are missing to a multiple of 16 get code 0 and scale 0. What is read has all of k. Kernels read weights
+// before those ahead of them in the stream have ended: synchronise it between these and the first use.
+
+// How eight 4-bit numbers lie in an int32, lowest bits first, and those in memory.
+enum {
+    q35_order_packed = 0,  // codes [rows, k / 8], zeros [ceil(rows / 8), groups]: neighbours
+    q35_order_gptq = 1,    // codes [k / 8, rows], zeros [groups, rows / 8]: neighbours
+    q35_order_awq = 2      // codes [k, rows / 8], zeros [groups, rows / 8]: rows 0 2 4 6 1 3 5 7
+};
+int q35_pack_int4(void *stream, q35_packed to, int row0, int rows, const int32_t *codes, int order);
+
+// zeros null: all 8. minus_one: zero points are stored minus one, in four bits.
+int q35_pack_zeros(void *stream, q35_packed to, int row0, int rows, const int32_t *zeros, int order, int minus_one);
+
+// codes: e4m3 [rows, k], 2-byte aligned.
+int q35_pack_fp8(void *stream, q35_packed to, int row0, int rows, const uint8_t *codes);
+
+// The scale of a row and a group is scales[row / block_rows * row_stride + group * group_stride], rounded where `to`
+// has less precise ones. type: 0 f32, 1 f16, 2 bf16. block_rows is 1, or a multiple of 16 (a must for blocks of fp8).
+int q35_pack_scales(void *stream, q35_packed to, int row0, int rows, const void *scales, int type, int block_rows,
+                    int64_t row_stride, int64_t group_stride);
+
+// bf16 [rows, k] quantised; w is 4-byte aligned. int4: zero point 8 (zeros of `to` must be null), for a group the scale
+// max |w| (1 - i / 32) / 7, i in 0 .. 7, rounded to 16 bits, of the least squared error, the first of equals; groups of
+// whole rows too. fp8: blocks of 128 x 128 counted from row0, with scale max |w| / 448. Codes are to nearest even.
+int q35_quantise_int4(void *stream, q35_packed to, int row0, int rows, const q35_bf16 *w);
+int q35_quantise_fp8(void *stream, q35_packed to, int row0, int rows, const q35_bf16 *w);
+
 // --------------------------------------------------------------------------------------------------------- moe.cu
 
 typedef struct {

@@ -54,6 +54,10 @@ def _floats(*names):
     return [(name, ctypes.c_float) for name in names]
 
 
+class Packed(ctypes.Structure):
+    _fields_ = [*_pointers("codes", "scales", "zeros"), *_ints("rows", "k", "group", "kind")]
+
+
 class Sampling(ctypes.Structure):
     _fields_ = [
         ("uniform", ctypes.c_double),
@@ -83,6 +87,7 @@ _TYPES = {
     "q35_attention_dims": AttentionDims,
     "q35_moe_dims": MoeDims,
     "q35_moe_weights": MoeWeights,
+    "q35_packed": Packed,
     "int": ctypes.c_int,
     "int32_t": _INT,
     "int64_t": _LONG,

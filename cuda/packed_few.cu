@@ -1,0 +1,229 @@
+// Products of up to 16 rows with packed weights, at the speed of the memory. Own code.
+#include "packed.cuh"
+
+namespace {
+
+constexpr int FEW = 16;
+constexpr int WARPS = 8;
+constexpr int X_PITCH = UNIT_K + 8;  // of a row's elements of a unit: a matrix load hits all banks
+constexpr int SUM_PITCH = 20;        // of the 16 sums of a row: a warp's stores hit all banks
+constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a block asks into L2 beside those in the ring
+
+template <bool FP8>
+constexpr int RING = FP8 ? 3 : 5;  // units of a warp
+
+// Two blocks a multiprocessor where three fit, else one; block b has the row tiles b, b + gridDim.x, ... Its warps
+// split k: warp i takes the units i, i + WARPS, ... in this order, and the sums of the warps are added in their
+// order, whatever n is. Each warp has a ring of units, filled before the inputs are there, and its own part of x in
+// shared memory: `slab` units at a time. Where one slab is not all of k, TILES row tiles share it. BOTH: x has rows
+// past the first 8.
+template <bool FP8, int STEPS, bool BOTH, int TILES>
+__global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : STEPS == 2 ? 3 : 4)
+    packed_kernel(int n, q35_packed w, int slab, const bf16 *x, void *out, int wide) {
+    using S = Stage<FP8, STEPS>;
+    constexpr int N = BOTH ? 2 : 1, DEPTH = RING<FP8>;
+    extern __shared__ __align__(16) unsigned char memory[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int num_tiles = w.rows / PACKED_ROWS, num_units = ceil_div(w.k, UNIT_K), step = gridDim.x;
+    const unsigned char *ring = memory + warp * DEPTH * S::BYTES;
+    bf16 *all_x = reinterpret_cast<bf16 *>(memory + WARPS * DEPTH * S::BYTES);
+    bf16 *x_kept = all_x + warp * slab * n * X_PITCH;
+    float *sums = reinterpret_cast<float *>(all_x + WARPS * slab * n * X_PITCH);  // [BOTH ? 1 : 2][WARPS][n][16]
+    const uint32_t ring_address = shared_address(ring);
+    const uint64_t policy = first_to_leave();
+    const Source<FP8, STEPS> source(w, lane);
+
+    // What is loaded next: tile `next_first + next_t * step`.
+    int next_first = warp < num_units ? blockIdx.x : num_tiles, next_unit = warp, next_t = 0;
+    auto load = [&](int slot) {
+        if (next_first < num_tiles) {
+            source.copy(ring_address + slot * S::BYTES, next_first + next_t * step, next_unit, lane, policy);
+            if (TILES == 1 || ++next_t == TILES || next_first + next_t * step >= num_tiles) {
+                next_t = 0;
+                next_unit += WARPS;
+                if (next_unit >= num_units) {
+                    next_unit = warp;
+                    next_first += TILES * step;
+                }
+            }
+        }
+        copy_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) load(i);
+    if (lane == 0) {
+        const int share = w.k / 64 * (S::TILE / WARPS);  // of a row tile's bytes, a warp's
+        const int in_ring = DEPTH / ceil_div(num_units, WARPS), ahead = ceil_div(L2_AHEAD, WARPS * share);
+        for (int i = in_ring; i < in_ring + ahead; i++) {
+            const int tile = blockIdx.x + i * step;
+            if (tile >= num_tiles) break;
+            ask_for(static_cast<const unsigned char *>(w.codes) + (int64_t(tile) * WARPS + warp) * share, share);
+        }
+    }
+    const unsigned inverse = 0xffffffffu / n + 1;  // item / n for n > 1 and fewer than 2^28 items
+    let_next_start();
+    wait_for_inputs();
+
+    // A warp's units of x, from `unit` on, zeros past the end of k.
+    auto keep_x = [&](int unit) {
+        constexpr int AT_ONCE = BOTH ? 8 : 4, PIECES = UNIT_K / 8;
+        const int count = min(slab, ceil_div(num_units - unit, WARPS)) * n * PIECES;
+        __syncwarp();  // nobody reads the slab before it
+        for (int first = lane; first < count; first += 32 * AT_ONCE) {
+            uint4 words[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int item = first + 32 * i, line = item / PIECES, c = n == 1 ? line : __umulhi(line, inverse);
+                const int row = line - c * n, k = (unit + c * WARPS) * UNIT_K + item % PIECES * 8;
+                words[i] = make_uint4(0, 0, 0, 0);
+                if (item < count && k < w.k) {
+                    words[i] = __ldcg(reinterpret_cast<const uint4 *>(x + (int64_t(row) * w.k + k)));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int item = first + 32 * i;
+                if (item >= count) break;
+                *reinterpret_cast<uint4 *>(x_kept + item / PIECES * X_PITCH + item % PIECES * 8) = words[i];
+            }
+        }
+        __syncwarp();
+    };
+    // Of the fragments of x; rows past the last are the last one again, and are not written.
+    uint32_t x_address[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        x_address[i] = shared_address(x_kept + min(8 * i + lane % 8, n - 1) * X_PITCH + lane / 8 * 8);
+    }
+    if (TILES == 1 && warp < num_units) keep_x(warp);
+
+    int slot = 0, parity = 0;
+#pragma unroll 1
+    for (int first = blockIdx.x; first < num_tiles; first += TILES * step) {
+        float acc[TILES][N][4] = {};
+        int kept = 0;
+#pragma unroll 1
+        for (int unit = warp; unit < num_units; unit += WARPS, kept++) {
+            if (TILES > 1 && kept % slab == 0) {
+                keep_x(unit);
+                kept = 0;
+            }
+            uint32_t at[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) at[i] = x_address[i] + kept * n * X_PITCH * 2;
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                if (TILES > 1 && first + t * step >= num_tiles) break;
+                copy_wait<DEPTH - 1>();
+                __syncwarp();  // other lanes' scales are there too
+                multiply_unit<FP8, STEPS, N>(ring + slot * S::BYTES, at, lane, w.kind, w.zeros != nullptr, acc[t]);
+                __syncwarp();  // and read
+                load(slot);
+                slot = slot + 1 == DEPTH ? 0 : slot + 1;
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const int tile = first + t * step;
+            if (TILES > 1 && tile >= num_tiles) break;
+            // Two halves in turn, or one, which is used again when all have read it.
+            if (BOTH) __syncthreads();
+            float *all = sums + parity * WARPS * n * SUM_PITCH;
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int row = 8 * i + lane % 4 * 2 + e % 2;
+                    if (row < n) all[(warp * n + row) * SUM_PITCH + lane / 4 + e / 2 * 8] = acc[t][i][e];
+                }
+            }
+            __syncthreads();
+            if (!BOTH) parity ^= 1;
+            const int column = threadIdx.x % PACKED_ROWS, row = threadIdx.x / PACKED_ROWS;
+            if (row >= n) continue;
+            float total = 0.0f;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) total += all[(i * n + row) * SUM_PITCH + column];
+            const int64_t to = int64_t(row) * w.rows + tile * PACKED_ROWS + column;
+            if (wide) {
+                static_cast<float *>(out)[to] = total;
+            } else {
+                static_cast<bf16 *>(out)[to] = __float2bfloat16_rn(total);
+            }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- launchers
+
+struct Card {
+    int count, shared;  // multiprocessors, and the most shared memory of a block
+};
+
+// Zeros where there is no device.
+Card this_card() {
+    static Card known[64];
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return {};
+    if (known[device].count == 0) {
+        Card card = {};
+        if (cudaDeviceGetAttribute(&card.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+            cudaDeviceGetAttribute(&card.count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+            return {};
+        }
+        known[device] = card;
+    }
+    return known[device];
+}
+
+// What is chosen here changes the speed, and no sum.
+template <bool FP8, int STEPS>
+cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, int wide) {
+    const Card card = this_card();
+    if (card.count == 0) return cudaErrorInvalidDevice;
+    const int ring = WARPS * RING<FP8> * Stage<FP8, STEPS>::BYTES;
+    const int fixed = ring + (n > 8 ? 1 : 2) * WARPS * n * SUM_PITCH * int(sizeof(float));
+    const int unit_bytes = WARPS * n * X_PITCH * int(sizeof(bf16));  // of x, a unit of every warp
+    const int units = ceil_div(ceil_div(w.k, UNIT_K), WARPS), room = (card.shared - fixed) / unit_bytes;
+    const int slab = room < units ? room : units;
+    if (slab < 1) return cudaErrorInvalidValue;
+    // The driver keeps 1 KB of each block. What else fits is for the next kernel's blocks, which load meanwhile.
+    const int shared = fixed + slab * unit_bytes, most = (card.shared + 1024) / (shared + 1024) < 3 ? 1 : 2;
+    const int tiles = w.rows / PACKED_ROWS, blocks = ceil_div(tiles, ceil_div(tiles, most * card.count));
+    const auto run = [&](auto kernel) {
+        cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, card.shared);
+        if (status != cudaSuccess) return status;
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared);
+        if (status != cudaSuccess) return status;
+        return launch(kernel, blocks, 32 * WARPS, size_t(shared), stream, n, w, slab, x, out, wide);
+    };
+    if (slab < units) {
+        return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 2>) : run(packed_kernel<FP8, STEPS, true, 2>);
+    }
+    return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 1>) : run(packed_kernel<FP8, STEPS, true, 1>);
+}
+
+}  // namespace
+
+extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *x, void *out, int wide) {
+    if (n < 0 || n > FEW) return cudaErrorInvalidValue;
+    if (n == 0 || w.rows == 0) return cudaSuccess;
+    const cudaStream_t stream = as_stream(on);
+    if (w.kind == 0) {
+        const q35_bf16 *codes = static_cast<const q35_bf16 *>(w.codes);
+        return wide ? q35_linear_f32(stream, n, w.k, w.rows, x, codes, static_cast<float *>(out))
+                    : q35_linear(stream, n, w.k, w.rows, x, codes, static_cast<q35_bf16 *>(out));
+    }
+    if (w.rows % PACKED_ROWS != 0 || w.k % 64 != 0 || w.k <= 0 || !aligned(w.codes) || !aligned(w.scales) ||
+        !aligned(w.zeros) || !aligned(x)) {
+        return cudaErrorInvalidValue;
+    }
+    const bf16 *rows = as_bf16(x);
+    if (w.kind == q35_fp8_block || w.kind == q35_fp8_row) return few_rows<true, 8>(stream, n, w, rows, out, wide);
+    if (w.kind != q35_int4_f16 && w.kind != q35_int4_bf16) return cudaErrorInvalidValue;
+    if (w.group >= w.k || w.group == 128) return few_rows<false, 8>(stream, n, w, rows, out, wide);
+    if (w.group == 64) return few_rows<false, 4>(stream, n, w, rows, out, wide);
+    if (w.group == 32) return few_rows<false, 2>(stream, n, w, rows, out, wide);
+    return cudaErrorInvalidValue;
+}

@@ -146,6 +146,23 @@ int q35_gated_attention(void *stream, q35_batch batch, q35_attention_dims dims, 
 int q35_linear(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, q35_bf16 *out);
 int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, float *out);
 
+// Weights of 4 and 8 bits, W [rows, k]: rows a multiple of 16, k of 64. A tile is 16 rows and 64 of k, its codes
+// [row tile][k tile][lane 0 .. 31][bytes of the lane] as mma.m16n8k16 takes them for A: with g = lane / 4 and
+// p = 2 (lane % 4), the registers of a step of k 16 are i = 0: (g, p), 1: (g + 8, p), 2: (g, p + 8), 3: (g + 8, p + 8),
+// each two elements along k. int4: 16 bytes a lane, word j is step j, (word >> 4 i) & 0x000f000f register i, q + 8 of a
+// number from -8 to 7. fp8 (e4m3, no NaN): two halves of k 32, one after the other, 16 bytes a lane each; of a step the
+// first word has registers 0 and 1, the second 2 and 3, (word >> 8 i) & 0x00ff00ff the first and second of the two.
+// Scales: int4 16-bit [row tile][group][16], `group` 32, 64, 128 or, for the whole row, k; zeros: null for 8, or uint8 in
+// the same order; fp8: f32, by blocks of 128 x 128 [row tile][k / 128, rounded up], or by rows [row tile][16].
+enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };
+typedef struct {
+    const void *codes;
+    const void *scales;
+    const uint8_t *zeros;
+    int rows, k, group;
+    int kind;                     // 0: bf16, codes are the plain row-major matrix
+} q35_packed;
+
 // --------------------------------------------------------------------------------------------------------- moe.cu
 
 typedef struct {
@@ -187,6 +204,24 @@ int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights
 // holds whole rows of all experts' outputs. The same bits as the two. out may be x.
 int q35_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x,
                       void *workspace, float *residual, const float *norm, float eps, q35_bf16 *out);
+
+// ---------------------------------------------------------------------------------------------------- moe_packed.cu
+
+// Routed matrices are those of all experts one after the other; each may be of another kind.
+typedef struct {
+    q35_packed gate_up;           // [E * 2 * width, H]: an expert's gate rows, then its up rows
+    q35_packed down;              // [E * H, width]
+    q35_packed shared_gate_up;    // [2 * shared_width, H]
+    q35_packed shared_down;       // [H, shared_width]
+    const q35_bf16 *router;       // [E, H]
+    const q35_bf16 *shared_gate;  // [1, H]
+} q35_packed_moe;
+
+// q35_norm_moe for n <= 16 with such weights: of each expert it gives what exact weights (q - z) * scale would, up to f32
+// sums. hidden (at most 4096), width and shared_width are multiples of 64, top_k is at most 32; all that is bf16 or f32
+// is 16-byte aligned. cudaErrorInvalidValue for anything else. The workspace is that of q35_moe.
+int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *delta,
+                        float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 
 // ------------------------------------------------------------------------------------------------------ sampler.cu
 

@@ -16,7 +16,7 @@ constexpr int MOST_SHARED = 48 << 10;
 constexpr int UP_BLOCKS = 2;  // on an SM
 // At most so many in a block that has an SM to itself; of two blocks each has half. The registers are divided so.
 template <int N>
-constexpr int DOWN_WARPS = N == 1 ? 18 : 16;
+constexpr int DOWN_WARPS = N == 1 ? 20 : 16;
 constexpr bool UP_EARLY = true;
 
 // What to call with a form known when compiled.
@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     __shared__ float sums[2][UP_WARPS][8 * N][UP_PITCH];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int block = blockIdx.x, blocks = gridDim.x, hidden = p.hidden, k_tiles = hidden / TILE_K;
-    const int count = (k_tiles - warp + UP_WARPS - 1) / UP_WARPS;  // k tiles of this warp
+    auto share = [&](const Packed &m, int apart) {
+        return Share{warp, UP_WARPS, ceil_div(k_tiles - warp, UP_WARPS), apart * m.row_tile_bytes};
+    };
     const int shared_tiles = p.shared_width / TILE_ROWS, expert_tiles = p.width / TILE_ROWS;
     const int before = max(blocks - shared_tiles, 0);  // blocks that start with an expert hit
 
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         by_form(shared_gate_up.form, [&](auto of) {
             constexpr int form = decltype(of)::form;
             const Cursor at = aim_at<form>(shared_gate_up, block - before, shared_tiles);
-            start_walk<form, 2>(held, shared_gate_up, at, warp, UP_WARPS, count, shared_tiles);
+            start_walk<form, 2>(held, shared_gate_up, at, share(shared_gate_up, shared_tiles));
         });
     }
     wait_for_inputs();
@@ -90,7 +92,8 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         };
         Cursor now = {}, next = {};
         if (tile < end) now = aim(tile);
-        if (tile < end && !started) start_walk<form, 2>(held, m, now, warp, UP_WARPS, count, tiles);
+        const Share own = share(m, tiles);
+        if (tile < end && !started) start_walk<form, 2>(held, m, now, own);
         while (tile < end) {
             const int after = tile + step;
             step = blocks;
@@ -102,8 +105,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
             for (int i = 0; i < N; i++)
                 tokens[i] = from + int64_t(token_of(hit.y, 8 * i + g)) * hidden + token_offset<form>();
             float acc[2][N][4] = {};
-            walk<N, form, 2>(held, m, now, next, warp, UP_WARPS, count, after < end ? count : 0, tiles, tokens, num_tokens,
-                             acc);
+            walk<N, form, 2>(held, m, now, next, after < end, own, tokens, num_tokens, acc);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -169,12 +171,13 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     const int row_tile = blockIdx.x, row_tiles = gridDim.x;
 
     const bool with_shared = p.has_shared && warp == 0;
+    auto share = [](const Packed &m) { return Share{0, 1, m.k_tiles, 0}; };
 
     Held held;
     if (with_shared) {
         by_form(shared_down.form, [&](auto of) {
             constexpr int form = decltype(of)::form;
-            start_walk<form, 1>(held, shared_down, aim_at<form>(shared_down, row_tile, 0), 0, 1, shared_down.k_tiles, 0);
+            start_walk<form, 1>(held, shared_down, aim_at<form>(shared_down, row_tile, 0), share(shared_down));
         });
     }
     int num_hit = p.top_k;
@@ -201,7 +204,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     if (!with_shared && first < num_hit) {
         by_form(down.form, [&](auto of) {
             constexpr int form = decltype(of)::form;
-            start_walk<form, 1>(held, down, aim_at<form>(down, row_tile_of(first), 0), 0, 1, down.k_tiles, 0);
+            start_walk<form, 1>(held, down, aim_at<form>(down, row_tile_of(first), 0), share(down));
         });
     }
     let_next_start();
@@ -223,7 +226,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
         auto aim = [&](int to) { return aim_at<form>(m, shared ? row_tile : row_tile_of(to), 0); };
         Cursor now = {}, next = {};
         if (item < end) now = aim(item);
-        if (item < end && !started) start_walk<form, 1>(held, m, now, 0, 1, m.k_tiles, 0);
+        if (item < end && !started) start_walk<form, 1>(held, m, now, share(m));
         while (item < end) {
             const int after = item + num_warps;
             if (after < end) next = aim(after);
@@ -235,7 +238,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
                 tokens[i] = (shared ? shared_act : act) + int64_t(hit.z + min(8 * i + g, num_tokens - 1)) * m.k +
                             token_offset<form>();
             float acc[1][N][4] = {};
-            walk<N, form, 1>(held, m, now, next, 0, 1, m.k_tiles, after < end ? m.k_tiles : 0, 0, tokens, num_tokens, acc);
+            walk<N, form, 1>(held, m, now, next, after < end, share(m), tokens, num_tokens, acc);
             float *to = sums + (shared ? assignments : hit.z) * DOWN_PITCH;
 #pragma unroll
             for (int s = 0; s < N; s++) {

@@ -18,7 +18,8 @@ struct Packed {
     int form, k, k_tiles;
     int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all
     int shift;              // k tile >> shift is its group; groups of 32: `halves`, two a tile
-    bool halves, bf16_scales;
+    uint32_t bf16_scales;   // int4: all ones, or 0 where they are f16
+    bool halves;
 };
 
 // What kernels take of a matrix of the caller's, `rows` by `k`; false where they do not take it.
@@ -35,7 +36,7 @@ static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Pack
         case q35_int4_f16:
         case q35_int4_bf16:
             to.form = INT4_TILES, to.row_tile_bytes = int64_t(TILE_ROWS) * k / 2;
-            to.zeros = from.zeros, to.bf16_scales = from.kind == q35_int4_bf16;
+            to.zeros = from.zeros, to.bf16_scales = from.kind == q35_int4_bf16 ? 0xffffffffu : 0;
             if (from.group > 0 && from.group < k) {
                 if (from.group != 32 && from.group != 64 && from.group != 128) return false;
                 to.groups = ceil_div(k, from.group), to.halves = from.group == 32, to.shift = from.group == 128;
@@ -108,32 +109,33 @@ __device__ __forceinline__ Cursor aim_at(const Packed &m, int64_t row_tile, int 
     return c;
 }
 
+// `from`: at k tile 0 of a lane's first row tile; the next one of MATS is `apart` bytes on.
 template <int FORM, int MATS>
-__device__ __forceinline__ void load_codes(Held &held, int slot, const Packed &m, const Cursor &c, int k_tile,
-                                           int apart) {
+__device__ __forceinline__ void load_codes(Held &held, int slot, const Packed &m, const uint8_t *from, int k_tile,
+                                           int64_t apart) {
     typedef Walk<FORM, MATS> W;
-    const uint8_t *p = c.codes + int64_t(k_tile) * W::STEP;
+    from += k_tile * W::STEP;
 #pragma unroll
-    for (int i = 0; i < MATS; i++, p += apart * m.row_tile_bytes) {
+    for (int i = 0; i < MATS; i++, from += apart) {
         uint4 *to = held.w + (slot * MATS + i) * W::UNITS;
-        const bf16 *const from = reinterpret_cast<const bf16 *>(p);  // elements of 2 bytes
+        const bf16 *const p = reinterpret_cast<const bf16 *>(from);  // elements of 2 bytes
         if (FORM == BF16_ROWS) {
-            to[0] = stream16_in_order(from), to[1] = stream16_in_order(from + 32);
-            to[2] = stream16_in_order(from + 8 * m.k), to[3] = stream16_in_order(from + 8 * m.k + 32);
+            to[0] = stream16_in_order(p), to[1] = stream16_in_order(p + 32);
+            to[2] = stream16_in_order(p + 8 * m.k), to[3] = stream16_in_order(p + 8 * m.k + 32);
         } else {
 #pragma unroll
-            for (int u = 0; u < W::UNITS; u++) to[u] = stream16_in_order(from + 256 * u);
+            for (int u = 0; u < W::UNITS; u++) to[u] = stream16_in_order(p + 256 * u);
         }
     }
 }
 
 template <int FORM>
-__device__ __forceinline__ void load_scales(RawScales &raw, const Packed &m, const Cursor &c, int k_tile) {
+__device__ __forceinline__ void load_scales(RawScales &raw, const Packed &m, uint32_t from, int k_tile) {
     if (FORM == FP8_TILES) {
-        const uint32_t at = c.scale + uint32_t(k_tile >> m.shift) * m.each;
+        const uint32_t at = from + uint32_t(k_tile >> m.shift) * m.each;
         raw.scale[0] = load_scale32(static_cast<const float *>(m.scales) + at);
     } else if (FORM == INT4_TILES) {
-        const uint32_t at = c.scale + uint32_t(m.halves ? 2 * k_tile : k_tile >> m.shift) * 16;
+        const uint32_t at = from + uint32_t(m.halves ? 2 * k_tile : k_tile >> m.shift) * 16;
         const uint16_t *const scales = static_cast<const uint16_t *>(m.scales);
         raw.scale[0] = load_scale16(scales + at), raw.zero[0] = raw.zero[1] = 8;
         if (m.halves) raw.scale[1] = load_scale16(scales + at + 16);
@@ -150,7 +152,7 @@ struct RowScales {
     uint32_t bias[2];
 };
 template <int FORM>
-__device__ __forceinline__ RowScales row_scales(const RawScales &raw, int half, int mat, bool bf16_scales) {
+__device__ __forceinline__ RowScales row_scales(const RawScales &raw, int half, int mat, uint32_t bf16_scales) {
     const int from = 16 * mat + threadIdx.x % 32 / 4;
     RowScales of;
 #pragma unroll
@@ -158,7 +160,7 @@ __device__ __forceinline__ RowScales row_scales(const RawScales &raw, int half, 
         if (FORM == INT4_TILES) {
             const uint32_t both = __shfl_sync(ALL_LANES, raw.scale[half] | raw.zero[half] << 16, from + 8 * r);
             const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(both & 0xffff)));
-            of.scale[r] = bf16_scales ? __uint_as_float(both << 16) : of_f16;
+            of.scale[r] = __uint_as_float((both << 16 & bf16_scales) | (__float_as_uint(of_f16) & ~bf16_scales));
             of.bias[r] = __byte_perm(both, 0x43434343, 0x4242);
         } else {
             of.scale[r] = __uint_as_float(__shfl_sync(ALL_LANES, raw.scale[half], from + 8 * r));
@@ -265,51 +267,53 @@ __device__ __forceinline__ void add_tile(const uint4 *w, const RawScales &raw, c
     }
 }
 
-// The first loads of a row tile whose k tiles are first, first + stride, ..., `count` of them.
+// The k tiles that a warp has of a row tile: first, first + stride, ..., `count` of them; row tiles of a walk are `apart`
+// bytes apart.
+struct Share {
+    int first, stride, count;
+    int64_t apart;
+};
+
+// The first loads of a row tile.
 template <int FORM, int MATS>
-__device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cursor &c, int first, int stride,
-                                           int count, int apart) {
+__device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cursor &c, const Share &of) {
     typedef Walk<FORM, MATS> W;
 #pragma unroll
     for (int s = 0; s < W::DEPTH; s++)
-        if (s < count) load_codes<FORM, MATS>(held, s, m, c, first + s * stride, apart);
+        if (s < of.count) load_codes<FORM, MATS>(held, s, m, c.codes, of.first + s * of.stride, of.apart);
 #pragma unroll
     for (int s = 0; s < W::AHEAD; s++)
-        if (s < count) load_scales<FORM>(held.raw[s], m, c, first + s * stride);
+        if (s < of.count) load_scales<FORM>(held.raw[s], m, c.scale, of.first + s * of.stride);
 }
 
-// acc += those k tiles, times the tokens from first elements `tokens`. What is loaded again when it is done with is, at
-// the end, of the row tile at `next`, which has `next_count` such k tiles, 0 for none: place i of it is where
-// start_walk would have put it.
+// acc += those k tiles, times the tokens from first elements `tokens`. What is done with is loaded again, at the end with
+// what start_walk would load of the row tile at `next`, if there is `more`.
 template <int N, int FORM, int MATS>
-__device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &now, const Cursor &next, int first,
-                                     int stride, int count, int next_count, int apart,
-                                     const bf16 *const (&tokens)[N], int num_tokens, float (&acc)[MATS][N][4]) {
+__device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &now, const Cursor &next, bool more,
+                                     const Share &of, const bf16 *const (&tokens)[N], int num_tokens,
+                                     float (&acc)[MATS][N][4]) {
     typedef Walk<FORM, MATS> W;
     const int g = threadIdx.x % 32 / 4;
     const bool both = num_tokens > 8;
 #pragma unroll 1
-    for (int base = 0; base < count; base += W::DEPTH) {
+    for (int base = 0; base < of.count; base += W::DEPTH) {
 #pragma unroll
         for (int s = 0; s < W::DEPTH; s++) {
-            const int i = base + s;
-            if (i < count) {
-                const int64_t at = int64_t(first + i * stride) * TILE_K;
+            const int i = base + s, slot = s % W::AHEAD;
+            if (i < of.count) {
+                const int at = (of.first + i * of.stride) * TILE_K;
                 uint32_t b[N][8];
                 load_token<FORM>(b[0], tokens[0] + at, g < num_tokens);
                 if (N > 1 && both) load_token<FORM>(b[N - 1], tokens[N - 1] + at, 8 + g < num_tokens);
-                add_tile<N, FORM, MATS>(held.w + s * MATS * W::UNITS, held.raw[s % W::AHEAD], m, b, both, acc);
-            }
-            const int slot = s % W::AHEAD;
-            if (i + W::DEPTH < count) {
-                load_codes<FORM, MATS>(held, s, m, now, first + (i + W::DEPTH) * stride, apart);
-            } else if ((i < count || base == 0) && s < next_count) {
-                load_codes<FORM, MATS>(held, s, m, next, first + s * stride, apart);
-            }
-            if (i + W::AHEAD < count) {
-                load_scales<FORM>(held.raw[slot], m, now, first + (i + W::AHEAD) * stride);
-            } else if ((i < count || i < W::AHEAD) && slot < next_count) {
-                load_scales<FORM>(held.raw[slot], m, next, first + slot * stride);
+                add_tile<N, FORM, MATS>(held.w + s * MATS * W::UNITS, held.raw[slot], m, b, both, acc);
+                const bool here = i + W::DEPTH < of.count;
+                if (here || more)
+                    load_codes<FORM, MATS>(held, s, m, here ? now.codes : next.codes,
+                                           of.first + (here ? i + W::DEPTH : s) * of.stride, of.apart);
+                const bool soon = i + W::AHEAD < of.count;
+                if (soon || more)
+                    load_scales<FORM>(held.raw[slot], m, soon ? now.scale : next.scale,
+                                      of.first + (soon ? i + W::AHEAD : slot) * of.stride);
             }
         }
     }

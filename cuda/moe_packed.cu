@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         constexpr int form = decltype(of)::form;
         const int tiles = shared ? shared_tiles : expert_tiles, width = shared ? p.shared_width : p.width;
         auto aim = [&](int to) {
-            const int64_t row_tile = shared ? to : int64_t(hits[to / tiles].x) * 2 * tiles + to % tiles;
+            const int row_tile = shared ? to : hits[to / tiles].x * 2 * tiles + to % tiles;
             return aim_at<form>(m, row_tile, tiles);
         };
         Cursor now = {}, next = {};
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     __syncthreads();
 
     const int first = with_shared ? num_warps - 1 : warp - p.has_shared;  // of the list
-    auto row_tile_of = [&](int item) { return int64_t(hits[item].x) * row_tiles + row_tile; };
+    auto row_tile_of = [&](int item) { return hits[item].x * row_tiles + row_tile; };
     if (!with_shared && first < num_hit) {
         by_form(down.form, [&](auto of) {
             constexpr int form = decltype(of)::form;

@@ -8,13 +8,14 @@
 enum Form { BF16_ROWS, INT4_TILES, FP8_TILES };
 
 constexpr int TILE_ROWS = 16, TILE_K = 64;
+constexpr int MOST_K = 1 << 16;  // so that what is between two row tiles of an expert has less than 2^31 bytes
 
 // A matrix as kernels take it. Tiles of int4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane each.
 struct Packed {
     const uint8_t *codes;
     const void *scales;     // [row tile][group][each]: 16 bits (int4) or f32 (fp8)
     const uint8_t *zeros;   // int4: as scales; null: 8
-    int64_t row_tile_bytes;
+    int row_tile_bytes;
     int form, k, k_tiles;
     int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all
     int shift;              // k tile >> shift is its group; groups of 32: `halves`, two a tile
@@ -26,16 +27,16 @@ struct Packed {
 static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Packed &to) {
     to = Packed{};
     if (from.codes == nullptr || !aligned(from.codes) || from.rows != rows || from.k != k) return false;
-    if (rows % TILE_ROWS != 0 || k % TILE_K != 0 || k <= 0) return false;
+    if (rows % TILE_ROWS != 0 || k % TILE_K != 0 || k <= 0 || k > MOST_K) return false;
     to.codes = static_cast<const uint8_t *>(from.codes), to.scales = from.scales, to.zeros = nullptr;
     to.k = k, to.k_tiles = k / TILE_K, to.groups = 1, to.each = 16, to.shift = 31;
     switch (from.kind) {
         case 0:
-            to.form = BF16_ROWS, to.row_tile_bytes = int64_t(TILE_ROWS) * k * 2;
+            to.form = BF16_ROWS, to.row_tile_bytes = TILE_ROWS * k * 2;
             return true;
         case q35_int4_f16:
         case q35_int4_bf16:
-            to.form = INT4_TILES, to.row_tile_bytes = int64_t(TILE_ROWS) * k / 2;
+            to.form = INT4_TILES, to.row_tile_bytes = TILE_ROWS * k / 2;
             to.zeros = from.zeros, to.bf16_scales = from.kind == q35_int4_bf16 ? 0xffffffffu : 0;
             if (from.group > 0 && from.group < k) {
                 if (from.group != 32 && from.group != 64 && from.group != 128) return false;
@@ -46,7 +47,7 @@ static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Pack
             to.groups = ceil_div(k, 128), to.each = 1, to.shift = 1;
             [[fallthrough]];
         case q35_fp8_row:
-            to.form = FP8_TILES, to.row_tile_bytes = int64_t(TILE_ROWS) * k;
+            to.form = FP8_TILES, to.row_tile_bytes = TILE_ROWS * k;
             break;
         default:
             return false;
@@ -96,10 +97,10 @@ __device__ __forceinline__ uint32_t load_zero(const uint8_t *p) {
 
 // At a row tile. Of the scales of a pair of them lanes 16 .. 31 load those of the second, `apart` row tiles on.
 template <int FORM>
-__device__ __forceinline__ Cursor aim_at(const Packed &m, int64_t row_tile, int apart) {
+__device__ __forceinline__ Cursor aim_at(const Packed &m, int row_tile, int apart) {
     const int lane = threadIdx.x % 32;
     Cursor c;
-    c.codes = m.codes + row_tile * m.row_tile_bytes;
+    c.codes = m.codes + int64_t(row_tile) * m.row_tile_bytes;
     c.codes += FORM == BF16_ROWS ? (lane / 4 * m.k + lane % 4 * 8) * 2 : lane * 16;
     c.scale = 0;
     if (FORM != BF16_ROWS) {
@@ -112,7 +113,7 @@ __device__ __forceinline__ Cursor aim_at(const Packed &m, int64_t row_tile, int 
 // `from`: at k tile 0 of a lane's first row tile; the next one of MATS is `apart` bytes on.
 template <int FORM, int MATS>
 __device__ __forceinline__ void load_codes(Held &held, int slot, const Packed &m, const uint8_t *from, int k_tile,
-                                           int64_t apart) {
+                                           int apart) {
     typedef Walk<FORM, MATS> W;
     from += k_tile * W::STEP;
 #pragma unroll
@@ -181,6 +182,13 @@ __device__ __forceinline__ uint32_t bf16_mul(uint32_t a, uint32_t b) {
     return *reinterpret_cast<const uint32_t *>(&d);
 }
 
+// (x & mask) | bits in one operation, for which `bits` is in a register.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(x), "r"(mask), "r"(bits));
+    return v;
+}
+
 // The fragment of step `j` of k 16 of a tile in w. Of fp8 (word >> 8 i) & 0x00ff00ff are the two elements of register i;
 // the bits of e4m3 are those of a bf16 that is 2^120 times smaller, small ones too.
 template <int FORM>
@@ -188,7 +196,7 @@ __device__ __forceinline__ void fragment(const uint4 *w, int j, const uint32_t (
     if (FORM == INT4_TILES) {
         const uint32_t word = j == 0 ? w[0].x : j == 1 ? w[0].y : j == 2 ? w[0].z : w[0].w;
 #pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = bf16_sub((word >> 4 * i & 0x000f000fu) | 0x43004300u, bias[i % 2]);
+        for (int i = 0; i < 4; i++) a[i] = bf16_sub(and_or(word >> 4 * i, 0x000f000fu, 0x43004300u), bias[i % 2]);
     } else if (FORM == FP8_TILES) {
         const uint4 half = w[j / 2];
         const uint32_t words[2] = {j % 2 == 0 ? half.x : half.z, j % 2 == 0 ? half.y : half.w};
@@ -270,8 +278,7 @@ __device__ __forceinline__ void add_tile(const uint4 *w, const RawScales &raw, c
 // The k tiles that a warp has of a row tile: first, first + stride, ..., `count` of them; row tiles of a walk are `apart`
 // bytes apart.
 struct Share {
-    int first, stride, count;
-    int64_t apart;
+    int first, stride, count, apart;
 };
 
 // The first loads of a row tile.

@@ -28,6 +28,8 @@ from launch import (
     Edit,
     MoeDims,
     MoeWeights,
+    PackedMatrix,
+    PackedMoe,
     Sampled,
     Sampling,
     call,
@@ -245,6 +247,72 @@ def experts(table: Table) -> None:
         del parts
 
 
+def packed_experts(table: Table) -> None:
+    """Experts in 4 and 8 bits, layer after layer in a graph, as in `experts`."""
+    for name, hidden, num_experts, top_k, width in (
+        ("35B", 2048, 256, 8, 512),
+        ("122B", 3072, 256, 8, 1024),
+        ("397B", 4096, 512, 10, 1024),
+    ):
+        dims = MoeDims(hidden, num_experts, top_k, width, width)
+        for what, kind, bytes_each in (("int4", 1, 0.5 + 2 / 128), ("fp8", 3, 1 + 4 / 2048)):
+
+            def draw(rows: int, k: int, kind: int = kind) -> tuple[PackedMatrix, Any]:
+                codes = torch.empty(
+                    rows * k // (2 if kind == 1 else 1), device="cuda", dtype=torch.uint8
+                ).random_()
+                if kind == 1:
+                    scales = torch.rand(rows * k // 128, device="cuda").mul_(k**-0.5).half()
+                else:
+                    codes.bitwise_and_(0xBF)  # no NaN
+                    scales = torch.rand(rows * k // 2048, device="cuda").mul_(k**-0.5)
+                return PackedMatrix(codes.data_ptr(), scales.data_ptr(), None, rows, k, 128, kind), (
+                    codes,
+                    scales,
+                )
+
+            (gate_up, kept_up), (down, kept_down) = (
+                draw(num_experts * 2 * width, hidden),
+                draw(num_experts * hidden, width),
+            )
+            shared_gate = weights(1, hidden)
+            for n in (1, 4, 16):
+                x, out = random(n, hidden), torch.empty(n, hidden, device="cuda", dtype=BF16)
+                space = torch.empty(call("q35_moe_workspace", n, dims), device="cuda", dtype=torch.uint8)
+                few = min(num_experts, n * top_k)
+                layers = max(2, int((1 << 30) / (3 * hidden * width * (few + 1) * bytes_each)) + 1)
+                residual, norm = random(n, hidden, dtype=F32), random(hidden, dtype=F32)
+                deltas = [random(n, hidden, scale=1e-3) for _ in range(layers)]
+                routers = [weights(num_experts, hidden) for _ in range(layers)]
+                shared = [(draw(2 * width, hidden), draw(hidden, width)) for _ in range(layers)]
+                structs = [
+                    PackedMoe(gate_up, down, a[0], b[0], router.data_ptr(), shared_gate.data_ptr())
+                    for router, (a, b) in zip(routers, shared, strict=True)
+                ]
+
+                def step(n=n, h=x, o=out, s=space, d=dims, r=residual, g=norm, de=deltas, st=structs):
+                    for delta, struct in zip(de, st, strict=True):
+                        call("q35_packed_norm_moe", n, d, struct, delta, r, g, 1e-6, h, s, o)
+
+                step()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                # What the layers hit, from the x of each.
+                num_bytes = 0.0
+                for delta, router, struct in zip(deltas, routers, structs, strict=True):
+                    call("q35_packed_norm_moe", n, dims, struct, delta, residual, norm, 1e-6, x, space, out)
+                    hit = (x.float() @ router.float().T).topk(top_k).indices.unique().numel()
+                    num_bytes += 3 * hidden * width * (hit + 1) * bytes_each
+                    num_bytes += 2 * num_experts * hidden + 14 * n * hidden
+                table.add(
+                    f"norm moe {what} {name} {n} tokens, {layers} layers in a graph",
+                    graph.replay,
+                    num_bytes=num_bytes,
+                )
+            del kept_up, kept_down
+
+
 def delta_rule(table: Table) -> None:
     for name, heads in (("35B", 32), ("122B", 64)):
         dims = DeltaDims(16, heads, 128, 128, 4)
@@ -397,7 +465,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     table = Table(Clock(), args.only)
-    for part in (norms, linears, chains, experts, delta_rule, attention, samplers):
+    for part in (norms, linears, chains, experts, packed_experts, delta_rule, attention, samplers):
         part(table)
         torch.cuda.empty_cache()
     if args.json:

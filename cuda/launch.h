@@ -152,8 +152,8 @@ int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, 
 // each two elements along k. int4: 16 bytes a lane, word j is step j, (word >> 4 i) & 0x000f000f register i, q + 8 of a
 // number from -8 to 7. fp8 (e4m3, no NaN): two halves of k 32, one after the other, 16 bytes a lane each; of a step the
 // first word has registers 0 and 1, the second 2 and 3, (word >> 8 i) & 0x00ff00ff the first and second of the two.
-// Scales: int4 16-bit [row tile][group][16], `group` 32, 64, 128 or, for the whole row, k; zeros: null for 8, or uint8 in
-// the same order; fp8: f32, by blocks of 128 x 128 [row tile][k / 128, rounded up], or by rows [row tile][16].
+// Scales: int4 16-bit [row tile][group][16], `group` 32, 64, 128 or, for the whole row, k; zeros: null for 8, or uint8
+// in the same order; fp8: f32, by blocks of 128 x 128 [row tile][k / 128, rounded up], or by rows [row tile][16].
 enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };
 typedef struct {
     const void *codes;
@@ -217,9 +217,10 @@ typedef struct {
     const q35_bf16 *shared_gate;  // [1, H]
 } q35_packed_moe;
 
-// q35_norm_moe for n <= 16 with such weights: of each expert it gives what exact weights (q - z) * scale would, up to f32
-// sums. hidden (at most 4096), width and shared_width are multiples of 64, top_k is at most 32; all that is bf16 or f32
-// is 16-byte aligned. cudaErrorInvalidValue for anything else. The workspace is that of q35_moe.
+// q35_norm_moe for n <= 16 with such weights: of each expert it gives what exact weights (q - z) * scale would, up to
+// f32 sums. hidden (at most 4096), width and shared_width are multiples of 64, top_k is at most 32; activations, codes,
+// router and norm are 16-byte aligned, scales 4-byte. cudaErrorInvalidValue for anything else. The workspace is that of
+// q35_moe.
 int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *delta,
                         float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 

@@ -3,6 +3,8 @@
 //
 // A sum goes by k tiles of 64: of exact products on tensor cores in f32, then times their scale (in groups of 32 by
 // halves of a tile), then added to the row's sum. What packed_down reads before it waits is as in few_down.
+#include <numeric>
+
 #include "moe.cuh"
 #include "moe_packed.cuh"
 
@@ -17,7 +19,7 @@ constexpr int UP_BLOCKS = 2;  // on an SM
 // At most so many in a block that has an SM to itself; of two blocks each has half. The registers are divided so.
 template <int N>
 constexpr int DOWN_WARPS = N == 1 ? 20 : 16;
-constexpr bool UP_EARLY = true;
+constexpr bool UP_EARLY = true;  // packed_up starts under the kernel before it
 
 // What to call with a form known when compiled.
 template <int FORM>
@@ -36,16 +38,18 @@ __device__ __forceinline__ void by_form(int form, F call) {
 }
 
 // gate_up and the activation, in tiles of 16 features: a row tile of gate and the one of up. Tiles of experts hit go
-// round the blocks; those of the shared expert are the first of the last blocks, so that few have one of each. The warps
-// of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order. `staged`:
-// a single token goes to shared memory, so that a block waits for it once.
+// round the blocks; those of the shared expert are the first of the last blocks, so that few have one of each. The
+// warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order. A
+// single token goes to shared memory, so that a block waits for it once. `spread`: a step round the blocks that keeps
+// those with one tile more apart, on whichever SMs they settle.
 template <int N>
 __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
-    packed_up(Plan p, Packed gate_up, Packed shared_gate_up, bool staged, const bf16 *x, Norm norm) {
+    packed_up(Plan p, Packed gate_up, Packed shared_gate_up, int spread, const bf16 *x, Norm norm) {
     extern __shared__ int4 hits[];  // [slots], then the token
     __shared__ float sums[2][UP_WARPS][8 * N][UP_PITCH];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const int block = blockIdx.x, blocks = gridDim.x, hidden = p.hidden, k_tiles = hidden / TILE_K;
+    const int blocks = gridDim.x, block = int(blockIdx.x) * spread % blocks;
+    const int hidden = p.hidden, k_tiles = hidden / TILE_K;
     auto share = [&](const Packed &m, int apart) {
         return Share{warp, UP_WARPS, ceil_div(k_tiles - warp, UP_WARPS), apart * m.row_tile_bytes};
     };
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 
     int num_hit = p.top_k;
     bf16 *const stage = reinterpret_cast<bf16 *>(hits + p.slots);
-    if (staged) {
+    if (p.n == 1) {
         for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x)
             *reinterpret_cast<uint4 *>(stage + i) = *reinterpret_cast<const uint4 *>(x + i);
     }
@@ -81,7 +85,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     __syncthreads();
 
     int turn = 0;  // of the two places of sums: one barrier a tile
-    const bf16 *const from = staged ? stage : x;
+    const bf16 *const from = p.n == 1 ? stage : x;
     // Tiles `tile`, `tile` + step, then every `blocks`, up to `end`.
     auto run = [&](auto of, const Packed &m, bool shared, bool started, int tile, int step, int end) {
         constexpr int form = decltype(of)::form;
@@ -275,6 +279,13 @@ int down_bytes(int n, const Plan &p) {
     return slots * 16 + (2 * assignments + n + (assignments + n) * DOWN_PITCH) * 4;
 }
 
+// A step near the golden section of a round, that comes by every block.
+int spread_of(int blocks) {
+    int step = blocks * 618 / 1000;
+    while (std::gcd(step, blocks) != 1) step++;
+    return step;
+}
+
 template <int N>
 int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x,
                    bf16 *out) {
@@ -283,7 +294,7 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
     const int64_t most = p.shared_width / TILE_ROWS + int64_t(p.slots) * (p.width / TILE_ROWS);
     const int up_blocks = most < most_blocks ? int(most) : most_blocks;
     const int code = launch<UP_EARLY>(packed_up<N>, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
-                                      p.n == 1, x, norm);
+                                      spread_of(up_blocks), x, norm);
     if (code != cudaSuccess) return code;
 
     // One wave here too, where an SM has room for two blocks; of equal turns.
@@ -316,7 +327,8 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
     for (const void *pointer : pointers)
         if (!aligned(pointer)) return cudaErrorInvalidValue;
     // Rows of gate and of up are whole tiles: of the matrices this follows from their being the k of `down`.
-    if (p.hidden > MOST_HIDDEN || p.top_k > MOST_TOP_K || down_bytes(FEW, p) > MOST_SHARED) return cudaErrorInvalidValue;
+    if (p.hidden > MOST_HIDDEN || p.top_k > MOST_TOP_K || down_bytes(FEW, p) > MOST_SHARED)
+        return cudaErrorInvalidValue;
 
     q35_moe_weights routing = {};
     routing.router = weights.router, routing.shared_gate = weights.shared_gate;

@@ -1,4 +1,5 @@
-// Weights of 4 and 8 bits, and bf16 beside them, as tensor-core fragments: tiles of 16 rows and 64 of k, loaded by a warp.
+// Weights of 4 and 8 bits, and bf16 beside them, as tensor-core fragments: tiles of 16 rows and 64 of k, loaded by a
+// warp.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -63,7 +64,8 @@ struct Walk {
     static constexpr int UNITS = FORM == INT4_TILES ? 1 : FORM == FP8_TILES ? 2 : 4;  // 16 bytes of a tile, a lane
     static constexpr int DEPTH = 8 / (UNITS * MATS);  // k tiles under way
     static constexpr int AHEAD = DEPTH < 2 ? DEPTH : 2;  // of their scales
-    static constexpr int STEP = FORM == INT4_TILES ? 512 : FORM == FP8_TILES ? 1024 : 2 * TILE_K;  // bytes, k tile to next
+    // Bytes from a k tile to the next.
+    static constexpr int STEP = FORM == INT4_TILES ? 512 : FORM == FP8_TILES ? 1024 : 2 * TILE_K;
 };
 struct RawScales {
     uint32_t scale[2], zero[2];  // by half of a k tile, where it has two groups
@@ -189,8 +191,8 @@ __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t b
     return v;
 }
 
-// The fragment of step `j` of k 16 of a tile in w. Of fp8 (word >> 8 i) & 0x00ff00ff are the two elements of register i;
-// the bits of e4m3 are those of a bf16 that is 2^120 times smaller, small ones too.
+// The fragment of step `j` of k 16 of a tile in w. Of fp8 (word >> 8 i) & 0x00ff00ff are the two elements of register
+// i; the bits of e4m3 are those of a bf16 that is 2^120 times smaller, small ones too.
 template <int FORM>
 __device__ __forceinline__ void fragment(const uint4 *w, int j, const uint32_t (&bias)[2], uint32_t (&a)[4]) {
     if (FORM == INT4_TILES) {
@@ -213,8 +215,8 @@ __device__ __forceinline__ void fragment(const uint4 *w, int j, const uint32_t (
     }
 }
 
-// The first element of a k tile that a lane takes of a token: weights in rows of bf16 ask for 8 and 8 more, 32 on, those
-// in tiles for pairs, 8 apart.
+// The first element of a k tile that a lane takes of a token: weights in rows of bf16 ask for 8 and 8 more, 32 on,
+// those in tiles for pairs, 8 apart.
 template <int FORM>
 __device__ __forceinline__ int token_offset() {
     return threadIdx.x % 4 * (FORM == BF16_ROWS ? 8 : 2);
@@ -258,7 +260,10 @@ __device__ __forceinline__ void add_tile(const uint4 *w, const RawScales &raw, c
 #pragma unroll
                 for (int s = 0; s < N; s++) {
 #pragma unroll
-                    for (int e = 0; e < 4; e++) acc[i][s][e] = fmaf(of.scale[e / 2], c[s][e], acc[i][s][e]), c[s][e] = 0;
+                    for (int e = 0; e < 4; e++) {
+                        acc[i][s][e] = fmaf(of.scale[e / 2], c[s][e], acc[i][s][e]);
+                        c[s][e] = 0.0f;
+                    }
                 }
             };
 #pragma unroll
@@ -275,8 +280,8 @@ __device__ __forceinline__ void add_tile(const uint4 *w, const RawScales &raw, c
     }
 }
 
-// The k tiles that a warp has of a row tile: first, first + stride, ..., `count` of them; row tiles of a walk are `apart`
-// bytes apart.
+// The k tiles that a warp has of a row tile: first, first + stride, ..., `count` of them; row tiles of a walk are
+// `apart` bytes apart.
 struct Share {
     int first, stride, count, apart;
 };
@@ -293,8 +298,8 @@ __device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cu
         if (s < of.count) load_scales<FORM>(held.raw[s], m, c.scale, of.first + s * of.stride);
 }
 
-// acc += those k tiles, times the tokens from first elements `tokens`. What is done with is loaded again, at the end with
-// what start_walk would load of the row tile at `next`, if there is `more`.
+// acc += those k tiles, times the tokens from first elements `tokens`. What is done with is loaded again, at the end
+// with what start_walk would load of the row tile at `next`, if there is `more`.
 template <int N, int FORM, int MATS>
 __device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &now, const Cursor &next, bool more,
                                      const Share &of, const bf16 *const (&tokens)[N], int num_tokens,

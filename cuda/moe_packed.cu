@@ -101,13 +101,13 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         while (tile < end) {
             const int after = tile + step;
             step = blocks;
-            if (after < end) next = aim(after);
             const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[tile / tiles];
             const int num_tokens = __popc(hit.y);
             const bf16 *tokens[N];
 #pragma unroll
             for (int i = 0; i < N; i++)
                 tokens[i] = from + int64_t(token_of(hit.y, 8 * i + g)) * hidden + token_offset<form>();
+            if (after < end) next = aim(after);
             float acc[2][N][4] = {};
             walk<N, form, 2>(held, m, now, next, after < end, own, tokens, num_tokens, acc);
 #pragma unroll

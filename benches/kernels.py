@@ -28,7 +28,8 @@ from launch import (
     Edit,
     MoeDims,
     MoeWeights,
-    Packed,
+    PackedMatrix,
+    PackedMoe,
     Sampled,
     Sampling,
     call,
@@ -182,14 +183,14 @@ def chains(table: Table) -> None:
         del layers
 
 
-def packed(kind: int, rows: int, k: int, group: int = 128) -> tuple[Packed, int, list[torch.Tensor]]:
+def packed(kind: int, rows: int, k: int, group: int = 128) -> tuple[PackedMatrix, int, list[torch.Tensor]]:
     """A matrix of random codes: its struct, the bytes of codes and scales, and the tensors that hold them."""
     int4 = kind <= 2
     codes = torch.empty(rows * k // (2 if int4 else 1), device="cuda", dtype=torch.uint8).random_(0, 256)
     codes.bitwise_and_(255 if int4 else 0xF7)  # no NaN
     entries = rows // 16 * (1 if kind == 4 else -(-k // group)) * (1 if kind == 3 else 16)
     scales = torch.full((entries,), 0.01, device="cuda", dtype=torch.float16 if kind == 1 else F32)
-    struct = Packed(codes.data_ptr(), scales.data_ptr(), None, rows, k, group, kind)
+    struct = PackedMatrix(codes.data_ptr(), scales.data_ptr(), None, rows, k, group, kind)
     return struct, codes.numel() + scales.numel() * scales.element_size(), [codes, scales]
 
 
@@ -308,6 +309,72 @@ def experts(table: Table) -> None:
                 f"norm moe {name} {n} tokens, {layers} layers in a graph", graph.replay, num_bytes=num_bytes
             )
         del parts
+
+
+def packed_experts(table: Table) -> None:
+    """Experts in 4 and 8 bits, layer after layer in a graph, as in `experts`."""
+    for name, hidden, num_experts, top_k, width in (
+        ("35B", 2048, 256, 8, 512),
+        ("122B", 3072, 256, 8, 1024),
+        ("397B", 4096, 512, 10, 1024),
+    ):
+        dims = MoeDims(hidden, num_experts, top_k, width, width)
+        for what, kind, bytes_each in (("int4", 1, 0.5 + 2 / 128), ("fp8", 3, 1 + 4 / 2048)):
+
+            def draw(rows: int, k: int, kind: int = kind) -> tuple[PackedMatrix, Any]:
+                codes = torch.empty(
+                    rows * k // (2 if kind == 1 else 1), device="cuda", dtype=torch.uint8
+                ).random_()
+                if kind == 1:
+                    scales = torch.rand(rows * k // 128, device="cuda").mul_(k**-0.5).half()
+                else:
+                    codes.bitwise_and_(0xBF)  # no NaN
+                    scales = torch.rand(rows * k // 2048, device="cuda").mul_(k**-0.5)
+                return PackedMatrix(codes.data_ptr(), scales.data_ptr(), None, rows, k, 128, kind), (
+                    codes,
+                    scales,
+                )
+
+            (gate_up, kept_up), (down, kept_down) = (
+                draw(num_experts * 2 * width, hidden),
+                draw(num_experts * hidden, width),
+            )
+            shared_gate = weights(1, hidden)
+            for n in (1, 4, 16):
+                x, out = random(n, hidden), torch.empty(n, hidden, device="cuda", dtype=BF16)
+                space = torch.empty(call("q35_moe_workspace", n, dims), device="cuda", dtype=torch.uint8)
+                few = min(num_experts, n * top_k)
+                layers = max(2, int((1 << 30) / (3 * hidden * width * (few + 1) * bytes_each)) + 1)
+                residual, norm = random(n, hidden, dtype=F32), random(hidden, dtype=F32)
+                deltas = [random(n, hidden, scale=1e-3) for _ in range(layers)]
+                routers = [weights(num_experts, hidden) for _ in range(layers)]
+                shared = [(draw(2 * width, hidden), draw(hidden, width)) for _ in range(layers)]
+                structs = [
+                    PackedMoe(gate_up, down, a[0], b[0], router.data_ptr(), shared_gate.data_ptr())
+                    for router, (a, b) in zip(routers, shared, strict=True)
+                ]
+
+                def step(n=n, h=x, o=out, s=space, d=dims, r=residual, g=norm, de=deltas, st=structs):
+                    for delta, struct in zip(de, st, strict=True):
+                        call("q35_packed_norm_moe", n, d, struct, delta, r, g, 1e-6, h, s, o)
+
+                step()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                # What the layers hit, from the x of each.
+                num_bytes = 0.0
+                for delta, router, struct in zip(deltas, routers, structs, strict=True):
+                    call("q35_packed_norm_moe", n, dims, struct, delta, residual, norm, 1e-6, x, space, out)
+                    hit = (x.float() @ router.float().T).topk(top_k).indices.unique().numel()
+                    num_bytes += 3 * hidden * width * (hit + 1) * bytes_each
+                    num_bytes += 2 * num_experts * hidden + 14 * n * hidden
+                table.add(
+                    f"norm moe {what} {name} {n} tokens, {layers} layers in a graph",
+                    graph.replay,
+                    num_bytes=num_bytes,
+                )
+            del kept_up, kept_down
 
 
 def delta_rule(table: Table) -> None:
@@ -469,6 +536,7 @@ def main() -> None:
         packed_linears,
         packed_chains,
         experts,
+        packed_experts,
         delta_rule,
         attention,
         samplers,

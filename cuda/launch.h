@@ -169,8 +169,9 @@ typedef struct {
 
 enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };
 
-// out = x W^T for n <= 16 rows: x bf16 [n, k], 16-byte aligned; out [n, rows], f32 where `wide`, else bf16. Products
-// are exact, f32 sums of a group are scaled and summed in f32, in one order whatever n is. More rows are an error.
+// out = x W^T: x bf16 [n, k], 16-byte aligned; out [n, rows], f32 where `wide`, else bf16. Products are exact, f32 sums
+// of a group are scaled and summed in f32. The sum of a row has one order whatever n is, in each of the two ranges n <= 16
+// and n > 16 (packed_many.cu).
 int q35_packed_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *out, int wide);
 
 // -------------------------------------------------------------------------------------------------------- pack.cu
@@ -245,6 +246,32 @@ int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights
 // holds whole rows of all experts' outputs. The same bits as the two. out may be x.
 int q35_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *x,
                       void *workspace, float *residual, const float *norm, float eps, q35_bf16 *out);
+
+// ---------------------------------------------------------------------------------------------------- moe_packed.cu
+
+// Routed matrices are those of all experts one after the other; each may be of another kind.
+typedef struct {
+    q35_packed gate_up;           // [E * 2 * width, H]: an expert's gate rows, then its up rows
+    q35_packed down;              // [E * H, width]
+    q35_packed shared_gate_up;    // [2 * shared_width, H]
+    q35_packed shared_down;       // [H, shared_width]
+    const q35_bf16 *router;       // [E, H]
+    const q35_bf16 *shared_gate;  // [1, H]
+} q35_packed_moe;
+
+// q35_norm_moe for n <= 16 with such weights: of each expert it gives what exact weights (q - z) * scale would, up to
+// f32 sums. hidden (at most 4096), width and shared_width are multiples of 64, top_k is at most 32; activations, codes,
+// router and norm are 16-byte aligned, scales 4-byte. cudaErrorInvalidValue for anything else. The workspace is that of
+// q35_moe.
+int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *delta,
+                        float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
+
+// q35_moe, for any n, and q35_moe_then_norm, for n > 16, with such weights and under the same conditions
+// (moe_packed_many.cu). Workspace and rounding are those of the two.
+int q35_packed_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *x, void *workspace,
+                   q35_bf16 *out);
+int q35_packed_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *x,
+                             void *workspace, float *residual, const float *norm, float eps, q35_bf16 *out);
 
 // ------------------------------------------------------------------------------------------------------ sampler.cu
 

@@ -158,6 +158,12 @@ int launch_bf16_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16
     return launch(bf16_sum_kernel, dim3(p.n, ceil_div(cols, 1024)), 128, 0, stream, p, col0, cols, out);
 }
 
+bool make_plan(int n, const q35_moe_dims &dims, void *workspace, Plan &p) {
+    if (!valid(dims)) return false;
+    p = plan(n, dims, workspace);
+    return true;
+}
+
 extern "C" int q35_route(void *stream, int n, int num_experts, int top_k, const float *logits, float *weights,
                          int32_t *experts) {
     if (n <= 0) return cudaSuccess;

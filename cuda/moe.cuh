@@ -44,6 +44,11 @@ struct Norm {
 // Rows of up to so many elements are normed and routed by the fast kernels.
 constexpr int MOST_HIDDEN = 4096;
 
+// Where things are for n tokens; false where the sizes are none.
+bool make_plan(int n, const q35_moe_dims &dims, void *workspace, Plan &p);
+// Of the device that is current.
+int num_sms();
+
 // Whether the fast kernels take up to 16 tokens of this block. That may not depend on how many they are.
 bool few_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x);
 // With a norm, which asks for few_is_fast, x is written, else read.

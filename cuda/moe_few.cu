@@ -314,18 +314,6 @@ __global__ void __launch_bounds__(512, 1)
 
 // -------------------------------------------------------------------------------------------------------- launchers
 
-int num_sms() {
-    static int known[64];  // by device
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 132;
-    if (known[device] == 0) {
-        int count = 0;
-        if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 132;
-        known[device] = count;
-    }
-    return known[device];
-}
-
 template <int N>
 int launch_fast(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *out) {
     int code = launch_logits(stream, p, w, norm, x);
@@ -355,6 +343,18 @@ int launch_fast(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
 }
 
 }  // namespace
+
+int num_sms() {
+    static int known[64];  // by device
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 132;
+    if (known[device] == 0) {
+        int count = 0;
+        if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 132;
+        known[device] = count;
+    }
+    return known[device];
+}
 
 bool few_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x) {
     const void *const pointers[] = {w.router,      w.gate_up,     w.down, w.shared_gate_up,

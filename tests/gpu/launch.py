@@ -50,12 +50,19 @@ class MoeWeights(ctypes.Structure):
     _fields_ = _pointers("router", "gate_up", "down", "shared_gate_up", "shared_down", "shared_gate")
 
 
+class PackedMatrix(ctypes.Structure):
+    _fields_ = [*_pointers("codes", "scales", "zeros"), *_ints("rows", "k", "group", "kind")]
+
+
+class PackedMoe(ctypes.Structure):
+    _fields_ = [
+        *((name, PackedMatrix) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *_pointers("router", "shared_gate"),
+    ]
+
+
 def _floats(*names):
     return [(name, ctypes.c_float) for name in names]
-
-
-class Packed(ctypes.Structure):
-    _fields_ = [*_pointers("codes", "scales", "zeros"), *_ints("rows", "k", "group", "kind")]
 
 
 class Sampling(ctypes.Structure):
@@ -87,7 +94,8 @@ _TYPES = {
     "q35_attention_dims": AttentionDims,
     "q35_moe_dims": MoeDims,
     "q35_moe_weights": MoeWeights,
-    "q35_packed": Packed,
+    "q35_packed": PackedMatrix,
+    "q35_packed_moe": PackedMoe,
     "int": ctypes.c_int,
     "int32_t": _INT,
     "int64_t": _LONG,

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from launch import Packed, call, error, poisoned, randn, same_bits
+from launch import PackedMatrix, call, error, poisoned, randn, same_bits
 
 pytestmark = pytest.mark.gpu
 INT4_F16, INT4_BF16, FP8_BLOCK, FP8_ROW = 1, 2, 3, 4
@@ -31,7 +31,7 @@ class Matrix:
         if with_zeros:
             self.zeros = torch.full((rows // 16, self.groups, 16), 99, dtype=torch.uint8, device="cuda")
         pointers = [None if t is None else t.data_ptr() for t in (self.codes, self.scales, self.zeros)]
-        self.struct = Packed(*pointers, rows, k, group, kind)
+        self.struct = PackedMatrix(*pointers, rows, k, group, kind)
 
     def unpacked(self):
         """Codes [rows, k], as the header says where they are."""
@@ -389,7 +389,7 @@ def test_a_chain_in_a_graph(n, kind):
 
 def test_plain_rows_of_bf16():
     x, w = randn(5, 192, seed=16), randn(50, 192, seed=17)
-    struct = Packed(w.data_ptr(), None, None, 50, 192, 0, 0)
+    struct = PackedMatrix(w.data_ptr(), None, None, 50, 192, 0, 0)
     for dtype, name in ((torch.bfloat16, "q35_linear"), (torch.float32, "q35_linear_f32")):
         found, want = poisoned(5, 50, dtype=dtype), poisoned(5, 50, dtype=dtype)
         call("q35_packed_linear", 5, struct, x, found, int(dtype == torch.float32))
@@ -406,7 +406,9 @@ def test_what_is_refused():
             call(name, *arguments)
 
     def changed(**fields):
-        struct = Packed.from_buffer_copy(ctypes.string_at(ctypes.byref(m.struct), ctypes.sizeof(Packed)))
+        struct = PackedMatrix.from_buffer_copy(
+            ctypes.string_at(ctypes.byref(m.struct), ctypes.sizeof(PackedMatrix))
+        )
         for name, value in fields.items():
             setattr(struct, name, value)
         return struct

@@ -75,6 +75,33 @@ pub struct MoeWeights {
     pub shared_gate: *const Bf16,
 }
 
+/// `q35_packed`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Packed {
+    pub codes: *const c_void,
+    pub scales: *const c_void,
+    pub zeros: *const u8,
+    pub rows: i32,
+    pub k: i32,
+    pub group: i32,
+    pub kind: i32,
+}
+
+/// `q35_packed_moe`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct PackedMoe {
+    pub gate_up: Packed,
+    pub down: Packed,
+    pub shared_gate_up: Packed,
+    pub shared_down: Packed,
+    pub router: *const Bf16,
+    pub shared_gate: *const Bf16,
+}
+
 /// See `q35_sampling`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -332,6 +359,79 @@ unsafe extern "C" {
         n: c_int,
         dims: MoeDims,
         weights: MoeWeights,
+        x: *const Bf16,
+        workspace: *mut c_void,
+        residual: *mut f32,
+        norm: *const f32,
+        eps: f32,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_packed_linear(
+        stream: Stream,
+        n: c_int,
+        w: Packed,
+        x: *const Bf16,
+        out: *mut c_void,
+        wide: c_int,
+    ) -> c_int;
+    pub fn q35_pack_int4(
+        stream: Stream,
+        to: Packed,
+        row0: c_int,
+        rows: c_int,
+        codes: *const i32,
+        order: c_int,
+    ) -> c_int;
+    pub fn q35_pack_zeros(
+        stream: Stream,
+        to: Packed,
+        row0: c_int,
+        rows: c_int,
+        zeros: *const i32,
+        order: c_int,
+        minus_one: c_int,
+    ) -> c_int;
+    pub fn q35_pack_fp8(stream: Stream, to: Packed, row0: c_int, rows: c_int, codes: *const u8) -> c_int;
+    pub fn q35_pack_scales(
+        stream: Stream,
+        to: Packed,
+        row0: c_int,
+        rows: c_int,
+        scales: *const c_void,
+        kind: c_int,
+        block_rows: c_int,
+        row_stride: i64,
+        group_stride: i64,
+    ) -> c_int;
+    pub fn q35_quantise_int4(stream: Stream, to: Packed, row0: c_int, rows: c_int, w: *const Bf16) -> c_int;
+    pub fn q35_quantise_fp8(stream: Stream, to: Packed, row0: c_int, rows: c_int, w: *const Bf16) -> c_int;
+    pub fn q35_packed_norm_moe(
+        stream: Stream,
+        n: c_int,
+        dims: MoeDims,
+        weights: PackedMoe,
+        delta: *const Bf16,
+        residual: *mut f32,
+        norm: *const f32,
+        eps: f32,
+        x: *mut Bf16,
+        workspace: *mut c_void,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_packed_moe(
+        stream: Stream,
+        n: c_int,
+        dims: MoeDims,
+        weights: PackedMoe,
+        x: *const Bf16,
+        workspace: *mut c_void,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_packed_moe_then_norm(
+        stream: Stream,
+        n: c_int,
+        dims: MoeDims,
+        weights: PackedMoe,
         x: *const Bf16,
         workspace: *mut c_void,
         residual: *mut f32,

@@ -35,6 +35,8 @@ fn rust_type(text: &str) -> String {
         ("AttentionDims", "q35_attention_dims"),
         ("MoeDims", "q35_moe_dims"),
         ("MoeWeights", "q35_moe_weights"),
+        ("Packed", "q35_packed"),
+        ("PackedMoe", "q35_packed_moe"),
         ("Sampling", "q35_sampling"),
         ("Edit", "q35_edit"),
         ("Sampled", "q35_sampled"),
@@ -86,7 +88,7 @@ fn in_rust() -> BTreeMap<String, String> {
 #[test]
 fn functions_are_those_of_the_header() {
     let (header, rust) = (in_header(), in_rust());
-    assert_eq!(header.len(), 27, "{:?}", header.keys());
+    assert_eq!(header.len(), 37, "{:?}", header.keys());
     assert_eq!(rust, header);
 }
 
@@ -106,6 +108,8 @@ fn structs_are_those_of_the_header() {
         ("q35_attention_dims", "AttentionDims"),
         ("q35_moe_dims", "MoeDims"),
         ("q35_moe_weights", "MoeWeights"),
+        ("q35_packed", "Packed"),
+        ("q35_packed_moe", "PackedMoe"),
         ("q35_sampling", "Sampling"),
         ("q35_edit", "Edit"),
         ("q35_sampled", "Sampled"),

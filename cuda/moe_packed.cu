@@ -1,0 +1,341 @@
+// The sparse block for up to 16 tokens with experts in 4 and 8 bits: what moe_few.cu does, over tiles in the order of
+// tensor-core fragments. The routed experts and the shared one may have different forms, and so may gate_up and down.
+//
+// A sum goes by k tiles of 64: of exact products on tensor cores in f32, then times their scale (in groups of 32 by
+// halves of a tile), then added to the row's sum. What packed_down reads before it waits is as in few_down.
+#include <numeric>
+
+#include "moe.cuh"
+#include "moe_packed.cuh"
+
+namespace {
+
+constexpr int UP_WARPS = 8;
+constexpr int UP_PITCH = 2 * TILE_ROWS + 4, DOWN_PITCH = TILE_ROWS + 4;  // a warp's stores of sums hit all banks
+constexpr int MOST_TOP_K = 32;
+constexpr int MOST_SHARED = 48 << 10;
+
+constexpr int UP_BLOCKS = 2;  // on an SM
+// At most so many in a block that has an SM to itself; of two blocks each has half. The registers are divided so.
+template <int N>
+constexpr int DOWN_WARPS = N == 1 ? 20 : 16;
+constexpr bool UP_EARLY = true;  // packed_up starts under the kernel before it
+
+// What to call with a form known when compiled.
+template <int FORM>
+struct Of {
+    static constexpr int form = FORM;
+};
+template <typename F>
+__device__ __forceinline__ void by_form(int form, F call) {
+    if (form == INT4_TILES) {
+        call(Of<INT4_TILES>());
+    } else if (form == FP8_TILES) {
+        call(Of<FP8_TILES>());
+    } else {
+        call(Of<BF16_ROWS>());
+    }
+}
+
+// gate_up and the activation, in tiles of 16 features: a row tile of gate and the one of up. Tiles of experts hit go
+// round the blocks; those of the shared expert are the first of the last blocks, so that few have one of each. The
+// warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order. A
+// single token goes to shared memory, so that a block waits for it once. `spread`: a step round the blocks that keeps
+// those with one tile more apart, on whichever SMs they settle.
+template <int N>
+__global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
+    packed_up(Plan p, Packed gate_up, Packed shared_gate_up, int spread, const bf16 *x, Norm norm) {
+    extern __shared__ int4 hits[];  // [slots], then the token
+    __shared__ float sums[2][UP_WARPS][8 * N][UP_PITCH];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
+    const int blocks = gridDim.x, block = int(blockIdx.x) * spread % blocks;
+    const int hidden = p.hidden, k_tiles = hidden / TILE_K;
+    auto share = [&](const Packed &m, int apart) {
+        return Share{warp, UP_WARPS, ceil_div(k_tiles - warp, UP_WARPS), apart * m.row_tile_bytes};
+    };
+    const int shared_tiles = p.shared_width / TILE_ROWS, expert_tiles = p.width / TILE_ROWS;
+    const int before = max(blocks - shared_tiles, 0);  // blocks that start with an expert hit
+
+    Held held;
+    if (block >= before) {
+        by_form(shared_gate_up.form, [&](auto of) {
+            constexpr int form = decltype(of)::form;
+            const Cursor at = aim_at<form>(shared_gate_up, block - before, shared_tiles);
+            start_walk<form, 2>(held, shared_gate_up, at, share(shared_gate_up, shared_tiles));
+        });
+    }
+    wait_for_inputs();
+    let_next_start();  // not before: packed_down reads what the kernels before this one wrote
+
+    int num_hit = p.top_k;
+    bf16 *const stage = reinterpret_cast<bf16 *>(hits + p.slots);
+    if (p.n == 1) {
+        for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x)
+            *reinterpret_cast<uint4 *>(stage + i) = *reinterpret_cast<const uint4 *>(x + i);
+    }
+    if (p.n == 1) {
+        if (warp == 0) {
+            const int e = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
+            if (lane < p.top_k) hits[lane] = make_int4(e, 1, lane, 0);
+        }
+    } else {
+        for (int i = threadIdx.x; i < p.slots; i += blockDim.x) hits[i] = p.hits[i];
+        num_hit = *p.num_hit;
+    }
+    __syncthreads();
+
+    int turn = 0;  // of the two places of sums: one barrier a tile
+    const bf16 *const from = p.n == 1 ? stage : x;
+    // Tiles `tile`, `tile` + step, then every `blocks`, up to `end`.
+    auto run = [&](auto of, const Packed &m, bool shared, bool started, int tile, int step, int end) {
+        constexpr int form = decltype(of)::form;
+        const int tiles = shared ? shared_tiles : expert_tiles, width = shared ? p.shared_width : p.width;
+        auto aim = [&](int to) {
+            const int row_tile = shared ? to : hits[to / tiles].x * 2 * tiles + to % tiles;
+            return aim_at<form>(m, row_tile, tiles);
+        };
+        Cursor now = {}, next = {};
+        if (tile < end) now = aim(tile);
+        const Share own = share(m, tiles);
+        if (tile < end && !started) start_walk<form, 2>(held, m, now, own);
+        while (tile < end) {
+            const int after = tile + step;
+            step = blocks;
+            const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[tile / tiles];
+            const int num_tokens = __popc(hit.y);
+            const bf16 *tokens[N];
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                tokens[i] = from + int64_t(token_of(hit.y, 8 * i + g)) * hidden + token_offset<form>();
+            if (after < end) next = aim(after);
+            float acc[2][N][4] = {};
+            walk<N, form, 2>(held, m, now, next, after < end, own, tokens, num_tokens, acc);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int s = 0; s < N; s++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        sums[turn][warp][8 * s + lane % 4 * 2 + e % 2][16 * i + g + e / 2 * 8] = acc[i][s][e];
+                }
+            }
+            __syncthreads();
+            if (int(threadIdx.x) < TILE_ROWS * num_tokens) {
+                const int i = threadIdx.x % TILE_ROWS, token = threadIdx.x / TILE_ROWS;
+                float gate = 0.0f, up = 0.0f;
+#pragma unroll
+                for (int k = 0; k < UP_WARPS; k++)
+                    gate += sums[turn][k][token][i], up += sums[turn][k][token][TILE_ROWS + i];
+                bf16 *to = (shared ? p.shared_act : p.act) + int64_t(hit.z + token) * width;
+                to[tile % tiles * TILE_ROWS + i] = __float2bfloat16_rn(swiglu(gate, up));
+            }
+            turn ^= 1;
+            tile = after, now = next;
+        }
+    };
+    if (block >= before) {
+        by_form(shared_gate_up.form,
+                [&](auto of) { run(of, shared_gate_up, true, true, block - before, blocks, shared_tiles); });
+    }
+    // Tile v of all, of which the shared ones are before .. before + shared_tiles - 1.
+    int first = block, step = blocks;
+    if (block >= before) {
+        first += ceil_div(before + shared_tiles - block, blocks) * blocks - shared_tiles;
+    } else {
+        step -= shared_tiles;
+    }
+    by_form(gate_up.form,
+            [&](auto of) { run(of, gate_up, false, false, first, step, num_hit * expert_tiles); });
+
+    // What few_logits added, written now that it has been read.
+    if (norm.delta == nullptr) return;
+    for (int i = block * blockDim.x + threadIdx.x; i < p.n * (hidden / 8); i += blocks * blockDim.x) {
+        float y[8], d[8];
+        load8(norm.residual + 8 * i, y);
+        load8(norm.delta + 8 * i, d);
+#pragma unroll
+        for (int j = 0; j < 8; j++) y[j] += d[j];
+        store8(norm.residual + 8 * i, y);
+    }
+}
+
+// `down` of the experts hit and their weighted sum. A block has a row tile of the output; its warps share out the
+// experts, the shared one first, and each has all of k. The first loads are under way before packed_up has ended.
+// `staged`: so many activations, a single token's, go to shared memory; 0: none.
+template <int N>
+__global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
+    packed_down(Plan p, Packed down, Packed shared_down, int staged, bf16 *out) {
+    extern __shared__ int4 hits[];  // [slots]
+    bf16 *const stage = reinterpret_cast<bf16 *>(hits + p.slots);  // [staged]
+    const int assignments = p.n * p.top_k;
+    float *const scales = reinterpret_cast<float *>(stage + staged);  // [assignments], then [n] of the shared expert
+    int *const places = reinterpret_cast<int *>(scales + assignments + p.n);
+    float *const sums = reinterpret_cast<float *>(places + assignments);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32, g = lane / 4;
+    const int row_tile = blockIdx.x, row_tiles = gridDim.x;
+
+    const bool with_shared = p.has_shared && warp == 0;
+    auto share = [](const Packed &m) { return Share{0, 1, m.k_tiles, 0}; };
+
+    Held held;
+    if (with_shared) {
+        by_form(shared_down.form, [&](auto of) {
+            constexpr int form = decltype(of)::form;
+            start_walk<form, 1>(held, shared_down, aim_at<form>(shared_down, row_tile, 0), share(shared_down));
+        });
+    }
+    int num_hit = p.top_k;
+    if (p.n == 1) {
+        if (warp == num_warps - 1) {
+            route_any(p.logits, p.num_experts, p.top_k, 0, scales, places, lane);
+            if (lane < p.top_k) {  // what this lane wrote itself
+                hits[lane] = make_int4(places[lane], 1, lane, 0);
+                places[lane] = lane;
+            }
+        }
+    } else {
+        for (int i = threadIdx.x; i < p.slots; i += blockDim.x) hits[i] = __ldcg(p.hits + i);
+        for (int i = threadIdx.x; i < assignments; i += blockDim.x)
+            scales[i] = __ldcg(p.weights + i), places[i] = __ldcg(p.place + i);
+        num_hit = __ldcg(p.num_hit);
+    }
+    if (p.has_shared && int(threadIdx.x) < p.n)
+        scales[assignments + threadIdx.x] = precise_sigmoid(__ldcg(p.gate + threadIdx.x));
+    __syncthreads();
+
+    const int first = with_shared ? num_warps - 1 : warp - p.has_shared;  // of the list
+    auto row_tile_of = [&](int item) { return hits[item].x * row_tiles + row_tile; };
+    if (!with_shared && first < num_hit) {
+        by_form(down.form, [&](auto of) {
+            constexpr int form = decltype(of)::form;
+            start_walk<form, 1>(held, down, aim_at<form>(down, row_tile_of(first), 0), share(down));
+        });
+    }
+    let_next_start();
+    wait_for_inputs();
+
+    const bf16 *act = p.act, *shared_act = p.shared_act;
+    if (staged > 0) {
+        const int routed = p.top_k * p.width;
+        for (int i = 8 * threadIdx.x; i < staged; i += 8 * blockDim.x) {
+            const bf16 *from = i < routed ? p.act + i : p.shared_act + (i - routed);
+            *reinterpret_cast<uint4 *>(stage + i) = *reinterpret_cast<const uint4 *>(from);
+        }
+        act = stage, shared_act = stage + routed;
+        __syncthreads();
+    }
+
+    auto run = [&](auto of, const Packed &m, bool shared, bool started, int item, int end) {
+        constexpr int form = decltype(of)::form;
+        auto aim = [&](int to) { return aim_at<form>(m, shared ? row_tile : row_tile_of(to), 0); };
+        Cursor now = {}, next = {};
+        if (item < end) now = aim(item);
+        if (item < end && !started) start_walk<form, 1>(held, m, now, share(m));
+        while (item < end) {
+            const int after = item + num_warps;
+            if (after < end) next = aim(after);
+            const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[item];
+            const int num_tokens = __popc(hit.y);
+            const bf16 *tokens[N];
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                tokens[i] = (shared ? shared_act : act) + int64_t(hit.z + min(8 * i + g, num_tokens - 1)) * m.k +
+                            token_offset<form>();
+            float acc[1][N][4] = {};
+            walk<N, form, 1>(held, m, now, next, after < end, share(m), tokens, num_tokens, acc);
+            float *to = sums + (shared ? assignments : hit.z) * DOWN_PITCH;
+#pragma unroll
+            for (int s = 0; s < N; s++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int token = 8 * s + lane % 4 * 2 + e % 2;
+                    if (token < num_tokens) to[token * DOWN_PITCH + g + e / 2 * 8] = acc[0][s][e];
+                }
+            }
+            item = after, now = next;
+        }
+    };
+    if (with_shared) by_form(shared_down.form, [&](auto of) { run(of, shared_down, true, true, 0, 1); });
+    by_form(down.form, [&](auto of) { run(of, down, false, !with_shared, first, num_hit); });
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.n * TILE_ROWS; i += blockDim.x) {
+        const int row = i % TILE_ROWS, t = i / TILE_ROWS;
+        float sum = 0.0f;
+        for (int r = t * p.top_k; r < (t + 1) * p.top_k; r++)
+            sum = fmaf(scales[r], sums[places[r] * DOWN_PITCH + row], sum);
+        if (p.has_shared) sum = fmaf(scales[assignments + t], sums[(assignments + t) * DOWN_PITCH + row], sum);
+        out[int64_t(t) * p.hidden + row_tile * TILE_ROWS + row] = __float2bfloat16_rn(sum);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- launchers
+
+// In shared memory: the list of hits; a token of the normed activations, where it is staged.
+int up_bytes(const Plan &p) { return p.slots * int(sizeof(int4)) + (p.n == 1 ? 2 * p.hidden : 0); }
+// The list, then a scale and a place for each assignment, the scales of the shared expert, and a row of sums for each
+// assignment (in the order of `sorted`) and each token of the shared expert.
+int down_bytes(int n, const Plan &p) {
+    const int assignments = n * p.top_k, slots = assignments < p.num_experts ? assignments : p.num_experts;
+    return slots * 16 + (2 * assignments + n + (assignments + n) * DOWN_PITCH) * 4;
+}
+
+// A step near the golden section of a round, that comes by every block.
+int spread_of(int blocks) {
+    int step = blocks * 618 / 1000;
+    while (std::gcd(step, blocks) != 1) step++;
+    return step;
+}
+
+template <int N>
+int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x,
+                   bf16 *out) {
+    // One wave of blocks, fewer where there are fewer tiles.
+    const int sms = num_sms(), most_blocks = UP_BLOCKS * sms;
+    const int64_t most = p.shared_width / TILE_ROWS + int64_t(p.slots) * (p.width / TILE_ROWS);
+    const int up_blocks = most < most_blocks ? int(most) : most_blocks;
+    const int code = launch<UP_EARLY>(packed_up<N>, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
+                                      spread_of(up_blocks), x, norm);
+    if (code != cudaSuccess) return code;
+
+    // One wave here too, where an SM has room for two blocks; of equal turns.
+    const int blocks = p.hidden / TILE_ROWS, items = p.slots + p.has_shared;
+    const int most_warps = blocks <= sms ? DOWN_WARPS<N> : DOWN_WARPS<N> / 2;
+    const int warps = ceil_div(items, ceil_div(items, most_warps));
+    int bytes = down_bytes(p.n, p), staged = 0;
+    const int64_t own = int64_t(p.top_k) * p.width + p.shared_width;
+    if (p.n == 1 && bytes + own * 2 <= MOST_SHARED) staged = int(own), bytes += staged * 2;
+    return launch(packed_down<N>, blocks, 32 * warps, bytes, stream, p, m[1], m[3], staged, out);
+}
+
+}  // namespace
+
+extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights,
+                                   const q35_bf16 *delta, float *residual, const float *norm, float eps, q35_bf16 *x,
+                                   void *workspace, q35_bf16 *out) {
+    if (n <= 0) return cudaSuccess;
+    Plan p = {};
+    if (n > FEW || !make_plan(n, dims, workspace, p)) return cudaErrorInvalidValue;
+    Packed m[4] = {};
+    const int64_t experts = p.num_experts, shared = p.shared_width;
+    if (!take_packed(weights.gate_up, experts * 2 * p.width, p.hidden, m[0]) ||
+        !take_packed(weights.down, experts * p.hidden, p.width, m[1]))
+        return cudaErrorInvalidValue;
+    if (p.has_shared && (!take_packed(weights.shared_gate_up, 2 * shared, p.hidden, m[2]) ||
+                         !take_packed(weights.shared_down, p.hidden, p.shared_width, m[3])))
+        return cudaErrorInvalidValue;
+    const void *const pointers[] = {weights.router, weights.shared_gate, delta, residual, norm, x, workspace};
+    for (const void *pointer : pointers)
+        if (!aligned(pointer)) return cudaErrorInvalidValue;
+    // Rows of gate and of up are whole tiles: of the matrices this follows from their being the k of `down`.
+    if (p.hidden > MOST_HIDDEN || p.top_k > MOST_TOP_K || down_bytes(FEW, p) > MOST_SHARED)
+        return cudaErrorInvalidValue;
+
+    q35_moe_weights routing = {};
+    routing.router = weights.router, routing.shared_gate = weights.shared_gate;
+    const Norm before = {as_bf16(delta), residual, norm, eps};
+    int code = launch_logits(as_stream(stream), p, routing, before, as_bf16(x));
+    if (code == cudaSuccess && n > 1) code = launch_route(as_stream(stream), p);
+    if (code != cudaSuccess) return code;
+    return n <= 8 ? launch_experts<1>(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out))
+                  : launch_experts<2>(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out));
+}

@@ -1,0 +1,332 @@
+// Weights of 4 and 8 bits, and bf16 beside them, as tensor-core fragments: tiles of 16 rows and 64 of k, loaded by a
+// warp.
+#pragma once
+#include <cuda_fp16.h>
+
+#include "mma.cuh"
+
+// How the codes of a matrix lie: rows of bf16, or tiles in the order of fragments.
+enum Form { BF16_ROWS, INT4_TILES, FP8_TILES };
+
+constexpr int TILE_ROWS = 16, TILE_K = 64;
+constexpr int MOST_K = 1 << 16;  // so that what is between two row tiles of an expert has less than 2^31 bytes
+
+// A matrix as kernels take it. Tiles of int4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane each.
+struct Packed {
+    const uint8_t *codes;
+    const void *scales;     // [row tile][group][each]: 16 bits (int4) or f32 (fp8)
+    const uint8_t *zeros;   // int4: as scales; null: 8
+    int row_tile_bytes;
+    int form, k, k_tiles;
+    int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all
+    int shift;              // k tile >> shift is its group; groups of 32: `halves`, two a tile
+    uint32_t bf16_scales;   // int4: all ones, or 0 where they are f16
+    bool halves;
+};
+
+// What kernels take of a matrix of the caller's, `rows` by `k`; false where they do not take it.
+static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Packed &to) {
+    to = Packed{};
+    if (from.codes == nullptr || !aligned(from.codes) || from.rows != rows || from.k != k) return false;
+    if (rows % TILE_ROWS != 0 || k % TILE_K != 0 || k <= 0 || k > MOST_K) return false;
+    to.codes = static_cast<const uint8_t *>(from.codes), to.scales = from.scales, to.zeros = nullptr;
+    to.k = k, to.k_tiles = k / TILE_K, to.groups = 1, to.each = 16, to.shift = 31;
+    switch (from.kind) {
+        case 0:
+            to.form = BF16_ROWS, to.row_tile_bytes = TILE_ROWS * k * 2;
+            return true;
+        case q35_int4_f16:
+        case q35_int4_bf16:
+            to.form = INT4_TILES, to.row_tile_bytes = TILE_ROWS * k / 2;
+            to.zeros = from.zeros, to.bf16_scales = from.kind == q35_int4_bf16 ? 0xffffffffu : 0;
+            if (from.group > 0 && from.group < k) {
+                if (from.group != 32 && from.group != 64 && from.group != 128) return false;
+                to.groups = ceil_div(k, from.group), to.halves = from.group == 32, to.shift = from.group == 128;
+            }
+            break;
+        case q35_fp8_block:
+            to.groups = ceil_div(k, 128), to.each = 1, to.shift = 1;
+            [[fallthrough]];
+        case q35_fp8_row:
+            to.form = FP8_TILES, to.row_tile_bytes = TILE_ROWS * k;
+            break;
+        default:
+            return false;
+    }
+    // Places of scales are counted in 32 bits.
+    return to.scales != nullptr && aligned(to.scales, 4) && rows / TILE_ROWS * to.groups * to.each < int64_t(1) << 31;
+}
+
+// What a walk along k of one row tile, or of MATS row tiles at once, holds of them: 128 bytes a lane under way, and the
+// scales of two k tiles.
+template <int FORM, int MATS>
+struct Walk {
+    static constexpr int UNITS = FORM == INT4_TILES ? 1 : FORM == FP8_TILES ? 2 : 4;  // 16 bytes of a tile, a lane
+    static constexpr int DEPTH = 8 / (UNITS * MATS);  // k tiles under way
+    static constexpr int AHEAD = DEPTH < 2 ? DEPTH : 2;  // of their scales
+    // Bytes from a k tile to the next.
+    static constexpr int STEP = FORM == INT4_TILES ? 512 : FORM == FP8_TILES ? 1024 : 2 * TILE_K;
+};
+struct RawScales {
+    uint32_t scale[2], zero[2];  // by half of a k tile, where it has two groups
+};
+struct Held {
+    uint4 w[8];
+    RawScales raw[2];
+};
+
+// Where a lane reads a row tile and its scales.
+struct Cursor {
+    const uint8_t *codes;
+    uint32_t scale;
+};
+
+__device__ __forceinline__ uint32_t load_scale16(const void *p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ uint32_t load_scale32(const void *p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ uint32_t load_zero(const uint8_t *p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+// At a row tile. Of the scales of a pair of them lanes 16 .. 31 load those of the second, `apart` row tiles on.
+template <int FORM>
+__device__ __forceinline__ Cursor aim_at(const Packed &m, int row_tile, int apart) {
+    const int lane = threadIdx.x % 32;
+    Cursor c;
+    c.codes = m.codes + int64_t(row_tile) * m.row_tile_bytes;
+    c.codes += FORM == BF16_ROWS ? (lane / 4 * m.k + lane % 4 * 8) * 2 : lane * 16;
+    c.scale = 0;
+    if (FORM != BF16_ROWS) {
+        const uint32_t own = uint32_t(row_tile) + (lane >= 16 ? apart : 0);
+        c.scale = own * m.groups * m.each + (m.each == 16 ? lane % 16 : 0);
+    }
+    return c;
+}
+
+// `from`: at k tile 0 of a lane's first row tile; the next one of MATS is `apart` bytes on.
+template <int FORM, int MATS>
+__device__ __forceinline__ void load_codes(Held &held, int slot, const Packed &m, const uint8_t *from, int k_tile,
+                                           int apart) {
+    typedef Walk<FORM, MATS> W;
+    from += k_tile * W::STEP;
+#pragma unroll
+    for (int i = 0; i < MATS; i++, from += apart) {
+        uint4 *to = held.w + (slot * MATS + i) * W::UNITS;
+        const bf16 *const p = reinterpret_cast<const bf16 *>(from);  // elements of 2 bytes
+        if (FORM == BF16_ROWS) {
+            to[0] = stream16_in_order(p), to[1] = stream16_in_order(p + 32);
+            to[2] = stream16_in_order(p + 8 * m.k), to[3] = stream16_in_order(p + 8 * m.k + 32);
+        } else {
+#pragma unroll
+            for (int u = 0; u < W::UNITS; u++) to[u] = stream16_in_order(p + 256 * u);
+        }
+    }
+}
+
+template <int FORM>
+__device__ __forceinline__ void load_scales(RawScales &raw, const Packed &m, uint32_t from, int k_tile) {
+    if (FORM == FP8_TILES) {
+        const uint32_t at = from + uint32_t(k_tile >> m.shift) * m.each;
+        raw.scale[0] = load_scale32(static_cast<const float *>(m.scales) + at);
+    } else if (FORM == INT4_TILES) {
+        const uint32_t at = from + uint32_t(m.halves ? 2 * k_tile : k_tile >> m.shift) * 16;
+        const uint16_t *const scales = static_cast<const uint16_t *>(m.scales);
+        raw.scale[0] = load_scale16(scales + at), raw.zero[0] = raw.zero[1] = 8;
+        if (m.halves) raw.scale[1] = load_scale16(scales + at + 16);
+        if (m.zeros != nullptr) {
+            raw.zero[0] = load_zero(m.zeros + at);
+            if (m.halves) raw.zero[1] = load_zero(m.zeros + at + 16);
+        }
+    }
+}
+
+// What rows g and g + 8 of a tile are scaled by; of int4 also 128 + the zero point, as bf16, twice.
+struct RowScales {
+    float scale[2];
+    uint32_t bias[2];
+};
+template <int FORM>
+__device__ __forceinline__ RowScales row_scales(const RawScales &raw, int half, int mat, uint32_t bf16_scales) {
+    const int from = 16 * mat + threadIdx.x % 32 / 4;
+    RowScales of;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        if (FORM == INT4_TILES) {
+            const uint32_t both = __shfl_sync(ALL_LANES, raw.scale[half] | raw.zero[half] << 16, from + 8 * r);
+            const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(both & 0xffff)));
+            of.scale[r] = __uint_as_float((both << 16 & bf16_scales) | (__float_as_uint(of_f16) & ~bf16_scales));
+            of.bias[r] = __byte_perm(both, 0x43434343, 0x4242);
+        } else {
+            of.scale[r] = __uint_as_float(__shfl_sync(ALL_LANES, raw.scale[half], from + 8 * r));
+            of.bias[r] = 0;
+        }
+    }
+    return of;
+}
+
+__device__ __forceinline__ uint32_t bf16_sub(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 d =
+        __hsub2(*reinterpret_cast<const __nv_bfloat162 *>(&a), *reinterpret_cast<const __nv_bfloat162 *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&d);
+}
+__device__ __forceinline__ uint32_t bf16_mul(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 d =
+        __hmul2(*reinterpret_cast<const __nv_bfloat162 *>(&a), *reinterpret_cast<const __nv_bfloat162 *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&d);
+}
+
+// (x & mask) | bits in one operation, for which `bits` is in a register.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(x), "r"(mask), "r"(bits));
+    return v;
+}
+
+// The fragment of step `j` of k 16 of a tile in w. Of fp8 (word >> 8 i) & 0x00ff00ff are the two elements of register
+// i; the bits of e4m3 are those of a bf16 that is 2^120 times smaller, small ones too.
+template <int FORM>
+__device__ __forceinline__ void fragment(const uint4 *w, int j, const uint32_t (&bias)[2], uint32_t (&a)[4]) {
+    if (FORM == INT4_TILES) {
+        const uint32_t word = j == 0 ? w[0].x : j == 1 ? w[0].y : j == 2 ? w[0].z : w[0].w;
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = bf16_sub(and_or(word >> 4 * i, 0x000f000fu, 0x43004300u), bias[i % 2]);
+    } else if (FORM == FP8_TILES) {
+        const uint4 half = w[j / 2];
+        const uint32_t words[2] = {j % 2 == 0 ? half.x : half.z, j % 2 == 0 ? half.y : half.w};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t word = words[i], even = (word << 8 & 0x80008000u) | (word << 4 & 0x07f007f0u);
+            const uint32_t odd = (word & 0x80008000u) | (word >> 4 & 0x07f007f0u);
+            a[2 * i] = bf16_mul(even, 0x7b807b80u), a[2 * i + 1] = bf16_mul(odd, 0x7b807b80u);
+        }
+    } else {
+        const uint4 lo = w[j / 2], hi = w[2 + j / 2];
+        a[0] = j % 2 == 0 ? lo.x : lo.z, a[1] = j % 2 == 0 ? hi.x : hi.z;
+        a[2] = j % 2 == 0 ? lo.y : lo.w, a[3] = j % 2 == 0 ? hi.y : hi.w;
+    }
+}
+
+// The first element of a k tile that a lane takes of a token: weights in rows of bf16 ask for 8 and 8 more, 32 on,
+// those in tiles for pairs, 8 apart.
+template <int FORM>
+__device__ __forceinline__ int token_offset() {
+    return threadIdx.x % 4 * (FORM == BF16_ROWS ? 8 : 2);
+}
+template <int FORM>
+__device__ __forceinline__ void load_token(uint32_t (&b)[8], const bf16 *from, bool there) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) b[i] = 0;
+    if (!there) return;
+    if (FORM == BF16_ROWS) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint4 v = *reinterpret_cast<const uint4 *>(from + 32 * h);
+            b[4 * h] = v.x, b[4 * h + 1] = v.y, b[4 * h + 2] = v.z, b[4 * h + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(from + 8 * i);
+    }
+}
+
+// acc[i][s] += the tile of matrix i in w, times tokens 8 s .. 8 s + 7; `both`: there are more than 8.
+template <int N, int FORM, int MATS>
+__device__ __forceinline__ void add_tile(const uint4 *w, const RawScales &raw, const Packed &m,
+                                         const uint32_t (&b)[N][8], bool both, float (&acc)[MATS][N][4]) {
+#pragma unroll
+    for (int i = 0; i < MATS; i++) {
+        const uint4 *const tile = w + i * Walk<FORM, MATS>::UNITS;
+        if constexpr (FORM == BF16_ROWS) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t a[4];
+                fragment<FORM>(tile, j, {0, 0}, a);
+                mma(acc[i][0], a, b[0] + 2 * j);
+                if (N > 1 && both) mma(acc[i][N - 1], a, b[N - 1] + 2 * j);
+            }
+        } else {
+            float c[N][4] = {};
+            RowScales of = row_scales<FORM>(raw, 0, MATS > 1 ? i : 0, m.bf16_scales);
+            auto fold = [&]() {
+#pragma unroll
+                for (int s = 0; s < N; s++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        acc[i][s][e] = fmaf(of.scale[e / 2], c[s][e], acc[i][s][e]);
+                        c[s][e] = 0.0f;
+                    }
+                }
+            };
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (FORM == INT4_TILES && j == 2 && m.halves)
+                    fold(), of = row_scales<FORM>(raw, 1, MATS > 1 ? i : 0, m.bf16_scales);
+                uint32_t a[4];
+                fragment<FORM>(tile, j, of.bias, a);
+                mma(c[0], a, b[0] + 2 * j);
+                if (N > 1 && both) mma(c[N - 1], a, b[N - 1] + 2 * j);
+            }
+            fold();
+        }
+    }
+}
+
+// The k tiles that a warp has of a row tile: first, first + stride, ..., `count` of them; row tiles of a walk are
+// `apart` bytes apart.
+struct Share {
+    int first, stride, count, apart;
+};
+
+// The first loads of a row tile.
+template <int FORM, int MATS>
+__device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cursor &c, const Share &of) {
+    typedef Walk<FORM, MATS> W;
+#pragma unroll
+    for (int s = 0; s < W::DEPTH; s++)
+        if (s < of.count) load_codes<FORM, MATS>(held, s, m, c.codes, of.first + s * of.stride, of.apart);
+#pragma unroll
+    for (int s = 0; s < W::AHEAD; s++)
+        if (s < of.count) load_scales<FORM>(held.raw[s], m, c.scale, of.first + s * of.stride);
+}
+
+// acc += those k tiles, times the tokens from first elements `tokens`. What is done with is loaded again, at the end
+// with what start_walk would load of the row tile at `next`, if there is `more`.
+template <int N, int FORM, int MATS>
+__device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &now, const Cursor &next, bool more,
+                                     const Share &of, const bf16 *const (&tokens)[N], int num_tokens,
+                                     float (&acc)[MATS][N][4]) {
+    typedef Walk<FORM, MATS> W;
+    const int g = threadIdx.x % 32 / 4;
+    const bool both = num_tokens > 8;
+#pragma unroll 1
+    for (int base = 0; base < of.count; base += W::DEPTH) {
+#pragma unroll
+        for (int s = 0; s < W::DEPTH; s++) {
+            const int i = base + s, slot = s % W::AHEAD;
+            if (i < of.count) {
+                const int at = (of.first + i * of.stride) * TILE_K;
+                uint32_t b[N][8];
+                load_token<FORM>(b[0], tokens[0] + at, g < num_tokens);
+                if (N > 1 && both) load_token<FORM>(b[N - 1], tokens[N - 1] + at, 8 + g < num_tokens);
+                add_tile<N, FORM, MATS>(held.w + s * MATS * W::UNITS, held.raw[slot], m, b, both, acc);
+                const bool here = i + W::DEPTH < of.count;
+                if (here || more)
+                    load_codes<FORM, MATS>(held, s, m, here ? now.codes : next.codes,
+                                           of.first + (here ? i + W::DEPTH : s) * of.stride, of.apart);
+                const bool soon = i + W::AHEAD < of.count;
+                if (soon || more)
+                    load_scales<FORM>(held.raw[slot], m, soon ? now.scale : next.scale,
+                                      of.first + (soon ? i + W::AHEAD : slot) * of.stride);
+            }
+        }
+    }
+}

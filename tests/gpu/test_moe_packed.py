@@ -1,0 +1,231 @@
+"""The sparse block with experts in 4 and 8 bits against plain f64 of the numbers that the codes stand for."""
+
+import pytest
+import torch
+from launch import MoeDims, PackedMatrix, PackedMoe, call, error, poisoned, same_bits
+from packed import Packed
+from test_moe import EPS, LARGE_FAMILY, SMALL_FAMILY, TOLERANCE, norm_inputs
+
+pytestmark = pytest.mark.gpu
+
+# hidden, experts, top_k, width, shared_width
+FAMILIES = {"35B": SMALL_FAMILY, "122B": LARGE_FAMILY, "397B": (4096, 512, 10, 1024, 1024)}
+ODD = [
+    (64, 5, 2, 64, 64),
+    (192, 12, 12, 64, 0),
+    (320, 16, 1, 192, 128),
+    (576, 7, 3, 320, 64),
+    (1088, 256, 8, 64, 576),
+    (64, 40, 32, 64, 64),
+]
+# kind, group, zero points
+INT4 = ("int4_f16", 128, False)
+FP8 = ("fp8_block", 128, False)
+BF16 = ("bf16", 0, False)
+FORMATS = [
+    *(("int4_f16", group, zeros) for group in (32, 64, 128, 1 << 30) for zeros in (False, True)),
+    ("int4_bf16", 32, True),
+    ("int4_bf16", 128, False),
+    FP8,
+    ("fp8_row", 0, False),
+]
+
+
+class Block:
+    """Weights of a sparse block, drawn so that outputs are about 1. `formats`: of gate_up and down, of all experts
+    and of the shared one."""
+
+    def __init__(self, dims, formats, *, seed=0):
+        hidden, experts, _, width, shared = dims
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def plain(*shape, scale):
+            return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(torch.bfloat16)
+
+        def packed(rows, k, form, scale):
+            return Packed(rows, k, *form, scale=scale * k**-0.5, generator=generator)
+
+        self.dims = dims
+        self.router = plain(experts, hidden, scale=2 * hidden**-0.5)
+        self.gate_up = packed(experts * 2 * width, hidden, formats[0], 1)
+        self.down = packed(experts * hidden, width, formats[1], 4)
+        self.shared_gate_up = packed(2 * shared, hidden, formats[2], 1) if shared else None
+        self.shared_down = packed(hidden, shared, formats[3], 4) if shared else None
+        self.shared_gate = plain(1, hidden, scale=hidden**-0.5) if shared else None
+
+    def weights(self):
+        packed = (self.gate_up, self.down, self.shared_gate_up, self.shared_down)
+        pointers = (None if t is None else t.data_ptr() for t in (self.router, self.shared_gate))
+        return PackedMoe(*(PackedMatrix() if p is None else p.struct() for p in packed), *pointers)
+
+    def workspace(self, n):
+        """NaN whichever way it is read, and a guard behind it."""
+        size = call("q35_moe_workspace", n, MoeDims(*self.dims))
+        space = torch.full((size + 4096,), 0xFF, dtype=torch.uint8, device="cuda")
+        space[size:] = 0xA5
+        return space
+
+    def run(self, delta, residual, w):
+        """The residual after it, x and the output."""
+        n, hidden = residual.shape
+        residual, space = residual.clone(), self.workspace(n)
+        x, out = poisoned(n + 1, hidden), poisoned(n + 1, hidden)
+        dims, weights = MoeDims(*self.dims), self.weights()
+        call("q35_packed_norm_moe", n, dims, weights, delta, residual, w, EPS, x, space, out)
+        assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
+        assert x[-1].isnan().all() and out[-1].isnan().all()
+        return residual, x[:-1], out[:-1]
+
+    def reference(self, x):
+        """The block in f64, rounded between gate_up and down as the contract says, and the tokens whose experts f32
+        logits decide as well."""
+        hidden, experts, top_k, width, shared = self.dims
+        x = x.double()
+        logits, order = torch.sort(x @ self.router.double().T, dim=1, descending=True, stable=True)
+        sure = torch.ones(len(x), dtype=torch.bool, device="cuda")
+        if top_k < experts:
+            gap = logits[:, top_k - 1] - logits[:, top_k]
+            sure = (gap == 0) | (gap > 1e-4)
+        chosen, weights = order[:, :top_k], torch.softmax(logits[:, :top_k], dim=1)
+
+        def swiglu(x, gate_up, down, width):
+            both = x @ gate_up.T
+            inner = torch.nn.functional.silu(both[:, :width]) * both[:, width:]
+            return inner.to(torch.bfloat16).double() @ down.T
+
+        out = torch.zeros_like(x)
+        for e in chosen.unique().tolist():
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            gate_up = self.gate_up.plain(2 * width * e, 2 * width * (e + 1))
+            down = self.down.plain(hidden * e, hidden * (e + 1))
+            out.index_add_(0, token, weights[token, place, None] * swiglu(x[token], gate_up, down, width))
+        if shared:
+            gate = torch.sigmoid(x @ self.shared_gate.double().T)
+            gate_up, down = self.shared_gate_up.plain(0, 2 * shared), self.shared_down.plain(0, hidden)
+            out += gate * swiglu(x, gate_up, down, shared)
+        return out, sure
+
+    def check(self, n, *, with_delta=True):
+        delta, residual, w = norm_inputs(n, self.dims[0], with_delta=with_delta)
+        after, x, out = self.run(delta, residual, w)
+        normed = poisoned(n, self.dims[0])
+        call("q35_rmsnorm_residual", n, self.dims[0], delta, residual, w, EPS, normed)
+        assert same_bits(after, residual) and same_bits(x, normed)
+        want, sure = self.reference(x)
+        assert sure.sum() >= n - 2
+        if sure.any():
+            assert error(out[sure], want[sure]) < TOLERANCE
+        rows = (out.double() - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-3)
+        assert (rows[sure] < TOLERANCE).all(), "one token is off"
+
+
+@pytest.mark.parametrize("form", [INT4, ("int4_bf16", 32, True), FP8], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, form):
+    block = Block(FAMILIES[name], [form] * 4)
+    for n in (1, 2, 7, 16):
+        block.check(n, with_delta=n != 7)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("dims", ODD, ids=str)
+def test_odd_sizes(dims, form):
+    block = Block(dims, [form] * 4)
+    for n in (1, 2, 7, 8, 9, 15, 16):
+        block.check(n, with_delta=n != 8)
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        (INT4, INT4, BF16, BF16),
+        (INT4, FP8, FP8, INT4),
+        (FP8, ("int4_bf16", 32, True), ("fp8_row", 0, False), BF16),
+        (("int4_f16", 64, True), ("int4_bf16", 1 << 30, False), ("int4_f16", 32, False), INT4),
+        (BF16, INT4, FP8, FP8),
+        (FP8, BF16, BF16, ("int4_f16", 32, True)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dims", [SMALL_FAMILY, (576, 7, 3, 320, 64)], ids=str)
+def test_mixed_kinds(dims, formats):
+    block = Block(dims, formats)
+    for n in (1, 2, 7, 16):
+        block.check(n)
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8_row"])
+def test_the_smallest_numbers_of_8_bits(kind):
+    """Half of them below the normal ones."""
+    block = Block((320, 8, 2, 128, 64), [(kind, 0, False)] * 4)
+    for matrix in (block.gate_up, block.down, block.shared_gate_up, block.shared_down):
+        matrix.keep_small()
+    for n in (1, 16):
+        block.check(n)
+
+
+@pytest.mark.parametrize("form", [INT4, FP8], ids=str)
+def test_one_expert_takes_all_tokens(form):
+    block = Block((2048, 64, 1, 512, 512), [form] * 4)
+    block.router.zero_()
+    for n in (1, 2, 7, 8, 9, 15, 16):
+        block.check(n)
+
+
+@pytest.mark.parametrize(
+    "formats", [[INT4] * 4, [FP8] * 4, [("int4_bf16", 32, True)] * 2 + [BF16] * 2], ids=str
+)
+@pytest.mark.parametrize("dims", [SMALL_FAMILY, (576, 12, 3, 320, 64)], ids=str)
+def test_a_token_does_not_see_the_batch(dims, formats):
+    block = Block(dims, formats)
+    delta, residual, w = norm_inputs(16, dims[0])
+    alone = [block.run(delta[t : t + 1], residual[t : t + 1], w) for t in range(16)]
+    for n in (2, 5, 8, 9, 16):
+        found = block.run(delta[:n], residual[:n], w)
+        for piece, rows in zip(found, zip(*alone, strict=True), strict=True):
+            assert same_bits(piece, torch.cat(rows[:n]))
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+@pytest.mark.parametrize("form", [INT4, FP8], ids=str)
+def test_layer_after_layer(form, n):
+    """Kernels of neighbouring layers overlap, and share a workspace: many in a graph, against one at a time."""
+    blocks = [Block(SMALL_FAMILY, [form] * 4, seed=seed) for seed in (0, 5)]
+    dims, hidden, layers = MoeDims(*SMALL_FAMILY), SMALL_FAMILY[0], 24
+    first, start, w = norm_inputs(n, hidden)
+    space = blocks[0].workspace(n)
+    residual, x = start.clone(), torch.empty_like(first)
+    deltas = [first, *(torch.empty_like(first) for _ in range(2))]
+
+    def step(layer):
+        delta = deltas[0] if layer == 0 else deltas[1 + (layer - 1) % 2]
+        weights, out = blocks[layer % 2].weights(), deltas[1 + layer % 2]
+        call("q35_packed_norm_moe", n, dims, weights, delta, residual, w, EPS, x, space, out)
+
+    for layer in range(layers):
+        step(layer)
+        torch.cuda.synchronize()
+    last = deltas[1 + (layers - 1) % 2]
+    want = residual.clone(), last.clone()
+    assert want[1].isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            step(layer)
+    for _ in range(20):
+        residual.copy_(start)
+        last.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(residual, want[0]) and same_bits(last, want[1])
+
+
+def test_nothing_and_what_is_refused():
+    dims = (64, 4, 2, 64, 64)
+    block = Block(dims, [INT4] * 4)
+    call("q35_packed_norm_moe", 0, MoeDims(*dims), block.weights(), None, None, None, EPS, None, None, None)
+    delta, residual, w = norm_inputs(17, 64)
+    with pytest.raises(AssertionError, match="CUDA error 1"):
+        block.run(delta, residual, w)
+    block.gate_up.group = 48
+    with pytest.raises(AssertionError, match="CUDA error 1"):
+        block.run(delta[:1], residual[:1], w)

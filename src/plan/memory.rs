@@ -6,18 +6,34 @@ use crate::backend::cuda::Cuda;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineLimits, Report};
 use crate::model::Model;
+use crate::weights::quant::Quantization;
 use crate::weights::{Checkpoint, ModelTensors, MtpTensors};
 
-/// What a model of this configuration holds on a card of so many bytes, in bf16, and what is left for keys and values.
+/// What a model of this configuration holds on a card of so many bytes, in bf16 or quantised at load, and what is left
+/// for keys and values.
 ///
 /// # Errors
 /// `OutOfMemory` for what does not fit, `Request` for limits that cannot be.
-pub fn memory(config: &ModelConfig, mtp: bool, limits: &EngineLimits, card_bytes: usize) -> Result<Report> {
+pub fn memory(
+    config: &ModelConfig,
+    quantization: Option<Quantization>,
+    mtp: bool,
+    limits: &EngineLimits,
+    card_bytes: usize,
+) -> Result<Report> {
     let checkpoint = Checkpoint::random();
-    let tensors = ModelTensors::resolve(&checkpoint, config)?;
+    let mut tensors = ModelTensors::resolve(&checkpoint, config)?;
+    if let Some(quantization) = quantization {
+        tensors = tensors.requantised(quantization);
+    }
     let mut model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
     if mtp {
-        model = model.with_mtp(MtpTensors::resolve(&checkpoint, config)?, None)?;
+        let module = MtpTensors::resolve(&checkpoint, config)?;
+        let module = match quantization {
+            Some(quantization) => module.requantised(quantization),
+            None => module,
+        };
+        model = model.with_mtp(module, None)?;
     }
     Ok(Engine::new(model, limits, config.vocab, Vec::new())?.report())
 }
@@ -30,7 +46,7 @@ mod tests {
     fn of(name: &str, gib: usize) -> Result<Report> {
         let limits =
             EngineLimits { max_num_seqs: 64, max_num_batched_tokens: 8192, ..EngineLimits::default() };
-        memory(&family_config(name)?, false, &limits, gib << 30)
+        memory(&family_config(name)?, None, false, &limits, gib << 30)
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
 use crate::tokenizer::chat::ChatTemplate;
 use crate::weights::Depth;
+use crate::weights::quant::Quantization;
 use crate::{Error, Result};
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -30,6 +31,11 @@ fn parse(field: &str, text: &str) -> Result<Value> {
 
 pub(super) fn json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::Internal(e.to_string()))
+}
+
+/// What a model is quantised to at load, by its name.
+pub(super) fn parse_quantization(name: Option<&str>) -> Result<Option<Quantization>> {
+    name.map(|name| Quantization::parse(name, Quantization::GROUP)).transpose()
 }
 
 /// A compiled chat template.
@@ -140,12 +146,13 @@ fn plan_model(
 /// JSON of what this version would hold of a model on one card of so much memory, and leave for keys and values; None
 /// where it was built without CUDA. The model is named as for [`plan_model`].
 #[pyfunction]
-#[pyo3(signature = (model, *, gpu, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
+#[pyo3(signature = (model, *, gpu, quantization, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
 #[allow(clippy::too_many_arguments, unused_variables)]
 fn plan_memory(
     py: Python<'_>,
     model: &str,
     gpu: &str,
+    quantization: Option<&str>,
     mtp: bool,
     max_model_len: Option<usize>,
     max_num_seqs: usize,
@@ -164,7 +171,8 @@ fn plan_memory(
                 gpu_memory_utilization,
                 ..EngineLimits::default()
             };
-            json(&plan::memory(&config, mtp, &limits, bytes)?).map(Some)
+            let quantization = parse_quantization(quantization)?;
+            json(&plan::memory(&config, quantization, mtp, &limits, bytes)?).map(Some)
         })
         .map_err(to_py);
     #[cfg(not(feature = "cuda"))]

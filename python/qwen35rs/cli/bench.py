@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .._core import RequestError
-from .options import Device, Dtype, Json, LoadFormat, Model
+from .options import Device, Dtype, Json, LoadFormat, Model, Quantization
 from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
@@ -33,6 +33,7 @@ def tasks(
     ] = None,
     seed: Annotated[int, typer.Option(help="Which questions; the same seed, the same questions.")] = 0,
     device: Device = "auto",
+    quantization: Quantization = None,
     json: Json = False,
 ) -> None:
     """Ask held-out questions whose answers can be checked.
@@ -51,7 +52,7 @@ def tasks(
     """
     from ..bench import TaskResult, measure
 
-    llm = load(model, device=device, mtp=None)
+    llm = load(model, device=device, quantization=quantization, mtp=None)
     start = time.perf_counter()
 
     def show(result: TaskResult) -> None:
@@ -67,6 +68,7 @@ def tasks(
         write_json(
             {
                 "model": llm.model,
+                "quantization": quantization,
                 "seed": seed,
                 "num_items": n,
                 "seconds": round(time.perf_counter() - start, 3),
@@ -91,6 +93,7 @@ def engine(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of one step.")] = 8192,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Launch kernels one by one, without CUDA graphs.")
@@ -129,6 +132,7 @@ def engine(
             load_format=load_format,
             device=device,
             dtype=dtype,
+            quantization=quantization,
             max_num_seqs=max(batches),
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max(*rooms, *(size + 1 for size in prompts)),
@@ -143,8 +147,14 @@ def engine(
         ) from None
     loaded = time.perf_counter() - start
     floors = measured(llm)
-    found: dict[str, Any] = {"model": llm.model, "device": llm.device, "load_seconds": round(loaded, 3)}
-    found |= {"measured": floors, "memory": llm.memory, "decode": [], "prefill": []}
+    found: dict[str, Any] = {"model": llm.model, "device": llm.device, "quantization": quantization}
+    found |= {
+        "load_seconds": round(loaded, 3),
+        "measured": floors,
+        "memory": llm.memory,
+        "decode": [],
+        "prefill": [],
+    }
     if not json:
         write(f"loaded in {loaded:.2f} s on {llm.device}{_floors(floors)}\n")
     for size in batches:

@@ -8,11 +8,14 @@
 cudaError_t packed_many_linear(cudaStream_t stream, int n, const Packed &w, int rows, const bf16 *x, void *out,
                                bool wide);
 
+// What q35_packed_linear calls; as in packed.cuh.
+cudaError_t launch_packed_many(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, bool wide);
+
 // Of a sparse block, the experts that a product is for. Either may be absent from a launch, so that the two can go to
 // different kernels.
 enum Experts { ROUTED_EXPERTS = 1, SHARED_EXPERT = 2, ALL_EXPERTS = 3 };
 
-// Tokens of a tile of mine. Tiles of any height will do for the two functions below.
+// Of the list of tiles. Any other will do for the two functions below as well.
 constexpr Heights PACKED_HEIGHTS = {64, 16};
 
 // After launch_sort: p.act (and p.shared_act) from x. `shared` has no codes where there is no shared expert.

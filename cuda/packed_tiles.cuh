@@ -6,9 +6,9 @@
 template <int FORM>
 constexpr int TILE_BYTES = FORM == INT4_TILES ? 512 : FORM == FP8_TILES ? 1024 : 2048;
 
-// A block has ROW_WARPS pairs of warps. A pair has two row tiles by TOKENS tokens, and each of its warps one of two parts
-// of k. A stage in shared memory is a k tile of both parts: rows of 128 bytes of the tokens, with the 16 bytes c of row r
-// at place c ^ (r % 8), then each warp's own codes.
+// A block has ROW_WARPS pairs of warps. A pair has two row tiles by TOKENS tokens, and each of its warps one of two
+// parts of k. A stage in shared memory is a k tile of both parts: rows of 128 bytes of the tokens, with the 16 bytes c
+// of row r at place c ^ (r % 8), then each warp's own codes.
 template <int FORM, int TOKENS, int ROW_WARPS>
 struct Shape {
     static constexpr int THREADS = 64 * ROW_WARPS, ROWS = 2 * TILE_ROWS * ROW_WARPS;
@@ -24,9 +24,9 @@ struct Shape {
     static_assert(STAGES >= 2 && TOKENS * PITCH * 4 <= BYTES);
 };
 
-// Sums [token][local row] in `memory`, for all threads of the block, of `count` tokens, those past a half of TOKENS only
-// where there are some. Local rows 32 i .. 32 i + 31 are those of warps i and i + ROW_WARPS: row tiles `row_tile` and
-// `row_tile` + `apart`, if `there`. Token i is row row_of(i) of x, which may be asked after ready().
+// Sums [token][local row] in `memory`, for all threads of the block, of `count` tokens, those past a half of TOKENS
+// only where there are some. Local rows 32 i .. 32 i + 31 are those of warps i and i + ROW_WARPS: row tiles `row_tile`
+// and `row_tile` + `apart`, if `there`. Token i is row row_of(i) of x, which may be asked after ready().
 //
 // The two parts of k are added at the end; within one, k goes by tiles of 64, in groups of at most 128 whose exact
 // products are summed in f32, then times their scale. None of this depends on the tokens, nor on TOKENS or ROW_WARPS.

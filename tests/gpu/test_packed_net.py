@@ -167,7 +167,7 @@ def test_codes_are_closer_than_bf16(name, kept, tmp_path):
     want = LLM(one, device="cpu").logits(PROMPT)
     assert np.array_equal(want, LLM(plain, device="cpu").logits(PROMPT))
     on_gpu, rounded = LLM(one, device="cuda"), LLM(plain, device="cuda")
-    assert on_gpu.stats()["memory"]["weights"] < 0.8 * rounded.stats()["memory"]["weights"]
+    assert on_gpu.memory["weights"] < 0.8 * rounded.memory["weights"]
     bound = distance(rounded.logits(PROMPT), want)
     # All rows at once, then by steps of one.
     assert distance(on_gpu.logits(PROMPT), want) < 1.05 * bound

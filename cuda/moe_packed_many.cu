@@ -105,7 +105,9 @@ cudaError_t run(cudaStream_t stream, const Plan &p, const Packed &routed, const 
     if (tiles * a.feature_blocks > INT32_MAX) return cudaErrorInvalidValue;
     const auto kernel = packed_experts<FORM, TOKENS, MODE>;
     constexpr int shared_bytes = bytes<FORM, TOKENS>();
-    const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (code != cudaSuccess) return code;
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (code != cudaSuccess) return code;
     return launch(kernel, unsigned(tiles * a.feature_blocks), 64 * ROW_WARPS, shared_bytes, stream, p, routed, shared,
                   a);

@@ -121,9 +121,14 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, int byt
                  : "memory");
 }
 
+// Has L2 fetch what lies there.
+__device__ __forceinline__ void ask_l2_for(const void *from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)) : "memory");
+}
+
 // Fills stage `warp` with every fourth unit of the tiles of this block. A stage is free when all blocks that get what is
 // copied to it are done with it.
-template <int MODE, bool FP8>
+template <int MODE, bool FP8, int STEPS>
 __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens, int total, uint32_t shared, int rank,
                                         int warp, int lane) {
     const uint32_t stage = shared + warp * STAGE_BYTES<FP8>, full = shared + FULL<FP8> + warp * 8;
@@ -169,6 +174,10 @@ __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens
             if (own_tile >= 0) {
                 bulk_copy(stage + TOKEN_BYTES + lane * 2 * TILE_BYTES<FP8>, codes + unit * 2 * TILE_BYTES<FP8>,
                           2 * TILE_BYTES<FP8>, full);
+                // Those who multiply load scales a unit ahead, which is enough for L2 and not for memory.
+                const int64_t side = int64_t(own_tile) * t.w.groups * t.w.each + unit * (8 / STEPS) * t.group_step;
+                ask_l2_for(static_cast<const uint8_t *>(t.w.scales) + side * (FP8 ? 4 : 2));
+                if (!FP8 && t.w.zeros != nullptr) ask_l2_for(t.w.zeros + side);
             }
             if (MODE == ROWS) continue;
             const uint32_t col = unit * (UNIT / 8) + c;
@@ -481,7 +490,7 @@ __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
         const int total = num_items(t);
         if (warp < 4) {
             give_registers<PRODUCER_REGISTERS>();
-            produce<MODE, FP8>(t, tokens, total, shared, rank, warp, lane);
+            produce<MODE, FP8, STEPS>(t, tokens, total, shared, rank, warp, lane);
         } else {
             take_registers<CONSUMER_REGISTERS>();
             const uint32_t released = address_of(shared + EMPTY<FP8>, lane % BLOCKS<MODE>);

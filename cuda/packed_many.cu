@@ -56,7 +56,10 @@ cudaError_t run(cudaStream_t stream, int n, const Packed &w, int rows, const bf1
     const int64_t blocks = int64_t(ceil_div(n, TOKENS)) * ceil_div(rows, S::ROWS);
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
     const auto kernel = packed_many_kernel<FORM, TOKENS, ROW_WARPS>;
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
+    if (status != cudaSuccess) return status;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared);
     if (status != cudaSuccess) return status;
     return launch(kernel, unsigned(blocks), S::THREADS, S::BYTES, stream, n, w, rows, x, out, wide, stride);
 }

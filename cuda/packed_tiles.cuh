@@ -71,7 +71,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
     RawScales raw[2] = {};
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-        if (s < own) load_scales<FORM>(raw[s], m, at.scale, first + s);
+        if (s < own && (s == 0 || m.shift == 0)) load_scales<FORM>(raw[s], m, at.scale, first + s);
     }
     ready();
 
@@ -104,7 +104,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
     }
 
     float acc[2][EIGHTS][4] = {}, sums[2][EIGHTS][4] = {};  // of a group, and of all
-    RowScales of[2];
+    RowScales of[2] = {};
     const bool more = count > TOKENS / 2;
     auto fold = [&]() {
 #pragma unroll
@@ -122,7 +122,8 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
     // Lanes of a matrix load: rows, and halves of 16 k, of four 8x8 matrices.
     const uint32_t token_frag = part * S::TOKEN_BYTES + (lane / 16 * 8 + lane % 8) * S::ROW_BYTES;
     const uint32_t weight_frag = codes_at + lane % 16 * S::ROW_BYTES, swizzle = lane % 8;
-    auto multiply_step = [&](int stage, int step, RawScales &scales) {
+    // `fresh`: a group starts, and the next one two steps on.
+    auto multiply_step = [&](int stage, int step, RawScales &scales, bool fresh) {
         const uint32_t from = memory_at + stage * S::STAGE;
         uint4 words[2][UNITS];
         if constexpr (FORM != BF16_ROWS) {
@@ -131,7 +132,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             for (int j = 0; j < 2; j++) {
 #pragma unroll
                 for (int u = 0; u < UNITS; u++) words[j][u] = own_codes[32 * (j * UNITS + u)];
-                of[j] = row_scales<FORM>(scales, 0, j, m.bf16_scales);
+                if (fresh) of[j] = row_scales<FORM>(scales, 0, j, m.bf16_scales);
             }
         }
 #pragma unroll
@@ -169,7 +170,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
         }
         if constexpr (FORM != BF16_ROWS) {
             if (m.shift == 0 || (step & 1) != 0 || step + 1 == own) fold();
-            if (step + 2 < own) load_scales<FORM>(scales, m, at.scale, first + step + 2);
+            if (fresh && step + 2 < own) load_scales<FORM>(scales, m, at.scale, first + step + 2);
         }
     };
     int stage = 0;
@@ -185,7 +186,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             load_weights(fill, step + S::STAGES - 1);
             load_tokens(fill, step + S::STAGES - 1);
             copy_commit();
-            if (step < own) multiply_step(stage, step, raw[s]);
+            if (step < own) multiply_step(stage, step, raw[s], s == 0 || m.shift == 0);
             stage = stage == S::STAGES - 1 ? 0 : stage + 1;
         }
     }

@@ -1,5 +1,5 @@
-// Experts with packed weights on Hopper, for more than 16 tokens: the products of the sorted list of tiles, and those of
-// all tokens in their order for the shared expert, in launches of their own.
+// Experts with packed weights on Hopper, for more than 16 tokens: the products of the sorted list of tiles, and those
+// of all tokens in their order for the shared expert, in launches of their own.
 #include "packed_wgmma_launch.cuh"
 
 using namespace packed_wgmma;

@@ -1,6 +1,6 @@
 // Products of many rows with packed weights on Hopper, to stand in front of those of packed_many.cuh, with the same
-// arguments. They return cudaErrorNotSupported, and launch nothing, where they do not serve: for k that is no multiple of
-// 128, bf16, another card. That does not depend on how many rows there are, so a row has one order of its sums.
+// arguments. They return cudaErrorNotSupported, and launch nothing, where they do not serve: for k that is no multiple
+// of 128, bf16, another card. That does not depend on how many rows there are, so a row has one order of its sums.
 #pragma once
 #include "packed_many.cuh"
 

@@ -10,6 +10,10 @@ enum Mode { UP, DOWN };
 constexpr int ROW_WARPS = 4, ROWS = 2 * TILE_ROWS * ROW_WARPS;  // of weights, a block
 constexpr int MOST_TOP_K = 32;
 
+struct Matrices {
+    Packed of[2];  // routed, shared
+};
+
 struct Products {
     const bf16 *x;
     int feature_blocks;  // of a tile of tokens
@@ -29,7 +33,7 @@ constexpr int bytes() {
 // UP: a pair of warps has the gate rows and the up rows of 16 features; to act. DOWN: from act to y.
 template <int FORM, int TOKENS, int MODE>
 __global__ void __launch_bounds__(64 * ROW_WARPS, Shape<FORM, TOKENS, ROW_WARPS>::BLOCKS)
-    packed_experts(Plan p, Packed routed, Packed shared, Products a) {
+    packed_experts(Plan p, const __grid_constant__ Matrices m, Products a) {
     typedef Shape<FORM, TOKENS, ROW_WARPS> S;
     constexpr int FEATURES = MODE == UP ? ROWS / 2 : ROWS;  // of a block
     extern __shared__ __align__(128) unsigned char memory[];
@@ -63,12 +67,13 @@ __global__ void __launch_bounds__(64 * ROW_WARPS, Shape<FORM, TOKENS, ROW_WARPS>
             return MODE == UP && !is_shared ? p.sorted[row0 + i] / p.top_k : row0 + i;
         };
         const float *sums;
-        if (FORM != BF16_ROWS && is_shared && shared.form == BF16_ROWS) {
-            sums = multiply<BF16_ROWS, TOKENS, ROW_WARPS>(memory, shared, row_tile, apart, there, x, count, [] {},
+        if (FORM != BF16_ROWS && is_shared && m.of[1].form == BF16_ROWS) {
+            sums = multiply<BF16_ROWS, TOKENS, ROW_WARPS>(memory, m.of[1], row_tile, apart, there, x, count, [] {},
                                                           row_of);
         } else {
-            const Packed m = is_shared ? shared : routed;
-            sums = multiply<FORM, TOKENS, ROW_WARPS>(memory, m, row_tile, apart, there, x, count, [] {}, row_of);
+            // In place: in registers it would crowd out sums.
+            sums = multiply<FORM, TOKENS, ROW_WARPS>(memory, m.of[is_shared], row_tile, apart, there, x, count, [] {},
+                                                     row_of);
         }
 #pragma unroll 1
         for (int i = threadIdx.x; i < count * (FEATURES / 8); i += S::THREADS) {
@@ -109,8 +114,8 @@ cudaError_t run(cudaStream_t stream, const Plan &p, const Packed &routed, const 
     if (code != cudaSuccess) return code;
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (code != cudaSuccess) return code;
-    return launch(kernel, unsigned(tiles * a.feature_blocks), 64 * ROW_WARPS, shared_bytes, stream, p, routed, shared,
-                  a);
+    return launch(kernel, unsigned(tiles * a.feature_blocks), 64 * ROW_WARPS, shared_bytes, stream, p,
+                  Matrices{{routed, shared}}, a);
 }
 
 // Tiles of so many tokens as experts have: this changes the speed, and no sum.

@@ -23,16 +23,18 @@ Task expert_task(const Plan &p, const Packed &w, bool shared) {
 // Calls run(weights, shared) for each that `experts` names, if all of them are served.
 template <typename F>
 cudaError_t each_of(int experts, const Packed &routed, const Packed &shared, F run) {
-    const bool both[2] = {(experts & ROUTED_EXPERTS) != 0, (experts & SHARED_EXPERT) != 0 && shared.codes != nullptr};
-    if ((both[0] && !takes(routed)) || (both[1] && !takes(shared))) return cudaErrorNotSupported;
-    for (int i = 0; i < 2; i++) {
-        const cudaError_t code = both[i] ? run(i == 0 ? routed : shared, i == 1) : cudaSuccess;
-        if (code != cudaSuccess) return code;
-    }
-    return cudaSuccess;
+    if ((experts & ~packed_wgmma_serves(routed, shared)) != 0) return cudaErrorNotSupported;
+    cudaError_t code = cudaSuccess;
+    if ((experts & ROUTED_EXPERTS) != 0) code = run(routed, false);
+    if (code == cudaSuccess && (experts & SHARED_EXPERT) != 0 && shared.codes != nullptr) code = run(shared, true);
+    return code;
 }
 
 }  // namespace
+
+int packed_wgmma_serves(const Packed &routed, const Packed &shared) {
+    return (takes(routed) ? ROUTED_EXPERTS : 0) | (shared.codes == nullptr || takes(shared) ? SHARED_EXPERT : 0);
+}
 
 cudaError_t packed_wgmma_up(cudaStream_t stream, const Plan &p, const Packed &gate_up, const Packed &shared_gate_up,
                             const bf16 *x, int experts) {

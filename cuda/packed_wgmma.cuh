@@ -10,7 +10,9 @@ cudaError_t packed_wgmma_linear(cudaStream_t stream, int n, const Packed &w, int
 // Of the list of tiles: none is higher.
 constexpr Heights PACKED_WGMMA_HEIGHTS = {128, 32};
 
-// All that `experts` names is served, or nothing.
+// Which experts have a matrix that is served (of `Experts`; one that is absent counts). The two below serve all that
+// `experts` names, or nothing.
+int packed_wgmma_serves(const Packed &routed, const Packed &shared);
 cudaError_t packed_wgmma_up(cudaStream_t stream, const Plan &p, const Packed &gate_up, const Packed &shared_gate_up,
                             const bf16 *x, int experts);
 cudaError_t packed_wgmma_down(cudaStream_t stream, const Plan &p, const Packed &down, const Packed &shared_down,

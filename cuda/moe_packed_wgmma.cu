@@ -1,0 +1,62 @@
+// Experts with packed weights on Hopper, for more than 16 tokens: the products of the sorted list of tiles, and those
+// of all tokens in their order for the shared expert, in launches of their own.
+#include "packed_wgmma_launch.cuh"
+
+using namespace packed_wgmma;
+
+namespace {
+
+// Tiles of tokens, at most.
+int64_t tiles_of(const Plan &p, bool shared) {
+    const int64_t assignments = int64_t(p.n) * p.top_k;
+    return shared ? ceil_div(p.n, TOKENS)
+                  : assignments / SMALL_TILE + (p.num_experts < assignments ? p.num_experts : assignments);
+}
+
+Task expert_task(const Plan &p, const Packed &w, bool shared) {
+    Task t = task_of(w);
+    t.n = p.n, t.top_k = p.top_k;
+    if (!shared) t.tiles = p.tiles, t.num_tiles = p.num_tiles, t.sorted = p.sorted;
+    return t;
+}
+
+// Calls run(weights, shared) for each that `experts` names, if all of them are served.
+template <typename F>
+cudaError_t each_of(int experts, const Packed &routed, const Packed &shared, F run) {
+    if ((experts & ~packed_wgmma_serves(routed, shared)) != 0) return cudaErrorNotSupported;
+    cudaError_t code = cudaSuccess;
+    if ((experts & ROUTED_EXPERTS) != 0) code = run(routed, false);
+    if (code == cudaSuccess && (experts & SHARED_EXPERT) != 0 && shared.codes != nullptr) code = run(shared, true);
+    return code;
+}
+
+}  // namespace
+
+int packed_wgmma_serves(const Packed &routed, const Packed &shared) {
+    return (takes(routed) ? ROUTED_EXPERTS : 0) | (shared.codes == nullptr || takes(shared) ? SHARED_EXPERT : 0);
+}
+
+cudaError_t packed_wgmma_up(cudaStream_t stream, const Plan &p, const Packed &gate_up, const Packed &shared_gate_up,
+                            const bf16 *x, int experts) {
+    const auto odd = [](int width) { return width % FEATURES<GATE_UP> != 0; };
+    if (odd(p.width) || odd(p.shared_width) || !aligned(x)) return cudaErrorNotSupported;
+    return each_of(experts, gate_up, shared_gate_up, [&](const Packed &w, bool shared) {
+        Task t = expert_task(p, w, shared);
+        t.x = x;
+        t.cols = t.stride = shared ? p.shared_width : p.width, t.row_tiles = t.cols / 16;
+        t.out = shared ? p.shared_act : p.act;
+        return launch_task<GATE_UP>(stream, t, CUtensorMap{}, tiles_of(p, shared));
+    });
+}
+
+cudaError_t packed_wgmma_down(cudaStream_t stream, const Plan &p, const Packed &down, const Packed &shared_down,
+                              const Terms &terms, int experts) {
+    return each_of(experts, down, shared_down, [&](const Packed &w, bool shared) {
+        Task t = expert_task(p, w, shared);
+        t.row_tiles = p.hidden / 16, t.first_row = p.n * p.top_k;
+        t.out = p.y, t.first_feature = terms.col0, t.cols = terms.cols, t.stride = terms.stride;
+        t.store = !terms.rounded ? WIDE : t.stride % 8 == 0 ? PIECES : ELEMENTS;
+        return shared ? launch_rows(stream, t, p.shared_act, p.n, tiles_of(p, true))
+                      : launch_rows(stream, t, p.act, p.n * p.top_k, tiles_of(p, false));
+    });
+}

@@ -1,0 +1,185 @@
+// Packed weights times many tokens with wgmma: the tiles of the output, and what is copied for them.
+//
+// A tile has 128 rows of weights, of two warpgroups, and up to 128 tokens; k goes by units of 128.
+#pragma once
+#include "moe_wgmma.cuh"
+#include "packed_wgmma.cuh"
+
+namespace packed_wgmma {
+
+// ROWS: the rows of the output are features of one matrix. Blocks come in pairs of 256 features and the same tokens, of
+// which each copies half to both. GATE_UP: rows are 64 gates and the 64 ups beside them; tokens lie anywhere.
+enum Mode { ROWS, GATE_UP };
+
+constexpr int UNIT = 128;     // elements along k of a stage
+constexpr int TOKENS = 128;   // of a tile, at most
+constexpr int BOX_ROWS = 32;  // of a tensor copy, and the step of a tile's columns
+constexpr int BAND = 8;       // tiles of tokens whose turn comes together
+constexpr int STAGES = 4;     // each filled by a warp of its own
+constexpr int WARPS = 8;      // that multiply
+constexpr int THREADS = 384;  // a warpgroup that copies and two that multiply
+constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 that a thread starts with
+
+template <int MODE> constexpr int BLOCKS = MODE == ROWS ? 2 : 1;            // of a cluster
+template <int MODE> constexpr int FEATURES = MODE == ROWS ? 2 * 128 : 64;  // of a cluster
+template <bool FP8> constexpr int TILE_BYTES = FP8 ? 1024 : 512;           // codes of 16 rows and 64 of k
+
+// Shared memory: stages, of tokens in two tiles of 64 along k, then the codes of 8 row tiles; outputs of the warps on
+// their way; barriers.
+constexpr int HALF_BYTES = TOKENS * 128, TOKEN_BYTES = 2 * HALF_BYTES;
+template <bool FP8> constexpr int STAGE_BYTES = TOKEN_BYTES + 8 * 2 * TILE_BYTES<FP8>;
+constexpr int STAGING_BYTES = 2048;
+template <bool FP8> constexpr int STAGING = STAGES * STAGE_BYTES<FP8>;
+template <bool FP8> constexpr int FULL = STAGING<FP8> + WARPS * STAGING_BYTES;
+template <bool FP8> constexpr int EMPTY = FULL<FP8> + STAGES * 8;
+template <bool FP8> constexpr int SHARED_BYTES = EMPTY<FP8> + STAGES * 8;
+static_assert(SHARED_BYTES<true> <= 227 * 1024, "more than a block may have");
+
+// How the output is stored: bf16 in pieces of 16 bytes, or by elements, where it is not aligned to those; or f32.
+enum Store { PIECES, ELEMENTS, WIDE };
+
+struct Task {
+    Packed w;
+    int row_tiles;   // of an expert; GATE_UP: of its gates, and as many of up
+    int group_step;  // from the scales of a group to those of the next; 0: there is one
+    // Tiles of tokens: those of the sorted list, or, where that is null, of n rows in their order.
+    const int2 *tiles;
+    const int *num_tiles, *sorted;
+    int n, top_k;
+    const bf16 *x;   // GATE_UP: rows of w.k elements
+    // Features first_feature .. first_feature + cols - 1 go to rows of `stride` elements. ROWS: the row of an
+    // assignment is its number, that of n rows in their order counts from first_row.
+    void *out;
+    int store, stride, first_feature, cols, first_row;
+    int feature_tiles;
+};
+
+// One tile of the output.
+struct Item {
+    int expert, feature;  // the first feature of this block
+    int first, rows;      // of all rows, or of the sorted list
+};
+
+__device__ __forceinline__ int num_items(const Task &t) {
+    return (t.tiles != nullptr ? *t.num_tiles : ceil_div(t.n, TOKENS)) * t.feature_tiles;
+}
+// Its entry in the sorted list, which a warp asks for long before it needs it.
+__device__ __forceinline__ int2 entry_at(const Task &t, int total, int index) {
+    return t.tiles != nullptr && index < total ? t.tiles[index / t.feature_tiles] : make_int2(0, 0);
+}
+// Tiles of an expert follow each other; of rows in their order a band takes turns at each feature tile: what blocks
+// read at a time stays in L2.
+template <int MODE>
+__device__ __forceinline__ Item item_at(const Task &t, int index, int2 entry, int rank) {
+    Item item;
+    int feature_tile;
+    if (t.tiles != nullptr) {
+        feature_tile = index % t.feature_tiles;
+        item.expert = tile_expert(entry), item.first = tile_first(entry), item.rows = tile_rows(entry);
+    } else {
+        const int band = index / (BAND * t.feature_tiles), rest = index - band * BAND * t.feature_tiles;
+        const int height = max(min(BAND, ceil_div(t.n, TOKENS) - band * BAND), 1);
+        feature_tile = rest / height;
+        item.expert = 0, item.first = (band * BAND + rest % height) * TOKENS;
+        item.rows = min(TOKENS, t.n - item.first);
+    }
+    item.feature = t.first_feature + feature_tile * FEATURES<MODE> + (MODE == ROWS ? rank * 128 : 0);
+    return item;
+}
+// The products' columns: whole boxes.
+__device__ __forceinline__ int columns_of(const Item &item) { return ceil_div(item.rows, BOX_ROWS) * BOX_ROWS; }
+
+// Row tile `i` of the 8 of a tile of the output, of all experts'; -1 past the last feature.
+template <int MODE>
+__device__ __forceinline__ int row_tile_at(const Task &t, const Item &item, int i) {
+    const int own = item.feature / 16;
+    if (MODE == GATE_UP) return item.expert * 2 * t.row_tiles + i / 4 * t.row_tiles + own + i % 4;
+    return own + i < (t.first_feature + t.cols) / 16 ? item.expert * t.row_tiles + own + i : -1;
+}
+
+// So many bytes, a multiple of 16, that arrive at the barrier.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// Has L2 fetch what lies there.
+__device__ __forceinline__ void ask_l2_for(const void *from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)) : "memory");
+}
+
+// Fills stage `warp` with every fourth unit of the tiles of this block. A stage is free when all blocks that get what
+// is copied to it are done with it.
+template <int MODE, bool FP8, int STEPS>
+__device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens, int total, uint32_t shared, int rank,
+                                        int warp, int lane) {
+    const uint32_t stage = shared + warp * STAGE_BYTES<FP8>, full = shared + FULL<FP8> + warp * 8;
+    const uint32_t empty = shared + EMPTY<FP8> + warp * 8;
+    // Of a gather: rows lane / 8 + 4 i of the tile, bytes 16 (lane % 8) ..: one swizzle for even i, one for odd.
+    const int c = lane % 8, r = lane / 8;
+    const uint32_t to_even = stage + r * 128 + ((c ^ r) << 4), to_odd = stage + r * 128 + ((c ^ (r + 4)) << 4);
+    const size_t x = __cvta_generic_to_global(t.x);
+    const int units = t.w.k / UNIT, stride = gridDim.x / BLOCKS<MODE>;
+    int index = blockIdx.x / BLOCKS<MODE>;
+    int2 entry = entry_at(t, total, index);
+    uint32_t done = 0;  // units of the tiles before
+    for (; index < total; index += stride, done += units) {
+        const Item item = item_at<MODE>(t, index, entry, rank);
+        entry = entry_at(t, total, index + stride);
+        const int own_tile = lane < 8 ? row_tile_at<MODE>(t, item, lane) : -1;
+        const int code_bytes = __popc(__ballot_sync(ALL_LANES, own_tile >= 0)) * 2 * TILE_BYTES<FP8>;
+        const uint8_t *codes = t.w.codes + int64_t(own_tile) * t.w.row_tile_bytes;
+        const int columns = columns_of(item);
+        uint32_t at[TOKENS / 32];  // of the rows lane + 32 q, in units of 16 bytes
+        if (MODE == GATE_UP) {
+#pragma unroll
+            for (int q = 0; q < TOKENS / 32; q++) {
+                const int row = min(32 * q + lane, item.rows - 1) + item.first;
+                at[q] = uint32_t(t.sorted != nullptr ? t.sorted[row] / t.top_k : row) * uint32_t(t.w.k / 8);
+            }
+        }
+        for (int unit = (warp - done) % STAGES; unit < units; unit += STAGES) {
+            barrier_wait(empty, (((done + unit) / STAGES) & 1) ^ 1);
+            __syncwarp();  // before the first lane sets off what would end a second phase, of the parity waited for
+            if (lane == 0) {
+                barrier_arrive_and_expect(full, code_bytes + (MODE == ROWS ? columns * 256 : 0));
+                if (MODE == ROWS) {
+#pragma unroll 1
+                    for (int row = rank * BOX_ROWS; row < columns; row += 2 * BOX_ROWS) {
+                        const uint32_t to = stage + row * 128;
+                        tensor_copy_to_both(to, &tokens, unit * UNIT, item.first + row, 0, 0, full);
+                        tensor_copy_to_both(to + HALF_BYTES, &tokens, unit * UNIT + 64, item.first + row, 0, 0, full);
+                    }
+                }
+            }
+            __syncwarp();
+            if (own_tile >= 0) {
+                bulk_copy(stage + TOKEN_BYTES + lane * 2 * TILE_BYTES<FP8>, codes + unit * 2 * TILE_BYTES<FP8>,
+                          2 * TILE_BYTES<FP8>, full);
+                // Those who multiply load scales a unit ahead, which is enough for L2 and not for memory.
+                const int64_t side = int64_t(own_tile) * t.w.groups * t.w.each + unit * (8 / STEPS) * t.group_step;
+                ask_l2_for(static_cast<const uint8_t *>(t.w.scales) + side * (FP8 ? 4 : 2));
+                if (!FP8 && t.w.zeros != nullptr) ask_l2_for(t.w.zeros + side);
+            }
+            if (MODE == ROWS) continue;
+            const uint32_t col = unit * (UNIT / 8) + c;
+#pragma unroll
+            for (int q = 0; q < TOKENS / 32; q++) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    if (32 * q + 4 * i >= item.rows) break;
+                    const uint32_t from = __shfl_sync(ALL_LANES, at[q], 4 * i + r) + col;
+                    const uint32_t to = (i % 2 != 0 ? to_odd : to_even) + (32 * q + 4 * i) * 128;
+                    copy16(to, x + uint64_t(from) * 16, true);
+                    copy16(to + HALF_BYTES, x + uint64_t(from + 8) * 16, true);
+                }
+            }
+            copies_to_products();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(full);
+        }
+    }
+}
+
+}  // namespace packed_wgmma

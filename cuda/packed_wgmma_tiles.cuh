@@ -1,0 +1,353 @@
+// Packed weights times many tokens with wgmma: codes become bf16 in the registers that are its operand A, tokens are
+// B. A warp's rows of A lie over its lanes as those of mma.m16n8k16 do, so a tile of codes serves as it is. Sums of a
+// group are added up by the tensor cores, then scaled and added to the row's sum, in the order of k.
+#pragma once
+#include <type_traits>
+
+#include "packed_wgmma_copies.cuh"
+
+// Blocks of a cluster; other architectures compile the kernel without.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define Q35_CLUSTER(COUNT) __cluster_dims__(COUNT, 1, 1)
+#else
+#define Q35_CLUSTER(COUNT)
+#endif
+
+namespace packed_wgmma {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HERE = true;
+#else
+constexpr bool HERE = false;  // for another architecture the kernel is empty
+#endif
+
+// d [64, N] += a [64, 16] b [16, N], or = where not `add`: a in registers as `mma` has its a, rows of b at `b`.
+template <int N>
+__device__ __forceinline__ void multiply(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int add);
+#define Q35_MULTIPLY(I, N, A0, A1, A2, A3, B, ADD)                                                                  \
+    template <>                                                                                                     \
+    __device__ __forceinline__ void multiply<N>(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {   \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                         \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" Q35_D##I "}, {%" #A0 ", %" #A1    \
+                     ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;\n}"                                             \
+                     : Q35_A##I                                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)                                 \
+                     : "memory");                                                                                   \
+    }
+Q35_MULTIPLY(4, 32, 16, 17, 18, 19, 20, 21)
+Q35_MULTIPLY(8, 64, 32, 33, 34, 35, 36, 37)
+Q35_MULTIPLY(12, 96, 48, 49, 50, 51, 52, 53)
+Q35_MULTIPLY(16, 128, 64, 65, 66, 67, 68, 69)
+#undef Q35_MULTIPLY
+
+// Two codes of int4, each the lowest bits of a half, minus zero points: a bf16 from 128 to 255 counts in ones. bias:
+// 128 + the zero point, as bf16, twice.
+__device__ __forceinline__ uint32_t from_int4(uint32_t codes, uint32_t bias) {
+    return bf16_sub(and_or(codes, 0x000f000fu, 0x43004300u), bias);
+}
+// Two codes of e4m3, each the upper byte of a half. Their bits in the places of a bf16's are the number divided by
+// 2^120, small ones too.
+__device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
+    return bf16_mul((codes & 0x80008000u) | (codes >> 4 & 0x07f007f0u), 0x7b807b80u);
+}
+
+// The two rows of weights whose products a lane has: where their scales start, and their codes in a stage.
+struct Lane {
+    uint32_t scales[2];
+    int codes[2];  // GATE_UP: of gate and of up; ROWS: one tile has both rows
+    int shift;     // GATE_UP: of the codes, so that those of row lane / 4 + 8 come first
+};
+template <int MODE, bool FP8>
+__device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int warp, int lane) {
+    Lane of;
+    const int half = MODE == GATE_UP ? warp % 2 : 0;  // of the rows of a tile of gates and one of ups
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int tile = MODE == GATE_UP ? warp / 2 + 4 * i : warp, row = lane / 4 + 8 * (MODE == GATE_UP ? half : i);
+        const int row_tile = max(row_tile_at<MODE>(t, item, tile), 0);
+        of.scales[i] = uint32_t(row_tile) * t.w.groups * t.w.each + (t.w.each == 16 ? row : 0);
+        of.codes[i] = TOKEN_BYTES + tile * 2 * TILE_BYTES<FP8> + lane * 16;
+    }
+    of.shift = FP8 ? 8 - 8 * half : 4 * half;
+    return of;
+}
+
+// Scales and zero points of a unit as they are in memory.
+template <int GROUPS>
+struct Side {
+    uint32_t scale[GROUPS][2], zero[GROUPS][2];
+};
+template <bool FP8, int GROUPS>
+__device__ __forceinline__ Side<GROUPS> load_side(const Task &t, const Lane &of, int unit) {
+    Side<GROUPS> side;
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t at = of.scales[i] + (unit * GROUPS + group) * t.group_step;
+            side.zero[group][i] = 8;
+            if (FP8) {
+                side.scale[group][i] = __ldg(static_cast<const uint32_t *>(t.w.scales) + at);
+            } else {
+                side.scale[group][i] = __ldg(static_cast<const uint16_t *>(t.w.scales) + at);
+                if (t.w.zeros != nullptr) side.zero[group][i] = __ldg(t.w.zeros + at);
+            }
+        }
+    }
+    return side;
+}
+template <bool FP8>
+__device__ __forceinline__ float scale_of(uint32_t raw, uint32_t bf16_scales) {
+    if (FP8) return __uint_as_float(raw);
+    const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(raw)));
+    return __uint_as_float((raw << 16 & bf16_scales) | (__float_as_uint(of_f16) & ~bf16_scales));
+}
+
+// The fragments of COUNT steps of k 16 of a unit in a stage, from step FIRST on; they are in one tile of codes.
+template <int MODE, bool FP8, int FIRST, int COUNT>
+__device__ __forceinline__ void load_fragments(uint32_t stage, const Lane &of, const uint32_t (&zero)[2],
+                                               uint32_t (&a)[COUNT][4]) {
+    constexpr int OWN = MODE == GATE_UP ? 2 : 1, TILE = FIRST / 4 * TILE_BYTES<FP8>;
+    if constexpr (FP8) {
+        static_assert(COUNT == 4, "a tile");
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint4 v[OWN];
+#pragma unroll
+            for (int i = 0; i < OWN; i++) v[i] = load_shared16(stage + of.codes[i] + TILE + 512 * half);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                uint32_t(&to)[4] = a[2 * half + j];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint4 from = v[i % OWN];
+                    const int shift = MODE == GATE_UP ? of.shift : 8 - 8 * i;
+                    to[i] = from_e4m3((j == 0 ? from.x : from.z) << shift);
+                    to[i + 2] = from_e4m3((j == 0 ? from.y : from.w) << shift);
+                }
+            }
+        }
+    } else {
+        uint32_t words[OWN][4];
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const uint4 v = load_shared16(stage + of.codes[i] + TILE);
+            words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+        }
+        const uint32_t bias[2] = {0x43004300u + zero[0] * 0x00010001u, 0x43004300u + zero[1] * 0x00010001u};
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t codes = words[i % OWN][FIRST % 4 + j] >> (MODE == GATE_UP ? of.shift : 4 * i);
+                a[j][i] = from_int4(codes, bias[i]), a[j][i + 2] = from_int4(codes >> 8, bias[i]);
+            }
+        }
+    }
+}
+
+// What follows sees the fragments as they are by now.
+template <int COUNT>
+__device__ __forceinline__ void written_fragments(uint32_t (&a)[COUNT][4]) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j++)
+        asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3])::"memory");
+}
+
+// Stores what a warp has of a tile, through 2 KB of its own at `staging`. `places` has for the rows lane + 32 q where
+// they go in the output; `feature`: the warp's first.
+template <int MODE, int N>
+__device__ __forceinline__ void store_tile(const Task &t, const Item &item, const float (&sum)[N / 2], uint32_t staging,
+                                           const int (&places)[TOKENS / 32], int feature, int lane) {
+    if (MODE == ROWS && feature >= t.first_feature + t.cols) return;
+    bf16 *out = static_cast<bf16 *>(t.out) + (feature - t.first_feature);
+    if constexpr (MODE == GATE_UP) {
+        // 8 features a token: 16 bytes.
+#pragma unroll
+        for (int j = 0; j < N / 8; j += 4) {
+            uint32_t m[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = 4 * (j + i);
+                m[i] = pack2(quick_swiglu(sum[at], sum[at + 2]), quick_swiglu(sum[at + 1], sum[at + 3]));
+            }
+            store_transposed(staging + (8 * j + lane) * 16, m[0], m[1], m[2], m[3]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int q = 0; q < N / 32; q++) {
+            const uint4 v = load_shared16(staging + (32 * q + lane) * 16);
+            store_global16(out + int64_t(places[q]) * t.stride, v, 32 * q + lane < item.rows);
+        }
+    } else if (t.store != PIECES) {
+        const int64_t column = feature - t.first_feature + lane / 4;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int row = 8 * j + lane % 4 * 2 + e;
+                const int place = __shfl_sync(ALL_LANES, places[j / 4], row % 32);
+                if (row >= item.rows) continue;
+                const int64_t to = int64_t(place) * t.stride + column;
+                const float low = sum[4 * j + e], high = sum[4 * j + 2 + e];
+                if (t.store == WIDE) {
+                    float *of = static_cast<float *>(t.out) + to;
+                    of[0] = low, of[8] = high;
+                } else {
+                    bf16 *of = static_cast<bf16 *>(t.out) + to;
+                    of[0] = __float2bfloat16_rn(low), of[8] = __float2bfloat16_rn(high);
+                }
+            }
+        }
+    } else {
+        // 16 features a token: 32 bytes. Four tokens are a row of all banks, 64 what there is room for.
+        const int column = lane % 8, part = lane / 8 & 1, token = lane / 2;
+        const uint32_t to = staging + column * 32 + ((part ^ column / 4) << 4);
+        const uint32_t from = staging + token * 32 + ((lane % 2 ^ (token / 4 & 1)) << 4);
+#pragma unroll
+        for (int most = 0; most < N; most += 64) {
+            if (most > 0) __syncwarp();
+#pragma unroll
+            for (int j = most / 8; j < N / 8 && j < most / 8 + 8; j++) {
+                store_transposed(to + j % 8 * 256, pack2(sum[4 * j], sum[4 * j + 1]),
+                                 pack2(sum[4 * j + 2], sum[4 * j + 3]));
+            }
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int first = most + 16 * i;
+                if (first >= N) continue;
+                const uint4 v = load_shared16(from + i * 512);
+                const int place = __shfl_sync(ALL_LANES, places[first / 32], first % 32 + token);
+                store_global16(out + int64_t(place) * t.stride + lane % 2 * 8, v, first + token < item.rows);
+            }
+        }
+    }
+    __syncwarp();
+}
+
+// N columns of a tile: a row's sums are the same whatever N and the other columns are. A scale is for STEPS steps of k
+// 16. While the tensor cores are at some of them, the codes of the next are converted; while a warpgroup scales its
+// sums, the other has them.
+template <int MODE, bool FP8, int STEPS, int N>
+__device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_t shared, uint32_t released,
+                                        uint32_t done, const int (&places)[TOKENS / 32], int warp, int lane) {
+    constexpr int COUNT = STEPS < 4 ? STEPS : 4, PARTS = 8 / COUNT, GROUPS = 8 / STEPS;
+    const int units = t.w.k / UNIT;
+    const Lane of = lane_of<MODE, FP8>(t, item, warp, lane);
+    float acc[N / 2] = {}, sum[N / 2] = {};
+    uint32_t a[2][COUNT][4];
+    auto stage_of = [&](uint32_t use) { return shared + use % STAGES * STAGE_BYTES<FP8>; };
+    auto wait_for = [&](uint32_t use) { barrier_wait(shared + FULL<FP8> + use % STAGES * 8, use / STAGES & 1); };
+
+    Side<GROUPS> side = load_side<FP8, GROUPS>(t, of, 0);
+    wait_for(done);
+    load_fragments<MODE, FP8, 0, COUNT>(stage_of(done), of, side.zero[0], a[0]);
+#pragma unroll 1
+    for (int unit = 0; unit < units; unit++) {
+        const uint32_t use = done + unit, stage = stage_of(use);
+        const Side<GROUPS> next = load_side<FP8, GROUPS>(t, of, min(unit + 1, units - 1));
+        auto part = [&](auto number) {
+            constexpr int PART = decltype(number)::value, GROUP = PART * COUNT / STEPS;
+            constexpr bool STARTS = PART * COUNT % STEPS == 0, ENDS = (PART + 1) * COUNT % STEPS == 0;
+            written_fragments(a[PART % 2]);
+            products_begin();
+#pragma unroll
+            for (int j = 0; j < COUNT; j++) {
+                constexpr int FIRST = PART * COUNT;
+                const uint64_t tokens = operand(stage + FIRST / 4 * HALF_BYTES, 1024) + 2 * (FIRST % 4 + j);
+                multiply<N>(acc, a[PART % 2][j], tokens, !STARTS || j > 0);
+            }
+            products_commit();
+            if (!STARTS) products_wait<1>();  // for the registers of the part before
+            if constexpr (PART + 1 < PARTS) {
+                constexpr int LATER = (PART + 1) * COUNT;
+                load_fragments<MODE, FP8, LATER, COUNT>(stage, of, side.zero[LATER / STEPS], a[(PART + 1) % 2]);
+            } else if (unit + 1 < units) {
+                wait_for(use + 1);
+                load_fragments<MODE, FP8, 0, COUNT>(stage_of(use + 1), of, next.zero[0], a[0]);
+            }
+            if constexpr (ENDS) {
+                products_wait<0>();
+                products_end(acc);
+                const float low = scale_of<FP8>(side.scale[GROUP][0], t.w.bf16_scales);
+                const float high = scale_of<FP8>(side.scale[GROUP][1], t.w.bf16_scales);
+#pragma unroll
+                for (int i = 0; i < N / 2; i++) sum[i] = fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
+            }
+        };
+        part(std::integral_constant<int, 0>());
+        part(std::integral_constant<int, 1>());
+        if constexpr (PARTS == 4) {
+            part(std::integral_constant<int, 2>());
+            part(std::integral_constant<int, 3>());
+        }
+        if (lane < BLOCKS<MODE>) barrier_arrive_there(released + use % STAGES * 8);
+        side = next;
+    }
+    const int feature = item.feature + warp * (MODE == GATE_UP ? 8 : 16);
+    store_tile<MODE, N>(t, item, sum, shared + STAGING<FP8> + warp * STAGING_BYTES, places, feature, lane);
+}
+
+// As many blocks as multiprocessors, each cluster taking every so-many'th tile: a warpgroup copies, two multiply.
+template <int MODE, bool FP8, int STEPS>
+__global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
+    packed_wgmma_kernel(const __grid_constant__ Task t, const __grid_constant__ CUtensorMap tokens) {
+    if constexpr (HERE) {
+        extern __shared__ __align__(1024) uint8_t smem[];
+        const uint32_t shared = shared_address(smem);
+        // The same for a whole warp, and known to be.
+        const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
+        const int rank = MODE == ROWS ? rank_in_pair() : 0;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < STAGES; i++) {
+                barrier_init(shared + FULL<FP8> + i * 8, MODE == GATE_UP ? 2 : 1);  // for the copies, and a gather
+                barrier_init(shared + EMPTY<FP8> + i * 8, BLOCKS<MODE> * WARPS);    // that multiply
+            }
+            barriers_are_there();
+            if (MODE == ROWS) prefetch_map(&tokens);
+        }
+        pair_barrier();
+        wait_for_inputs();
+        let_next_start();
+        const int total = num_items(t);
+        if (warp < 4) {
+            give_registers<PRODUCER_REGISTERS>();
+            produce<MODE, FP8, STEPS>(t, tokens, total, shared, rank, warp, lane);
+        } else {
+            take_registers<CONSUMER_REGISTERS>();
+            const uint32_t released = address_of(shared + EMPTY<FP8>, lane % BLOCKS<MODE>);
+            const int stride = gridDim.x / BLOCKS<MODE>, units = t.w.k / UNIT;
+            int index = blockIdx.x / BLOCKS<MODE>;
+            int2 entry = entry_at(t, total, index);
+            uint32_t done = 0;
+            for (; index < total; index += stride, done += units) {
+                const Item item = item_at<MODE>(t, index, entry, rank);
+                entry = entry_at(t, total, index + stride);
+                int places[TOKENS / 32];
+#pragma unroll
+                for (int q = 0; q < TOKENS / 32; q++) {
+                    const int row = item.first + min(32 * q + lane, item.rows - 1);
+                    places[q] = MODE == ROWS && t.sorted != nullptr ? t.sorted[row] : t.first_row + row;
+                }
+                const int columns = columns_of(item);
+                auto run = [&](auto n) {
+                    consume<MODE, FP8, STEPS, decltype(n)::value>(t, item, shared, released, done, places, warp - 4,
+                                                                  lane);
+                };
+                if (columns > 96) {
+                    run(std::integral_constant<int, 128>());
+                } else if (columns > 64) {
+                    run(std::integral_constant<int, 96>());
+                } else if (columns > 32) {
+                    run(std::integral_constant<int, 64>());
+                } else {
+                    run(std::integral_constant<int, 32>());
+                }
+            }
+        }
+        pair_barrier();  // until now another block may have had copies and arrivals on their way to this one
+    }
+}
+
+}  // namespace packed_wgmma

@@ -2,6 +2,7 @@
 //! can be forgotten.
 
 use crate::Result;
+use crate::backend::Caches;
 use crate::backend::cuda::Cuda;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineLimits, Report};
@@ -12,10 +13,17 @@ use crate::weights::{Checkpoint, ModelTensors, MtpTensors};
 ///
 /// # Errors
 /// `OutOfMemory` for what does not fit, `Request` for limits that cannot be.
-pub fn memory(config: &ModelConfig, mtp: bool, limits: &EngineLimits, card_bytes: usize) -> Result<Report> {
+pub fn memory(
+    config: &ModelConfig,
+    mtp: bool,
+    caches: Caches,
+    limits: &EngineLimits,
+    card_bytes: usize,
+) -> Result<Report> {
     let checkpoint = Checkpoint::random();
     let tensors = ModelTensors::resolve(&checkpoint, config)?;
-    let mut model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
+    let model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
+    let mut model = model.with_caches(caches);
     if mtp {
         model = model.with_mtp(MtpTensors::resolve(&checkpoint, config)?, None)?;
     }
@@ -25,12 +33,17 @@ pub fn memory(config: &ModelConfig, mtp: bool, limits: &EngineLimits, card_bytes
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{KvCache, StateType};
     use crate::plan::{Scheme, family_config, weight_bytes};
 
     fn of(name: &str, gib: usize) -> Result<Report> {
+        held(name, gib, Caches::default())
+    }
+
+    fn held(name: &str, gib: usize, caches: Caches) -> Result<Report> {
         let limits =
             EngineLimits { max_num_seqs: 64, max_num_batched_tokens: 8192, ..EngineLimits::default() };
-        memory(&family_config(name)?, false, &limits, gib << 30)
+        memory(&family_config(name)?, false, caches, &limits, gib << 30)
     }
 
     #[test]
@@ -42,6 +55,17 @@ mod tests {
         let total: usize = report.stats.memory.values().sum();
         assert!(total < 80 << 30 && report.num_pages * report.page_bytes < total);
         assert!(report.max_model_len > 8192);
+    }
+
+    #[test]
+    fn small_caches_hold_more() {
+        let caches = Caches { kv: KvCache::Fp8, state: StateType::F16 };
+        let (plain, small) = (of("35b", 80).unwrap(), held("35b", 80, caches).unwrap());
+        // Bytes of a row of 256 elements and its scale.
+        assert_eq!(small.page_bytes * 512, plain.page_bytes * 260);
+        assert_eq!(2 * small.stats.memory["recurrent states"], plain.stats.memory["recurrent states"]);
+        let [more, less] = [&small, &plain].map(|report| report.num_pages as f64);
+        assert!(more > 1.7 * less, "{more} {less}");
     }
 
     #[test]

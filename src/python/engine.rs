@@ -15,7 +15,7 @@ use super::tokenizer::{Ids, PyTokenizer};
 use super::tools::{json, model_config};
 use super::{enter, to_py};
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Device};
+use crate::backend::{Backend, Caches, Device};
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, EngineLimits, StepOutput};
 use crate::model::Model;
@@ -146,6 +146,7 @@ struct PyEngine {
     tokenizer: Option<Py<PyTokenizer>>,
     defaults: GenerationConfig,
     config: ModelConfig,
+    caches: Caches,
     /// Rows of the head.
     #[pyo3(get)]
     vocab: usize,
@@ -178,6 +179,7 @@ struct Load {
     dtype: Option<DType>,
     /// Whether with its MTP module; `None` for where it can be run.
     mtp: Option<bool>,
+    caches: Caches,
     limits: EngineLimits,
     /// Tokens that exist.
     num_tokens: usize,
@@ -204,7 +206,8 @@ impl Load {
                 Some(true) => Some(MtpTensors::resolve(&checkpoint, &self.config)?),
                 None => MtpTensors::resolve(&checkpoint, &self.config).ok(),
             };
-            let mut model = Model::load(&self.config, tensors, self.dtype, backend, report)?;
+            let mut model =
+                Model::load(&self.config, tensors, self.dtype, backend, report)?.with_caches(self.caches);
             if let Some(module) = module {
                 model = model.with_mtp(module, self.dtype)?;
             }
@@ -262,7 +265,7 @@ impl PyEngine {
     /// run. `progress(done, total)` is called as layers are loaded. With the load format `dummy`, `path` may also be a
     /// `config.json` or a size of the family, and the weights are random.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, deterministic, enforce_eager, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, deterministic, enforce_eager, mtp, kv_cache_dtype, state_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -274,6 +277,8 @@ impl PyEngine {
         deterministic: bool,
         enforce_eager: bool,
         mtp: Option<bool>,
+        kv_cache_dtype: &str,
+        state_dtype: &str,
         max_model_len: Option<usize>,
         max_num_seqs: usize,
         max_num_batched_tokens: usize,
@@ -297,6 +302,7 @@ impl PyEngine {
                 return Err(to_py(Error::request("dtype", other, allowed)));
             }
         };
+        let caches = Caches::from_names(kv_cache_dtype, state_dtype).map_err(to_py)?;
         let device = enter(py, || Device::parse(device))?;
         let limits = EngineLimits {
             max_model_len,
@@ -316,8 +322,18 @@ impl PyEngine {
             let eos_token_ids = stop_tokens(&defaults, text.as_deref(), config.vocab);
             let num_tokens = text.map_or(config.vocab, |t| t.len());
             let (vocab, eos) = (config.vocab, eos_token_ids.clone());
-            let load =
-                Load { path, dummy, config: config.clone(), dtype, mtp, limits, num_tokens, eos, progress };
+            let load = Load {
+                path,
+                dummy,
+                config: config.clone(),
+                dtype,
+                mtp,
+                caches,
+                limits,
+                num_tokens,
+                eos,
+                progress,
+            };
             let (service, (max_model_len, has_mtp)) = match device {
                 Device::Cpu => {
                     load.check_memory()?;
@@ -331,6 +347,7 @@ impl PyEngine {
                 tokenizer,
                 defaults,
                 config,
+                caches,
                 vocab,
                 max_model_len,
                 num_layers,
@@ -387,10 +404,10 @@ impl PyEngine {
     /// What a decode step of the model in bf16 needs: `(bytes, active parameters)`. `experts_hit` is the number of
     /// experts of a layer that it reads; 0 for as many as it would under uniform routing.
     fn step_facts(&self, batch: usize, context: usize, experts_hit: usize) -> (f64, u64) {
-        let (config, scheme) = (&self.config, Scheme::Bf16);
+        let (config, scheme, caches) = (&self.config, Scheme::Bf16, self.caches);
         let bytes = match experts_hit {
-            0 => plan::step_bytes(config, scheme, batch, context, false),
-            hit => plan::step_bytes_with(config, scheme, batch, context, false, hit as f64),
+            0 => plan::step_bytes(config, scheme, batch, context, caches),
+            hit => plan::step_bytes_with(config, scheme, batch, context, caches, hit as f64),
         };
         (bytes.unwrap_or_default(), plan::param_counts(config).active)
     }

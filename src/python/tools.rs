@@ -107,7 +107,7 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
 
 /// JSON plan of a model, named by a family name or by the path of a `config.json` or its directory.
 #[pyfunction]
-#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, with_vision, with_mtp))]
+#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, f16_state, with_vision, with_mtp))]
 #[allow(clippy::too_many_arguments)]
 fn plan_model(
     py: Python<'_>,
@@ -117,6 +117,7 @@ fn plan_model(
     schemes: Vec<String>,
     context: usize,
     fp8_kv: bool,
+    f16_state: bool,
     with_vision: bool,
     with_mtp: bool,
 ) -> PyResult<String> {
@@ -130,7 +131,7 @@ fn plan_model(
             true => Scheme::ALL.to_vec(),
             false => schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?,
         };
-        let options = PlanOptions { context, fp8_kv, with_vision, with_mtp, ..PlanOptions::default() };
+        let options = PlanOptions { context, fp8_kv, f16_state, with_vision, with_mtp, ..PlanOptions::default() };
         let plan = plan::plan(&config, &gpus, &cards, &schemes, &options)?;
         json(&ModelPlan { config, plan })
     };
@@ -140,13 +141,15 @@ fn plan_model(
 /// JSON of what this version would hold of a model on one card of so much memory, and leave for keys and values; None
 /// where it was built without CUDA. The model is named as for [`plan_model`].
 #[pyfunction]
-#[pyo3(signature = (model, *, gpu, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
+#[pyo3(signature = (model, *, gpu, mtp, fp8_kv, f16_state, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
 #[allow(clippy::too_many_arguments, unused_variables)]
 fn plan_memory(
     py: Python<'_>,
     model: &str,
     gpu: &str,
     mtp: bool,
+    fp8_kv: bool,
+    f16_state: bool,
     max_model_len: Option<usize>,
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
@@ -164,7 +167,8 @@ fn plan_memory(
                 gpu_memory_utilization,
                 ..EngineLimits::default()
             };
-            json(&plan::memory(&config, mtp, &limits, bytes)?).map(Some)
+            let caches = PlanOptions { fp8_kv, f16_state, ..PlanOptions::default() }.caches();
+            json(&plan::memory(&config, mtp, caches, &limits, bytes)?).map(Some)
         })
         .map_err(to_py);
     #[cfg(not(feature = "cuda"))]

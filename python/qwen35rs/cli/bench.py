@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .._core import RequestError
-from .options import Device, Dtype, Json, LoadFormat, Model
+from .options import Device, Dtype, Json, KvCacheDtype, LoadFormat, Model, StateDtype
 from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
@@ -33,6 +33,8 @@ def tasks(
     ] = None,
     seed: Annotated[int, typer.Option(help="Which questions; the same seed, the same questions.")] = 0,
     device: Device = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_dtype: StateDtype = "float32",
     json: Json = False,
 ) -> None:
     """Ask held-out questions whose answers can be checked.
@@ -51,7 +53,7 @@ def tasks(
     """
     from ..bench import TaskResult, measure
 
-    llm = load(model, device=device, mtp=None)
+    llm = load(model, device=device, mtp=None, kv_cache_dtype=kv_cache_dtype, state_dtype=state_dtype)
     start = time.perf_counter()
 
     def show(result: TaskResult) -> None:
@@ -91,6 +93,8 @@ def engine(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_dtype: StateDtype = "float32",
     max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of one step.")] = 8192,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Launch kernels one by one, without CUDA graphs.")
@@ -129,6 +133,8 @@ def engine(
             load_format=load_format,
             device=device,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            state_dtype=state_dtype,
             max_num_seqs=max(batches),
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max(*rooms, *(size + 1 for size in prompts)),

@@ -11,7 +11,7 @@ import typer
 
 from .._core import Qwen35Error, RequestError
 from . import options
-from .options import Device, Dtype, Json, MaxModelLen, Model
+from .options import Device, Dtype, Json, KvCacheDtype, MaxModelLen, Model, StateDtype
 from .terminal import DIM, FAILED, error_line, guarded, load, note, write, write_json
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def chat(
     repetition_penalty: options.Repetition = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_dtype: StateDtype = "float32",
     max_model_len: MaxModelLen = None,
     json: Json = False,
 ) -> None:
@@ -71,7 +73,14 @@ def chat(
         repetition_penalty=repetition_penalty,
     )
     first = [] if system is None else [{"role": "system", "content": options.check_text("system", system)}]
-    llm = load(model, device=device, dtype=dtype, max_model_len=max_model_len)
+    llm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        state_dtype=state_dtype,
+        max_model_len=max_model_len,
+    )
     llm.tokenizer.chat_template  # noqa: B018  a missing tokenizer or a bad template is refused here
     session = _Session(llm, params, first, not no_thinking, json)
     if not session.run():

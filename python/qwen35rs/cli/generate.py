@@ -13,7 +13,7 @@ import typer
 
 from .._core import RequestError
 from . import options
-from .options import Device, Dtype, IgnoreEos, Json, MaxModelLen, Model
+from .options import Device, Dtype, IgnoreEos, Json, KvCacheDtype, MaxModelLen, Model, StateDtype
 from .terminal import BOLD, guarded, load, note, write, write_json
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def generate(
     logprobs: options.Logprobs = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_dtype: StateDtype = "float32",
     max_model_len: MaxModelLen = None,
     json: Json = False,
 ) -> None:
@@ -100,7 +102,14 @@ def generate(
     else:
         texts = _read_prompts(prompts, file)
     started = time.perf_counter()
-    llm = load(model, device=device, dtype=dtype, max_model_len=max_model_len)
+    llm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        state_dtype=state_dtype,
+        max_model_len=max_model_len,
+    )
     load_s = time.perf_counter() - started
     if not token_ids:
         shown = [_as_message(llm, text, no_thinking) for text in texts] if chat else texts

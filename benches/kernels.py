@@ -131,7 +131,7 @@ def linears(table: Table) -> None:
             x, out = random(n, width), torch.empty(n, out_dim, device="cuda", dtype=BF16)
             table.add(
                 f"linear {n} x {width} -> {out_dim}",
-                lambda n=n, x=x, w=w, o=out, i=width, d=out_dim: call("q35_linear", n, i, d, x, w, o),
+                lambda n=n, x=x, w=w, o=out, i=width, d=out_dim: call("q35_linear", n, i, d, x, w, o, d),
                 num_bytes=2 * (w.numel() + x.numel() + out.numel()),
                 flops=2 * n * w.numel(),
             )
@@ -166,9 +166,9 @@ def chains(table: Table) -> None:
             ) -> None:
                 for first, second in all_weights:
                     call("q35_rmsnorm_residual", n, len(second), d, r, w, 1e-6, x)
-                    call("q35_linear", n, len(second), len(first), x, first, y)
+                    call("q35_linear", n, len(second), len(first), x, first, y, len(first))
                     # The rows are not those of y, but as many numbers of it.
-                    call("q35_linear", n, second.shape[1], len(second), y, second, d)
+                    call("q35_linear", n, second.shape[1], len(second), y, second, d, len(second))
 
             run()
             graph = torch.cuda.CUDAGraph()
@@ -207,7 +207,7 @@ def packed_linears(table: Table) -> None:
                 x, out = random(n, k), torch.empty(n, rows, device="cuda", dtype=BF16)
                 table.add(
                     f"packed linear {name} {n} x {k} -> {rows}",
-                    lambda n=n, w=struct, x=x, o=out: call("q35_packed_linear", n, w, x, o, 0),
+                    lambda n=n, w=struct, x=x, o=out: call("q35_packed_linear", n, w, x, o, 0, w.rows),
                     num_bytes=num_bytes + 2 * (x.numel() + out.numel()),
                     flops=2 * n * rows * k,
                 )
@@ -230,9 +230,9 @@ def packed_chains(table: Table) -> None:
                 def run(n=n, h=hidden, d=delta, r=residual, x=x, y=wide, w=norm, every=layers) -> None:
                     for first, second in every:
                         call("q35_rmsnorm_residual", n, h, d, r, w, 1e-6, x)
-                        call("q35_packed_linear", n, first[0], x, y, 0)
+                        call("q35_packed_linear", n, first[0], x, y, 0, first[0].rows)
                         # The rows are not those of y, but as many numbers of it.
-                        call("q35_packed_linear", n, second[0], y, d, 0)
+                        call("q35_packed_linear", n, second[0], y, d, 0, second[0].rows)
 
                 run()
                 graph = torch.cuda.CUDAGraph()

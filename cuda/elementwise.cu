@@ -226,13 +226,13 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
 }
 
 // splitmix64 (Steele et al. 2014) of the counter, then Box-Muller. The first uniform is never 0.
-__global__ void fill_normal(int64_t n, uint64_t seed, float scale, bf16 *out) {
+__global__ void fill_normal(int64_t first, int64_t n, uint64_t seed, float scale, bf16 *out) {
     let_next_start();
     wait_for_inputs();
     const uint64_t key = mix(seed + 0x9e3779b97f4a7c15ull);
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-        const uint64_t bits = mix(key + static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull);
+        const uint64_t bits = mix(key + static_cast<uint64_t>(first + i) * 0x9e3779b97f4a7c15ull);
         const float u = (static_cast<float>(bits >> 40) + 0.5f) * 0x1p-24f;
         const float turn = static_cast<float>(bits & 0xffffff) * 0x1p-24f;
         out[i] = __float2bfloat16(scale * sqrtf(-2.0f * logf(u)) * cospif(2.0f * turn));
@@ -322,7 +322,7 @@ extern "C" int q35_to_f32(void *stream, int64_t n, const q35_bf16 *x, float *out
     return launch_convert(stream, n, as_bf16(x), out);
 }
 
-extern "C" int q35_fill_normal(void *stream, int64_t n, uint64_t seed, float scale, q35_bf16 *out) {
+extern "C" int q35_fill_normal(void *stream, int64_t first, int64_t n, uint64_t seed, float scale, q35_bf16 *out) {
     if (n <= 0) return 0;
-    return launch(fill_normal, stride_blocks(n), THREADS, 0, as_stream(stream), n, seed, scale, as_bf16(out));
+    return launch(fill_normal, stride_blocks(n), THREADS, 0, as_stream(stream), first, n, seed, scale, as_bf16(out));
 }

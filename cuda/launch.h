@@ -64,8 +64,9 @@ int q35_gated_rmsnorm(void *stream, int n, int v_heads, int v_dim, const float *
 int q35_to_bf16(void *stream, int64_t n, const float *x, q35_bf16 *out);
 int q35_to_f32(void *stream, int64_t n, const q35_bf16 *x, float *out);
 
-// Fills bf16 with scale * N(0, 1) from a counter-based generator: element i depends on (seed, i) alone.
-int q35_fill_normal(void *stream, int64_t n, uint64_t seed, float scale, q35_bf16 *out);
+// Fills bf16 with elements first .. first + n - 1 of scale * N(0, 1) from a counter-based generator: element i depends
+// on (seed, i) alone.
+int q35_fill_normal(void *stream, int64_t first, int64_t n, uint64_t seed, float scale, q35_bf16 *out);
 
 // ------------------------------------------------------------------------------------------------------- delta.cu
 
@@ -140,11 +141,13 @@ int q35_gated_attention(void *stream, q35_batch batch, q35_attention_dims dims, 
 
 // ------------------------------------------------------------------------------------------------------ linear.cu
 
-// out = x W^T: x bf16 [n, in], w bf16 [out_dim, in]; out bf16 or f32 [n, out_dim]. For 1 <= n <= 16 rows one pass over
+// out = x W^T: x bf16 [n, in], w bf16 [out_dim, in]; out bf16 or f32 [n, out_dim], `stride` elements a row. For 1 <= n <= 16 rows one pass over
 // w at the speed of the memory; more rows work too (tensor cores, one tile order for every n), for odd sizes and where
 // cuBLASLt is not wanted. The sum of a row has one order whatever n is, in each of the two ranges of n.
-int q35_linear(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, q35_bf16 *out);
-int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, float *out);
+int q35_linear(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, q35_bf16 *out,
+               int stride);
+int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w, float *out,
+                   int stride);
 
 // -------------------------------------------------------------------------------------------------- packed_few.cu
 
@@ -169,10 +172,10 @@ typedef struct {
 
 enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };
 
-// out = x W^T: x bf16 [n, k], 16-byte aligned; out [n, rows], f32 where `wide`, else bf16. Products are exact, f32 sums
-// of a group are scaled and summed in f32. The sum of a row has one order whatever n is, in each of the two ranges n <= 16
+// out = x W^T: x bf16 [n, k], 16-byte aligned; out [n, rows], `stride` elements a row, f32 where `wide`, else bf16.
+// Products are exact, f32 sums of a group are scaled and summed in f32. The sum of a row has one order whatever n is, in each of the two ranges n <= 16
 // and n > 16 (packed_many.cu).
-int q35_packed_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *out, int wide);
+int q35_packed_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *out, int wide, int stride);
 
 // -------------------------------------------------------------------------------------------------------- pack.cu
 
@@ -257,20 +260,20 @@ typedef struct {
     q35_packed shared_down;       // [H, shared_width]
     const q35_bf16 *router;       // [E, H]
     const q35_bf16 *shared_gate;  // [1, H]
-} q35_packed_moe;
+} q35_packed_moe_weights;
 
 // q35_norm_moe for n <= 16 with such weights: of each expert it gives what exact weights (q - z) * scale would, up to
 // f32 sums. hidden (at most 4096), width and shared_width are multiples of 64, top_k is at most 32; activations, codes,
 // router and norm are 16-byte aligned, scales 4-byte. cudaErrorInvalidValue for anything else. The workspace is that of
 // q35_moe.
-int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *delta,
+int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *delta,
                         float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 
 // q35_moe, for any n, and q35_moe_then_norm, for n > 16, with such weights and under the same conditions
 // (moe_packed_many.cu). Workspace and rounding are those of the two.
-int q35_packed_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *x, void *workspace,
-                   q35_bf16 *out);
-int q35_packed_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights, const q35_bf16 *x,
+int q35_packed_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *x,
+                   void *workspace, q35_bf16 *out);
+int q35_packed_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *x,
                              void *workspace, float *residual, const float *norm, float eps, q35_bf16 *out);
 
 // ------------------------------------------------------------------------------------------------------ sampler.cu

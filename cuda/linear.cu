@@ -47,7 +47,7 @@ __device__ __forceinline__ void ask_into_l2(const bf16 *from, int bytes) {
 // is read: `slab` chunks of each warp at a time. Where one slab is not all of k, TILES tiles share it.
 template <int TILES, bool BOTH, int RING, typename Out>
 __global__ void __launch_bounds__(32 * WARPS, 2)
-    few_rows_kernel(int n, int in, int out_dim, int slab, const bf16 *x, const bf16 *w, Out *out) {
+    few_rows_kernel(int n, int in, int out_dim, int slab, const bf16 *x, const bf16 *w, Out *out, int stride) {
     extern __shared__ __align__(16) unsigned char memory[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, place = lane % 4 * 8;
     const int num_tiles = ceil_div(out_dim, TILE_W), num_chunks = ceil_div(in, CHUNK), step = gridDim.x;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
             float total = 0.0f;
 #pragma unroll
             for (int i = 0; i < WARPS; i++) total += all[i * (FEW * TILE_W) + threadIdx.x];
-            store(out + (int64_t(token) * out_dim + row), total);
+            store(out + (int64_t(token) * stride + row), total);
         }
     }
 }
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
 constexpr int PLAIN_WARPS = 8;
 template <typename Out>
 __global__ void __launch_bounds__(32 * PLAIN_WARPS)
-    plain_kernel(int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out) {
+    plain_kernel(int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out, int stride) {
     let_next_start();
     wait_for_inputs();
     const int64_t task = int64_t(blockIdx.x) * PLAIN_WARPS + threadIdx.x / 32;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(32 * PLAIN_WARPS)
         sum += __bfloat162float(w[row * in + k]) * __bfloat162float(x[t * in + k]);
     }
     sum = lane_sum(sum);
-    if (threadIdx.x % 32 == 0) store(out + t * out_dim + row, sum);
+    if (threadIdx.x % 32 == 0) store(out + t * stride + row, sum);
 }
 
 // --------------------------------------------------------------------------------------------------------- many rows
@@ -223,7 +223,7 @@ __device__ void load_tile(bf16 *tile, const bf16 *matrix, int64_t rows, int in, 
 // Tiles of 128 rows of x by 128 of w, 32 elements of k at a time, three stages in shared memory; a warp has 64 x 32.
 template <bool VECTOR, typename Out>
 __global__ void __launch_bounds__(TILE_THREADS)
-    many_rows_kernel(int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out) {
+    many_rows_kernel(int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out, int stride) {
     extern __shared__ __align__(16) unsigned char memory[];
     bf16 *stages = reinterpret_cast<bf16 *>(memory);
     const int64_t x0 = int64_t(blockIdx.x) * TILE, w0 = int64_t(blockIdx.y) * TILE;
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(TILE_THREADS)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int64_t column = w0 + w_warp + 8 * j + lane % 4 * 2;
-                Out *to = out + row * out_dim + column;
+                Out *to = out + row * stride + column;
                 if (column < out_dim) store(to, acc[i][j][2 * half]);
                 if (column + 1 < out_dim) store(to + 1, acc[i][j][2 * half + 1]);
             }
@@ -310,7 +310,8 @@ Card this_card() {
 
 // What is chosen here changes the speed, and no sum.
 template <typename Out>
-cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out) {
+cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out,
+                     int stride) {
     const Card card = this_card();
     if (card.blocks == 0) return cudaErrorInvalidDevice;
     constexpr int RING_BYTES = WARPS * UNIT * int(sizeof(bf16)), SUMS_BYTES = 2 * SUMS * int(sizeof(float));
@@ -330,7 +331,7 @@ cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16
         const cudaError_t status =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, card.shared);
         if (status != cudaSuccess) return status;
-        return launch(kernel, blocks, 32 * WARPS, size_t(shared), stream, n, in, out_dim, slab, x, w, out);
+        return launch(kernel, blocks, 32 * WARPS, size_t(shared), stream, n, in, out_dim, slab, x, w, out, stride);
     };
     if (slab < chunks) {
         if (n <= 8) return deep ? run(few_rows_kernel<4, false, 8, Out>) : run(few_rows_kernel<4, false, 5, Out>);
@@ -341,38 +342,41 @@ cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16
 }
 
 template <bool VECTOR, typename Out>
-cudaError_t many_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out) {
+cudaError_t many_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out,
+                      int stride) {
     const cudaError_t status = cudaFuncSetAttribute(many_rows_kernel<VECTOR, Out>,
                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, TILE_SHARED);
     if (status != cudaSuccess) return status;
     const dim3 grid(unsigned(ceil_div(n, TILE)), unsigned(ceil_div(out_dim, TILE)));
     if (grid.y > 65535) return cudaErrorInvalidValue;
-    return launch(many_rows_kernel<VECTOR, Out>, grid, TILE_THREADS, TILE_SHARED, stream, n, in, out_dim, x, w, out);
+    return launch(many_rows_kernel<VECTOR, Out>, grid, TILE_THREADS, TILE_SHARED, stream, n, in, out_dim, x, w, out,
+                  stride);
 }
 
 template <typename Out>
-cudaError_t linear(void *on, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out) {
+cudaError_t linear(void *on, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out, int stride) {
     if (n == 0 || out_dim == 0) return cudaSuccess;
+    if (stride < out_dim) return cudaErrorInvalidValue;
     const cudaStream_t stream = as_stream(on);
     const bool vector = in % 8 == 0 && aligned(x, 16) && aligned(w, 16);
     if (n > FEW) {
-        return vector ? many_rows<true>(stream, n, in, out_dim, x, w, out)
-                      : many_rows<false>(stream, n, in, out_dim, x, w, out);
+        return vector ? many_rows<true>(stream, n, in, out_dim, x, w, out, stride)
+                      : many_rows<false>(stream, n, in, out_dim, x, w, out, stride);
     }
-    if (vector) return few_rows(stream, n, in, out_dim, x, w, out);
+    if (vector) return few_rows(stream, n, in, out_dim, x, w, out, stride);
     const int64_t blocks = ceil_div(int64_t(n) * out_dim, PLAIN_WARPS);
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    return launch(plain_kernel<Out>, unsigned(blocks), 32 * PLAIN_WARPS, 0, stream, n, in, out_dim, x, w, out);
+    return launch(plain_kernel<Out>, unsigned(blocks), 32 * PLAIN_WARPS, 0, stream, n, in, out_dim, x, w, out, stride);
 }
 
 }  // namespace
 
 extern "C" int q35_linear(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w,
-                          q35_bf16 *out) {
-    return linear(stream, n, in, out_dim, as_bf16(x), as_bf16(w), as_bf16(out));
+                          q35_bf16 *out, int stride) {
+    return linear(stream, n, in, out_dim, as_bf16(x), as_bf16(w), as_bf16(out), stride);
 }
 
 extern "C" int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, const q35_bf16 *w,
-                              float *out) {
-    return linear(stream, n, in, out_dim, as_bf16(x), as_bf16(w), out);
+                              float *out, int stride) {
+    return linear(stream, n, in, out_dim, as_bf16(x), as_bf16(w), out, stride);
 }

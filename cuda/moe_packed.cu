@@ -309,7 +309,7 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
 
 }  // namespace
 
-extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe weights,
+extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights,
                                    const q35_bf16 *delta, float *residual, const float *norm, float eps, q35_bf16 *x,
                                    void *workspace, q35_bf16 *out) {
     if (n <= 0) return cudaSuccess;

@@ -19,7 +19,7 @@ constexpr int RING = FP8 ? 3 : 5;  // units of a warp
 // past the first 8.
 template <bool FP8, int STEPS, bool BOTH, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : STEPS == 2 ? 3 : 4)
-    packed_kernel(int n, q35_packed w, int slab, const bf16 *x, void *out, int wide) {
+    packed_kernel(int n, q35_packed w, int slab, const bf16 *x, void *out, int wide, int stride) {
     using S = Stage<FP8, STEPS>;
     constexpr int N = BOTH ? 2 : 1, DEPTH = RING<FP8>;
     extern __shared__ __align__(16) unsigned char memory[];
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : STEPS == 2
             float total = 0.0f;
 #pragma unroll
             for (int i = 0; i < WARPS; i++) total += all[(i * n + row) * SUM_PITCH + column];
-            const int64_t to = int64_t(row) * w.rows + tile * PACKED_ROWS + column;
+            const int64_t to = int64_t(row) * stride + tile * PACKED_ROWS + column;
             if (wide) {
                 static_cast<float *>(out)[to] = total;
             } else {
@@ -178,7 +178,8 @@ Card this_card() {
 
 // What is chosen here changes the speed, and no sum.
 template <bool FP8, int STEPS>
-cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, int wide) {
+cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, int wide,
+                     int stride) {
     const Card card = this_card();
     if (card.count == 0) return cudaErrorInvalidDevice;
     const int ring = WARPS * RING<FP8> * Stage<FP8, STEPS>::BYTES;
@@ -196,7 +197,7 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared);
         if (status != cudaSuccess) return status;
-        return launch(kernel, blocks, 32 * WARPS, size_t(shared), stream, n, w, slab, x, out, wide);
+        return launch(kernel, blocks, 32 * WARPS, size_t(shared), stream, n, w, slab, x, out, wide, stride);
     };
     if (slab < units) {
         return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 2>) : run(packed_kernel<FP8, STEPS, true, 2>);
@@ -206,24 +207,25 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
 
 }  // namespace
 
-extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *x, void *out, int wide) {
+extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *x, void *out, int wide,
+                                 int stride) {
     if (n < 0 || n > FEW) return cudaErrorInvalidValue;
     if (n == 0 || w.rows == 0) return cudaSuccess;
     const cudaStream_t stream = as_stream(on);
     if (w.kind == 0) {
         const q35_bf16 *codes = static_cast<const q35_bf16 *>(w.codes);
-        return wide ? q35_linear_f32(stream, n, w.k, w.rows, x, codes, static_cast<float *>(out))
-                    : q35_linear(stream, n, w.k, w.rows, x, codes, static_cast<q35_bf16 *>(out));
+        return wide ? q35_linear_f32(stream, n, w.k, w.rows, x, codes, static_cast<float *>(out), stride)
+                    : q35_linear(stream, n, w.k, w.rows, x, codes, static_cast<q35_bf16 *>(out), stride);
     }
-    if (w.rows % PACKED_ROWS != 0 || w.k % 64 != 0 || w.k <= 0 || !aligned(w.codes) || !aligned(w.scales) ||
+    if (stride < w.rows || w.rows % PACKED_ROWS != 0 || w.k % 64 != 0 || w.k <= 0 || !aligned(w.codes) || !aligned(w.scales) ||
         !aligned(w.zeros) || !aligned(x)) {
         return cudaErrorInvalidValue;
     }
     const bf16 *rows = as_bf16(x);
-    if (w.kind == q35_fp8_block || w.kind == q35_fp8_row) return few_rows<true, 8>(stream, n, w, rows, out, wide);
+    if (w.kind == q35_fp8_block || w.kind == q35_fp8_row) return few_rows<true, 8>(stream, n, w, rows, out, wide, stride);
     if (w.kind != q35_int4_f16 && w.kind != q35_int4_bf16) return cudaErrorInvalidValue;
-    if (w.group >= w.k || w.group == 128) return few_rows<false, 8>(stream, n, w, rows, out, wide);
-    if (w.group == 64) return few_rows<false, 4>(stream, n, w, rows, out, wide);
-    if (w.group == 32) return few_rows<false, 2>(stream, n, w, rows, out, wide);
+    if (w.group >= w.k || w.group == 128) return few_rows<false, 8>(stream, n, w, rows, out, wide, stride);
+    if (w.group == 64) return few_rows<false, 4>(stream, n, w, rows, out, wide, stride);
+    if (w.group == 32) return few_rows<false, 2>(stream, n, w, rows, out, wide, stride);
     return cudaErrorInvalidValue;
 }

@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use crate::backend::{Caches, KvCache, StateType};
 use crate::config::{FfnConfig, LayerKind, ModelConfig, VisionConfig};
+use crate::weights::quant::Quantization;
 use crate::{Error, Result};
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -54,9 +55,11 @@ pub struct ParamCounts {
 /// What a matrix does, as far as quantisation schemes tell matrices apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
-    /// Routed experts, or the feed-forward block of a dense model.
-    Ffn,
+    /// Routed experts.
+    Experts,
     SharedExpert,
+    /// The feed-forward block of a dense model.
+    DenseFfn,
     /// The large projections of both mixers.
     Mixer,
     Head,
@@ -110,7 +113,9 @@ pub enum Scheme {
     Bf16,
     /// FP8 for all large matrices, head in 16 bits: the official `-FP8` checkpoints.
     Fp8,
-    /// Int4, groups of 128, for all large matrices; head in 16 bits.
+    /// FP8 for all large matrices and the head: `quantization="fp8"`.
+    Fp8Head,
+    /// Int4, groups of 128, for all large matrices, FP8 for the head: `quantization="int4"`.
     Int4,
     /// Int4, groups of 128, for the routed experts (dense: the feed-forward block) only: the official
     /// `-GPTQ-Int4` checkpoints.
@@ -119,16 +124,16 @@ pub enum Scheme {
     Nvfp4,
     /// NVFP4 for the routed experts only. Mixture-of-experts models only.
     Nvfp4Experts,
-    /// Int4 for the routed experts (dense: the feed-forward block), FP8 for the other large matrices and
-    /// the head.
+    /// Int4, groups of 128, for the experts, FP8 for the other large matrices and the head: `quantization="mixed"`.
     Mixed,
 }
 
 impl Scheme {
     /// Every scheme.
-    pub const ALL: [Scheme; 7] = [
+    pub const ALL: [Scheme; 8] = [
         Scheme::Bf16,
         Scheme::Fp8,
+        Scheme::Fp8Head,
         Scheme::Int4,
         Scheme::Int4Experts,
         Scheme::Nvfp4,
@@ -141,6 +146,7 @@ impl Scheme {
         match self {
             Scheme::Bf16 => "bf16",
             Scheme::Fp8 => "fp8",
+            Scheme::Fp8Head => "fp8-head",
             Scheme::Int4 => "int4",
             Scheme::Int4Experts => "int4-experts",
             Scheme::Nvfp4 => "nvfp4",
@@ -163,18 +169,21 @@ impl Scheme {
 
     fn format(self, role: Role) -> WeightFormat {
         use WeightFormat::{Bf16, Fp8, Int4, Nvfp4};
-        let [ffn, shared_and_mixer, head] = match self {
-            Scheme::Bf16 => [Bf16, Bf16, Bf16],
-            Scheme::Fp8 => [Fp8, Fp8, Bf16],
-            Scheme::Int4 => [Int4, Int4, Bf16],
-            Scheme::Int4Experts => [Int4, Bf16, Bf16],
-            Scheme::Nvfp4 => [Nvfp4, Nvfp4, Bf16],
-            Scheme::Nvfp4Experts => [Nvfp4, Bf16, Bf16],
-            Scheme::Mixed => [Int4, Fp8, Fp8],
+        let [experts, shared, dense, mixer, head] = match self {
+            Scheme::Bf16 => [Bf16; 5],
+            Scheme::Fp8 => [Fp8, Fp8, Fp8, Fp8, Bf16],
+            Scheme::Fp8Head => [Fp8; 5],
+            Scheme::Int4 => [Int4, Int4, Int4, Int4, Fp8],
+            Scheme::Int4Experts => [Int4, Bf16, Int4, Bf16, Bf16],
+            Scheme::Nvfp4 => [Nvfp4, Nvfp4, Nvfp4, Nvfp4, Bf16],
+            Scheme::Nvfp4Experts => [Nvfp4, Bf16, Nvfp4, Bf16, Bf16],
+            Scheme::Mixed => [Int4, Int4, Fp8, Fp8, Fp8],
         };
         match role {
-            Role::Ffn => ffn,
-            Role::SharedExpert | Role::Mixer => shared_and_mixer,
+            Role::Experts => experts,
+            Role::SharedExpert => shared,
+            Role::DenseFfn => dense,
+            Role::Mixer => mixer,
             Role::Head => head,
             Role::Rest => Bf16,
         }
@@ -183,6 +192,16 @@ impl Scheme {
     /// Whether the scheme says anything about this model.
     pub fn applies_to(self, config: &ModelConfig) -> bool {
         self != Scheme::Nvfp4Experts || matches!(config.ffn, FfnConfig::Moe { .. })
+    }
+}
+
+impl From<Quantization> for Scheme {
+    fn from(quantization: Quantization) -> Self {
+        match quantization {
+            Quantization::Int4 { .. } => Scheme::Int4,
+            Quantization::Fp8 => Scheme::Fp8Head,
+            Quantization::Mixed { .. } => Scheme::Mixed,
+        }
     }
 }
 
@@ -338,7 +357,7 @@ pub fn step_bytes_with(
         .map(|m| {
             let bytes = scheme.format(m.role).bytes(m.rows, m.cols) as f64;
             let read = match config.ffn {
-                FfnConfig::Moe { num_experts, .. } if m.role == Role::Ffn => {
+                FfnConfig::Moe { num_experts, .. } if m.role == Role::Experts => {
                     m.resident as f64 * experts / num_experts as f64
                 }
                 _ => m.read as f64,
@@ -404,15 +423,15 @@ fn ffn(config: &ModelConfig, layers: u64) -> Vec<Matrices> {
     let hidden = config.hidden as u64;
     match config.ffn {
         FfnConfig::Dense { width } => vec![
-            all(Role::Ffn, width as u64, hidden, 2 * layers),
-            all(Role::Ffn, hidden, width as u64, layers),
+            all(Role::DenseFfn, width as u64, hidden, 2 * layers),
+            all(Role::DenseFfn, hidden, width as u64, layers),
         ],
         FfnConfig::Moe { num_experts, top_k, expert_width, shared_width } => {
             let (e, k) = (num_experts as u64 * layers, top_k as u64 * layers);
             let (m, s) = (expert_width as u64, shared_width as u64);
             vec![
-                Matrices { role: Role::Ffn, rows: m, cols: hidden, resident: 2 * e, read: 2 * k },
-                Matrices { role: Role::Ffn, rows: hidden, cols: m, resident: e, read: k },
+                Matrices { role: Role::Experts, rows: m, cols: hidden, resident: 2 * e, read: 2 * k },
+                Matrices { role: Role::Experts, rows: hidden, cols: m, resident: e, read: k },
                 all(Role::SharedExpert, s, hidden, 2 * layers),
                 all(Role::SharedExpert, hidden, s, layers),
                 all(Role::Rest, num_experts as u64 + 1, hidden, layers),

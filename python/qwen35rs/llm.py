@@ -51,6 +51,12 @@ class LLM:
             into three quarters of its bytes; matrices of the other types, and the embedding, stay in the mapped file
             where it has them in that type; arithmetic is float32 always. On a GPU matrices and activations are
             bfloat16, whatever the checkpoint has.
+        quantization: what matrices are quantised to while they are loaded: ``"int4"`` (4-bit integers, a scale for 128
+            inputs of a row; the head in fp8), ``"fp8"`` (e4m3, a scale for 128 x 128), or ``"mixed"`` (experts as int4,
+            every other projection and the head as fp8). None, the default, leaves all as published. Norms, routers,
+            gates, convolutions, the decay and beta projections and the embedding (also where it is the head) are
+            never quantised, and what the checkpoint has in as few bits or fewer stays as it is. On the CPU the numbers
+            are those of the quantised model, held as ``dtype`` says.
         deterministic: on a GPU, make the bits of a request independent of what else is in its batches, at the cost of
             speed. On the CPU they always are.
         enforce_eager: on a GPU, launch the kernels of a decode step one by one, and not as a recorded CUDA graph. The
@@ -86,6 +92,7 @@ class LLM:
         load_format: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
+        quantization: str | None = None,
         deterministic: bool = False,
         enforce_eager: bool = False,
         mtp: bool | None = False,
@@ -128,6 +135,7 @@ class LLM:
                 load_format=load_format,
                 device=device,
                 dtype=dtype,
+                quantization=quantization,
                 deterministic=deterministic,
                 enforce_eager=enforce_eager,
                 mtp=mtp,

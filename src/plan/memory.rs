@@ -7,25 +7,36 @@ use crate::backend::cuda::Cuda;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineLimits, Report};
 use crate::model::Model;
+use crate::weights::quant::Quantization;
 use crate::weights::{Checkpoint, ModelTensors, MtpTensors};
 
-/// What a model of this configuration holds on a card of so many bytes, in bf16, and what is left for keys and values.
+/// What a model of this configuration holds on a card of so many bytes, in bf16 or quantised at load, and what is left
+/// for keys and values.
 ///
 /// # Errors
 /// `OutOfMemory` for what does not fit, `Request` for limits that cannot be.
 pub fn memory(
     config: &ModelConfig,
+    quantization: Option<Quantization>,
     mtp: bool,
     caches: Caches,
     limits: &EngineLimits,
     card_bytes: usize,
 ) -> Result<Report> {
     let checkpoint = Checkpoint::random();
-    let tensors = ModelTensors::resolve(&checkpoint, config)?;
+    let mut tensors = ModelTensors::resolve(&checkpoint, config)?;
+    if let Some(quantization) = quantization {
+        tensors = tensors.requantised(quantization);
+    }
     let model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
     let mut model = model.with_caches(caches);
     if mtp {
-        model = model.with_mtp(MtpTensors::resolve(&checkpoint, config)?, None)?;
+        let module = MtpTensors::resolve(&checkpoint, config)?;
+        let module = match quantization {
+            Some(quantization) => module.requantised(quantization),
+            None => module,
+        };
+        model = model.with_mtp(module, None)?;
     }
     Ok(Engine::new(model, limits, config.vocab, Vec::new())?.report())
 }
@@ -43,7 +54,7 @@ mod tests {
     fn held(name: &str, gib: usize, caches: Caches) -> Result<Report> {
         let limits =
             EngineLimits { max_num_seqs: 64, max_num_batched_tokens: 8192, ..EngineLimits::default() };
-        memory(&family_config(name)?, false, caches, &limits, gib << 30)
+        memory(&family_config(name)?, None, false, caches, &limits, gib << 30)
     }
 
     #[test]

@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 
 use super::dlpack::{DeviceTensor, Element};
 use super::tokenizer::{Ids, PyTokenizer};
-use super::tools::{json, model_config};
+use super::tools::{json, model_config, parse_quantization};
 use super::{enter, to_py};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Caches, Device};
@@ -24,6 +24,7 @@ use crate::request::{FinishReason, SamplingParams, Wanted};
 use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
+use crate::weights::quant::Quantization;
 use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors};
 use crate::{Error, Result};
 
@@ -146,6 +147,7 @@ struct PyEngine {
     tokenizer: Option<Py<PyTokenizer>>,
     defaults: GenerationConfig,
     config: ModelConfig,
+    quantization: Option<Quantization>,
     caches: Caches,
     /// Rows of the head.
     #[pyo3(get)]
@@ -177,6 +179,8 @@ struct Load {
     dummy: bool,
     config: ModelConfig,
     dtype: Option<DType>,
+    /// What its matrices are quantised to as they are loaded.
+    quantization: Option<Quantization>,
     /// Whether with its MTP module; `None` for where it can be run.
     mtp: Option<bool>,
     caches: Caches,
@@ -195,7 +199,10 @@ impl Load {
         let seen = Arc::clone(&cancelled);
         let make = move || {
             let checkpoint = if self.dummy { Checkpoint::random() } else { Checkpoint::open(&self.path)? };
-            let tensors = ModelTensors::resolve(&checkpoint, &self.config)?;
+            let mut tensors = ModelTensors::resolve(&checkpoint, &self.config)?;
+            if let Some(quantization) = self.quantization {
+                tensors = tensors.requantised(quantization);
+            }
             check_decoded(&tensors, self.dtype, room)?;
             let report = |done, total| match seen.load(Ordering::Relaxed) {
                 true => Err(Error::Interrupted),
@@ -208,7 +215,10 @@ impl Load {
             };
             let mut model =
                 Model::load(&self.config, tensors, self.dtype, backend, report)?.with_caches(self.caches);
-            if let Some(module) = module {
+            if let Some(mut module) = module {
+                if let Some(quantization) = self.quantization {
+                    module = module.requantised(quantization);
+                }
                 model = model.with_mtp(module, self.dtype)?;
             }
             let has_mtp = model.has_mtp();
@@ -265,7 +275,7 @@ impl PyEngine {
     /// run. `progress(done, total)` is called as layers are loaded. With the load format `dummy`, `path` may also be a
     /// `config.json` or a size of the family, and the weights are random.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, deterministic, enforce_eager, mtp, kv_cache_dtype, state_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, quantization, deterministic, enforce_eager, mtp, kv_cache_dtype, state_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -274,6 +284,7 @@ impl PyEngine {
         load_format: &str,
         device: &str,
         dtype: &str,
+        quantization: Option<&str>,
         deterministic: bool,
         enforce_eager: bool,
         mtp: Option<bool>,
@@ -302,6 +313,7 @@ impl PyEngine {
                 return Err(to_py(Error::request("dtype", other, allowed)));
             }
         };
+        let quantization = parse_quantization(quantization).map_err(to_py)?;
         let caches = Caches::from_names(kv_cache_dtype, state_dtype).map_err(to_py)?;
         let device = enter(py, || Device::parse(device))?;
         let limits = EngineLimits {
@@ -327,6 +339,7 @@ impl PyEngine {
                 dummy,
                 config: config.clone(),
                 dtype,
+                quantization,
                 mtp,
                 caches,
                 limits,
@@ -347,6 +360,7 @@ impl PyEngine {
                 tokenizer,
                 defaults,
                 config,
+                quantization,
                 caches,
                 vocab,
                 max_model_len,
@@ -401,10 +415,12 @@ impl PyEngine {
         enter(py, || json(&self.service.measure()?))
     }
 
-    /// What a decode step of the model in bf16 needs: `(bytes, active parameters)`. `experts_hit` is the number of
+    /// What a decode step of the model needs, in bf16 or as it was quantised at load: `(bytes, active parameters)`.
+    /// `experts_hit` is the number of
     /// experts of a layer that it reads; 0 for as many as it would under uniform routing.
     fn step_facts(&self, batch: usize, context: usize, experts_hit: usize) -> (f64, u64) {
-        let (config, scheme, caches) = (&self.config, Scheme::Bf16, self.caches);
+        let (config, caches) = (&self.config, self.caches);
+        let scheme = self.quantization.map_or(Scheme::Bf16, Scheme::from);
         let bytes = match experts_hit {
             0 => plan::step_bytes(config, scheme, batch, context, caches),
             hit => plan::step_bytes_with(config, scheme, batch, context, caches, hit as f64),
@@ -476,7 +492,7 @@ fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
 /// back, those cannot.
 fn check_decoded(tensors: &ModelTensors, dtype: Option<DType>, room: Option<u64>) -> Result<()> {
     let size = dtype.unwrap_or(DType::F32).size() as u64;
-    let encoded = tensors.tensors().filter(|tensor| tensor.encoded().is_some());
+    let encoded = tensors.tensors().filter(|t| t.encoded().is_some() || t.scheme().is_some());
     let bytes: u64 = encoded.map(|tensor| size * tensor.num_elements() as u64).sum();
     match room {
         Some(room) if bytes > room => Err(Error::OutOfMemory {

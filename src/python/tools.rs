@@ -15,6 +15,7 @@ use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
 use crate::tokenizer::chat::ChatTemplate;
 use crate::weights::Depth;
+use crate::weights::quant::Quantization;
 use crate::{Error, Result};
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -30,6 +31,11 @@ fn parse(field: &str, text: &str) -> Result<Value> {
 
 pub(super) fn json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::Internal(e.to_string()))
+}
+
+/// What a model is quantised to at load, by its name.
+pub(super) fn parse_quantization(name: Option<&str>) -> Result<Option<Quantization>> {
+    name.map(|name| Quantization::parse(name, Quantization::GROUP)).transpose()
 }
 
 /// A compiled chat template.
@@ -141,12 +147,13 @@ fn plan_model(
 /// JSON of what this version would hold of a model on one card of so much memory, and leave for keys and values; None
 /// where it was built without CUDA. The model is named as for [`plan_model`].
 #[pyfunction]
-#[pyo3(signature = (model, *, gpu, mtp, fp8_kv, f16_state, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
+#[pyo3(signature = (model, *, gpu, quantization, mtp, fp8_kv, f16_state, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
 #[allow(clippy::too_many_arguments, unused_variables)]
 fn plan_memory(
     py: Python<'_>,
     model: &str,
     gpu: &str,
+    quantization: Option<&str>,
     mtp: bool,
     fp8_kv: bool,
     f16_state: bool,
@@ -167,8 +174,9 @@ fn plan_memory(
                 gpu_memory_utilization,
                 ..EngineLimits::default()
             };
+            let quantization = parse_quantization(quantization)?;
             let caches = PlanOptions { fp8_kv, f16_state, ..PlanOptions::default() }.caches();
-            json(&plan::memory(&config, mtp, caches, &limits, bytes)?).map(Some)
+            json(&plan::memory(&config, quantization, mtp, caches, &limits, bytes)?).map(Some)
         })
         .map_err(to_py);
     #[cfg(not(feature = "cuda"))]

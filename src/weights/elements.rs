@@ -10,8 +10,8 @@ use super::{DType, Data, Tensor};
 
 /// Elements that one thread reads at a time.
 const PIECE: usize = 1 << 16;
-/// Rows that are read together at least: some layouts have rows side by side.
-const MIN_ROWS: usize = 32;
+/// Rows that are read together at least: some layouts have rows side by side, some share scales.
+const MIN_ROWS: usize = 128;
 
 /// Element `index` of plain floats.
 pub(super) fn float_at(bytes: &[u8], dtype: DType, index: usize) -> f32 {
@@ -71,7 +71,7 @@ impl Tensor {
     }
 
     /// Writes `rows` (of `[num_rows, num_cols]`) as f32 to `out`, row after row. Floats are widened; an encoded matrix
-    /// is decoded exactly, as its format says. Runs on this thread; whole matrices are quicker by [`Tensor::convert`].
+    /// is decoded exactly, as its format says, and so is one that is quantised now. Runs on this thread; whole matrices are quicker by [`Tensor::convert`].
     ///
     /// # Panics
     /// If the rows do not exist or `out` is not of their size.
@@ -86,6 +86,7 @@ impl Tensor {
             Data::Mapped(file, range) => plain(&file[range.clone()], out),
             Data::Random(random) => plain(random.bytes(), out),
             Data::Encoded(encoded) => encoded.read_rows(rows, out),
+            Data::Requantised(requantised) => requantised.read_rows(rows, out),
         }
     }
 

@@ -18,17 +18,18 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use self::quant::Encoded;
+use self::quant::{Encoded, Requantised};
 
 /// One tensor of a checkpoint, still in the mapped file, or of a model of random weights. Cloning copies no data.
 ///
-/// Its elements lie in memory as they are ([`Tensor::bytes`]), or as codes of a quantised matrix
-/// ([`Tensor::encoded`]); [`Tensor::read_rows`] gives them as numbers whatever they are.
+/// Its elements lie in memory as they are ([`Tensor::bytes`]), or as codes of a quantised matrix ([`Tensor::encoded`]),
+/// or are quantised when they are read ([`Tensor::scheme`]); [`Tensor::read_rows`] gives them as numbers whatever they
+/// are.
 #[derive(Debug, Clone)]
 pub struct Tensor {
     /// The checkpoint's name.
     pub name: String,
-    /// Element type; F32 where the elements are encoded.
+    /// Element type; F32 where the elements are encoded, or quantised when they are read.
     pub dtype: DType,
     /// Row-major shape, of the elements: `[out, in]` also where codes lie otherwise.
     pub shape: Vec<usize>,
@@ -42,16 +43,18 @@ enum Data {
     Random(Arc<Random>),
     /// Codes, scales and zero points, tensors themselves.
     Encoded(Arc<Encoded>),
+    /// Another tensor, quantised when it is read.
+    Requantised(Arc<Requantised>),
 }
 
 impl Tensor {
     /// The raw little-endian elements, `shape.product() * dtype.size()` bytes, maybe unaligned. `None` where they are
-    /// encoded.
+    /// encoded, or quantised when they are read.
     pub fn bytes(&self) -> Option<&[u8]> {
         match &self.data {
             Data::Mapped(file, range) => Some(&file[range.clone()]),
             Data::Random(random) => Some(random.bytes()),
-            Data::Encoded(_) => None,
+            Data::Encoded(_) | Data::Requantised(_) => None,
         }
     }
 
@@ -71,12 +74,14 @@ impl Tensor {
         }
     }
 
-    /// Bytes that it is stored in: of an encoded matrix codes, scales and zero points.
+    /// Bytes that it is stored in: of an encoded matrix codes, scales and zero points; of one that is quantised when it
+    /// is read, those that it then has.
     pub fn num_bytes(&self) -> usize {
         match &self.data {
             Data::Encoded(encoded) => encoded.parts().into_iter().map(Tensor::num_bytes).sum(),
             Data::Mapped(_, range) => range.len(),
             Data::Random(_) => self.num_elements() * self.dtype.size(),
+            Data::Requantised(requantised) => requantised.num_bytes(),
         }
     }
 
@@ -87,6 +92,7 @@ impl Tensor {
             Data::Mapped(file, range) => safetensors::release(file, range.clone()),
             Data::Random(_) => {}
             Data::Encoded(encoded) => encoded.parts().into_iter().for_each(Tensor::release),
+            Data::Requantised(requantised) => requantised.source().release(),
         }
     }
 

@@ -95,7 +95,7 @@ _TYPES = {
     "q35_moe_dims": MoeDims,
     "q35_moe_weights": MoeWeights,
     "q35_packed": PackedMatrix,
-    "q35_packed_moe": PackedMoe,
+    "q35_packed_moe_weights": PackedMoe,
     "int": ctypes.c_int,
     "int32_t": _INT,
     "int64_t": _LONG,

@@ -132,16 +132,18 @@ def test_conversions(n, offset):
 
 def test_fill_normal():
     n = (1 << 20) + 3
-    (out,) = twice(lambda o: call("q35_fill_normal", n, 5, 0.5, o), poisoned(n + 1))
+    (out,) = twice(lambda o: call("q35_fill_normal", 0, n, 5, 0.5, o), poisoned(n + 1))
     x = out[:n].double() / 0.5
     assert out[n:].isnan().all() and x.isfinite().all()
     moments = [float((x**k).mean()) for k in (1, 2, 3, 4)]
     assert all(abs(a - b) < 0.05 for a, b in zip(moments, [0, 1, 0, 3], strict=True)), moments
     assert abs(float((x[1:] * x[:-1]).mean())) < 0.01
     short = poisoned(100)
-    call("q35_fill_normal", 100, 5, 0.5, short)
+    call("q35_fill_normal", 0, 100, 5, 0.5, short)
     assert same_bits(short, out[:100])
-    call("q35_fill_normal", 100, 6, 0.5, short)
+    call("q35_fill_normal", 77, 23, 5, 0.5, short)
+    assert same_bits(short[:23], out[77:100]) and same_bits(short[23:], out[23:100])
+    call("q35_fill_normal", 0, 100, 6, 0.5, short)
     assert not same_bits(short, out[:100])
 
 
@@ -156,6 +158,6 @@ def test_no_rows():
     call("q35_gated_rmsnorm", 0, 1, 8, f, EPS, x, 8, 0, x)
     call("q35_to_bf16", 0, f, x)
     call("q35_to_f32", 0, x, f)
-    call("q35_fill_normal", 0, 1, 1.0, x)
+    call("q35_fill_normal", 0, 0, 1, 1.0, x)
     torch.cuda.synchronize()
     assert x.isnan().all() and f.isnan().all()

@@ -15,7 +15,7 @@ def linear(x, w, dtype=torch.bfloat16):
     n, out_dim = len(x), len(w)
     out = torch.full((n * out_dim + 64,), float("nan"), dtype=dtype, device="cuda")
     name = "q35_linear" if dtype == torch.bfloat16 else "q35_linear_f32"
-    call(name, n, x.shape[1], out_dim, x, w, out)
+    call(name, n, x.shape[1], out_dim, x, w, out, out_dim)
     assert out[n * out_dim :].isnan().all(), "past the output"
     return out[: n * out_dim].view(n, out_dim)
 
@@ -99,7 +99,7 @@ def test_a_chain_in_a_graph(n):
             call("q35_rmsnorm_residual", n, 2048, rows[0], residual, norm, 1e-6, rows[1])
             between()
             for w, x, y in zip(ws, rows[1:], [*rows[2:], rows[0]], strict=True):
-                call("q35_linear", n, w.shape[1], len(w), x, w, y)
+                call("q35_linear", n, w.shape[1], len(w), x, w, y, len(w))
                 between()
 
     def reset():
@@ -122,6 +122,16 @@ def test_a_chain_in_a_graph(n):
         assert same_bits(rows[0], want)
 
 
+@pytest.mark.parametrize("n", [1, 3, 16, 17, 200])
+@pytest.mark.parametrize(("inner", "out_dim"), [(192, 50), (30, 7)])
+def test_columns_of_something_wider(n, inner, out_dim):
+    x, w = randn(n, inner, seed=20), randn(out_dim, inner, seed=21)
+    wide = poisoned(n, out_dim + 9)
+    call("q35_linear", n, inner, out_dim, x, w, wide[:, 4:], out_dim + 9)
+    assert same_bits(wide[:, 4 : 4 + out_dim], linear(x, w))
+    assert wide[:, :4].isnan().all() and wide[:, 4 + out_dim :].isnan().all()
+
+
 def test_nothing_to_do():
     for name in ("q35_linear", "q35_linear_f32"):
-        call(name, 0, 64, 64, None, None, None)
+        call(name, 0, 64, 64, None, None, None, 64)

@@ -123,7 +123,7 @@ def linear(m, x, wide):
     """The product; what lies behind the output is untouched."""
     n, dtype = len(x), torch.float32 if wide else torch.bfloat16
     out = poisoned(n * m.rows + 64, dtype=dtype)
-    call("q35_packed_linear", n, m.struct, x, out, int(wide))
+    call("q35_packed_linear", n, m.struct, x, out, int(wide), m.struct.rows)
     assert out[n * m.rows :].isnan().all(), "past the output"
     return out[: n * m.rows].view(n, m.rows)
 
@@ -362,9 +362,9 @@ def test_a_chain_in_a_graph(n, kind):
         for _ in range(4):
             call("q35_rmsnorm_residual", n, 2048, z, residual, norm, 1e-6, x)
             between()
-            call("q35_packed_linear", n, up.struct, x, y, 0)
+            call("q35_packed_linear", n, up.struct, x, y, 0, up.struct.rows)
             between()
-            call("q35_packed_linear", n, down.struct, y, z, 0)
+            call("q35_packed_linear", n, down.struct, y, z, 0, down.struct.rows)
             between()
 
     def reset():
@@ -387,13 +387,23 @@ def test_a_chain_in_a_graph(n, kind):
         assert same_bits(z, want)
 
 
+@pytest.mark.parametrize("n", [1, 3, 16, 17, 200])
+@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK])
+def test_columns_of_something_wider(n, kind):
+    m, x = filled(kind, 48, 256, 128), randn(n, 256, seed=18)
+    wide = poisoned(n, 48 + 9)
+    call("q35_packed_linear", n, m.struct, x, wide[:, 4:], 0, 48 + 9)
+    assert same_bits(wide[:, 4:52], linear(m, x, False))
+    assert wide[:, :4].isnan().all() and wide[:, 52:].isnan().all()
+
+
 def test_plain_rows_of_bf16():
     x, w = randn(5, 192, seed=16), randn(50, 192, seed=17)
     struct = PackedMatrix(w.data_ptr(), None, None, 50, 192, 0, 0)
     for dtype, name in ((torch.bfloat16, "q35_linear"), (torch.float32, "q35_linear_f32")):
         found, want = poisoned(5, 50, dtype=dtype), poisoned(5, 50, dtype=dtype)
-        call("q35_packed_linear", 5, struct, x, found, int(dtype == torch.float32))
-        call(name, 5, 192, 50, x, w, want)
+        call("q35_packed_linear", 5, struct, x, found, int(dtype == torch.float32), 50)
+        call(name, 5, 192, 50, x, w, want, 50)
         assert same_bits(found, want)
 
 
@@ -413,11 +423,11 @@ def test_what_is_refused():
             setattr(struct, name, value)
         return struct
 
-    refused("q35_packed_linear", 17, m.struct, x, out, 0)
+    refused("q35_packed_linear", 1, m.struct, x, out, 0, 31)
     for fields in ({"kind": 5}, {"group": 48}, {"rows": 24}, {"k": 96}, {"codes": m.codes.data_ptr() + 4}):
-        refused("q35_packed_linear", 1, changed(**fields), x, out, 0)
+        refused("q35_packed_linear", 1, changed(**fields), x, out, 0, 32)
     refused("q35_pack_int4", m.struct, 8, 16, m.codes, PACKED)
     refused("q35_pack_int4", m.struct, 16, 32, m.codes, PACKED)
     refused("q35_pack_fp8", m.struct, 0, 16, m.codes)
     refused("q35_quantise_fp8", m.struct, 0, 16, x)
-    call("q35_packed_linear", 0, m.struct, None, None, 0)
+    call("q35_packed_linear", 0, m.struct, None, None, 0, 32)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .._core import RequestError
-from .options import Device, Dtype, Json, KvCacheDtype, LoadFormat, Model, StateDtype
+from .options import Device, Dtype, Json, KvCacheDtype, LoadFormat, Model, Quantization, StateDtype
 from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
@@ -33,6 +33,7 @@ def tasks(
     ] = None,
     seed: Annotated[int, typer.Option(help="Which questions; the same seed, the same questions.")] = 0,
     device: Device = "auto",
+    quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
     json: Json = False,
@@ -53,7 +54,14 @@ def tasks(
     """
     from ..bench import TaskResult, measure
 
-    llm = load(model, device=device, mtp=None, kv_cache_dtype=kv_cache_dtype, state_dtype=state_dtype)
+    llm = load(
+        model,
+        device=device,
+        quantization=quantization,
+        mtp=None,
+        kv_cache_dtype=kv_cache_dtype,
+        state_dtype=state_dtype,
+    )
     start = time.perf_counter()
 
     def show(result: TaskResult) -> None:
@@ -69,6 +77,7 @@ def tasks(
         write_json(
             {
                 "model": llm.model,
+                "quantization": quantization,
                 "seed": seed,
                 "num_items": n,
                 "seconds": round(time.perf_counter() - start, 3),
@@ -93,6 +102,7 @@ def engine(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
     max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of one step.")] = 8192,
@@ -133,6 +143,7 @@ def engine(
             load_format=load_format,
             device=device,
             dtype=dtype,
+            quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
             state_dtype=state_dtype,
             max_num_seqs=max(batches),
@@ -149,8 +160,14 @@ def engine(
         ) from None
     loaded = time.perf_counter() - start
     floors = measured(llm)
-    found: dict[str, Any] = {"model": llm.model, "device": llm.device, "load_seconds": round(loaded, 3)}
-    found |= {"measured": floors, "memory": llm.memory, "decode": [], "prefill": []}
+    found: dict[str, Any] = {"model": llm.model, "device": llm.device, "quantization": quantization}
+    found |= {
+        "load_seconds": round(loaded, 3),
+        "measured": floors,
+        "memory": llm.memory,
+        "decode": [],
+        "prefill": [],
+    }
     if not json:
         write(f"loaded in {loaded:.2f} s on {llm.device}{_floors(floors)}\n")
     for size in batches:

@@ -11,7 +11,7 @@ import typer
 
 from .._core import Qwen35Error, RequestError
 from . import options
-from .options import Device, Dtype, Json, KvCacheDtype, MaxModelLen, Model, StateDtype
+from .options import Device, Dtype, Json, KvCacheDtype, MaxModelLen, Model, Quantization, StateDtype
 from .terminal import DIM, FAILED, error_line, guarded, load, note, write, write_json
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def chat(
     repetition_penalty: options.Repetition = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
     max_model_len: MaxModelLen = None,
@@ -77,6 +78,7 @@ def chat(
         model,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
         state_dtype=state_dtype,
         max_model_len=max_model_len,

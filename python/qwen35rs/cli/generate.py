@@ -13,7 +13,17 @@ import typer
 
 from .._core import RequestError
 from . import options
-from .options import Device, Dtype, IgnoreEos, Json, KvCacheDtype, MaxModelLen, Model, StateDtype
+from .options import (
+    Device,
+    Dtype,
+    IgnoreEos,
+    Json,
+    KvCacheDtype,
+    MaxModelLen,
+    Model,
+    Quantization,
+    StateDtype,
+)
 from .terminal import BOLD, guarded, load, note, write, write_json
 
 if TYPE_CHECKING:
@@ -61,6 +71,7 @@ def generate(
     logprobs: options.Logprobs = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
     max_model_len: MaxModelLen = None,
@@ -106,6 +117,7 @@ def generate(
         model,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
         state_dtype=state_dtype,
         max_model_len=max_model_len,

@@ -67,6 +67,15 @@ Dtype = Annotated[
         help="How matrices are held: auto (as stored), float32, bfloat16, float16.", rich_help_panel=_LOADING
     ),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise matrices while they are loaded: int4, fp8, or mixed (experts int4, the rest fp8); as published "
+        "by default.",
+        show_default=False,
+        rich_help_panel=_LOADING,
+    ),
+]
 KvCacheDtype = Annotated[
     str,
     typer.Option(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GPUS = ["RTX 4090", "RTX 5090", "RTX PRO 6000", "L40S", "A100 80GB", "H100 80GB", "H200"]
 CARDS = [1, 2, 4, 8]
 SCHEMES = ["bf16", "fp8", "int4"]
+SCHEME_OF = {None: "bf16", "int4": "int4", "fp8": "fp8-head", "mixed": "mixed"}
 CONTEXT = 8192
 
 
@@ -46,7 +47,7 @@ def plan(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="bf16, fp8, int4, int4-experts, nvfp4, nvfp4-experts or mixed; may be repeated. "
+            help="bf16, fp8, fp8-head, int4, int4-experts, nvfp4, nvfp4-experts or mixed; may be repeated. "
             "\\[default: bf16, fp8, int4; all of them for a --gpu]"
         ),
     ] = None,
@@ -61,9 +62,14 @@ def plan(
     memory: Annotated[
         bool,
         typer.Option(
-            "--memory", help="What this version holds on one card of each kind, in bf16, byte by byte."
+            "--memory",
+            help="What this version holds on one card of each kind, byte by byte: in bf16, or with --quantization.",
         ),
     ] = False,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="With --memory: quantised at load to int4, fp8 or mixed.", show_default=False),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="With --memory: longest prompt plus output.", show_default=False)
     ] = None,
@@ -97,11 +103,15 @@ def plan(
             raise _core.RequestError(f"{name}: found it without --memory; allowed: with it")
         if value is not None and not 0 <= value < 2**63:
             raise _core.RequestError(f"{name}: found {value}; allowed: numbers from 1 to 2^63 - 1")
+    if quantization is not None and not memory:
+        raise _core.RequestError("quantization: found it without --memory; allowed: with it")
+    if quantization not in SCHEME_OF:
+        raise _core.RequestError(f"quantization: found {quantization}; allowed: int4, fp8, mixed, or none")
     others = {"scheme": scheme, "cards": cards, "context": context, "vision": vision}
     for name, given in others.items():
         if memory and given:
             raise _core.RequestError(
-                f"{name}: found it with --memory; allowed: without (bf16 on one card, no vision)"
+                f"{name}: found it with --memory; allowed: without (one card, no vision)"
             )
     source = _source(model)
 
@@ -133,7 +143,8 @@ def plan(
         limits = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "max_model_len": None, "mtp": mtp}
         limits |= {"fp8_kv": fp8_kv, "f16_state": f16_state}
         limits |= {name: value for name, value in sizes.items() if value is not None}
-        weights = next(row["resident"] for row in ask([], [], ["bf16"], context)["weights"])
+        limits["quantization"] = quantization
+        weights = next(row["resident"] for row in ask([], [], [SCHEME_OF[quantization]], context)["weights"])
         held = {name: _held(source, name, limits, weights) for name in gpu or ["H100 80GB"]}
         if not json:
             for name, report in held.items():

@@ -36,7 +36,7 @@ enum Data {
 impl Linear {
     /// The rows of `tensors` (each `[rows, in]`, or `[in]` for one row), one after the other. With `dtype`,
     /// tensors of another dtype are converted (rounded to nearest even). bf16 is packed; f16 and f32 are used where
-    /// they are, in the mapped file; what is encoded becomes f32.
+    /// they are, in the mapped file; what is encoded, or quantised now, becomes f32.
     pub fn new(tensors: &[Tensor], dtype: Option<DType>) -> Self {
         Self::from_parts(tensors, |t| match Data::new(t, dtype) {
             Data::Mapped(t) if t.dtype == DType::BF16 => {
@@ -147,7 +147,8 @@ impl Linear {
 impl Data {
     fn new(t: &Tensor, dtype: Option<DType>) -> Self {
         let wish = dtype.unwrap_or(t.dtype);
-        if wish == t.dtype && t.encoded().is_none() {
+        let plain = t.encoded().is_none() && t.scheme().is_none();
+        if wish == t.dtype && plain {
             return Data::Mapped(t.clone());
         }
         let converted = Data::Owned(t.convert(wish), wish);

@@ -112,6 +112,7 @@ impl Backend for Cpu {
     }
 
     fn linear_weight(&self, tensors: &[Tensor], dtype: Option<DType>) -> Result<Linear> {
+        tensors.iter().try_for_each(Tensor::check_finite)?;
         Ok(Linear::new(tensors, dtype))
     }
 
@@ -132,14 +133,14 @@ impl Backend for Cpu {
     }
 
     fn moe_weights(&self, t: MoeTensors<'_>, dtype: Option<DType>) -> Result<Moe> {
-        let linear = |tensors: &[Tensor]| Linear::new(tensors, dtype);
+        let linear = |tensors: &[Tensor]| self.linear_weight(tensors, dtype);
         let [gate, up, shared_down] = t.shared.map(Tensor::clone);
         Ok(Moe {
-            router: linear(std::slice::from_ref(t.router)),
-            gate_up: linear(&t.experts.gate_up()),
-            down: linear(&t.experts.down()),
-            shared: Some((linear(&[gate, up]), linear(&[shared_down]))),
-            shared_gate: Some(linear(std::slice::from_ref(t.shared_gate))),
+            router: linear(std::slice::from_ref(t.router))?,
+            gate_up: linear(&t.experts.gate_up())?,
+            down: linear(&t.experts.down())?,
+            shared: Some((linear(&[gate, up])?, linear(&[shared_down])?)),
+            shared_gate: Some(linear(std::slice::from_ref(t.shared_gate))?),
             top_k: t.top_k,
         })
     }

@@ -89,7 +89,7 @@ pub struct Packed {
     pub kind: i32,
 }
 
-/// `q35_packed_moe`
+/// `q35_packed_moe_weights`
 #[repr(C)]
 #[derive(Clone, Copy)]
 #[allow(missing_docs)]
@@ -204,7 +204,14 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn q35_to_bf16(stream: Stream, n: i64, x: *const f32, out: *mut Bf16) -> c_int;
     pub fn q35_to_f32(stream: Stream, n: i64, x: *const Bf16, out: *mut f32) -> c_int;
-    pub fn q35_fill_normal(stream: Stream, n: i64, seed: u64, scale: f32, out: *mut Bf16) -> c_int;
+    pub fn q35_fill_normal(
+        stream: Stream,
+        first: i64,
+        n: i64,
+        seed: u64,
+        scale: f32,
+        out: *mut Bf16,
+    ) -> c_int;
     pub fn q35_causal_conv1d(
         stream: Stream,
         batch: Batch,
@@ -311,6 +318,7 @@ unsafe extern "C" {
         x: *const Bf16,
         w: *const Bf16,
         out: *mut Bf16,
+        stride: c_int,
     ) -> c_int;
     pub fn q35_linear_f32(
         stream: Stream,
@@ -320,6 +328,7 @@ unsafe extern "C" {
         x: *const Bf16,
         w: *const Bf16,
         out: *mut f32,
+        stride: c_int,
     ) -> c_int;
     pub fn q35_route(
         stream: Stream,
@@ -373,6 +382,7 @@ unsafe extern "C" {
         x: *const Bf16,
         out: *mut c_void,
         wide: c_int,
+        stride: c_int,
     ) -> c_int;
     pub fn q35_pack_int4(
         stream: Stream,

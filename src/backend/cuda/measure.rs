@@ -36,7 +36,7 @@ pub(super) fn measure(device: &Arc<Device>, blas: Option<&Blas>) -> Result<Optio
             for (seed, x) in [a, b].into_iter().enumerate() {
                 let (stream, n) = (device.stream().cast(), (SIZE * SIZE) as i64);
                 // SAFETY: inside the allocation.
-                match unsafe { ffi::q35_fill_normal(stream, n, seed as u64, 1.0, x.cast()) } {
+                match unsafe { ffi::q35_fill_normal(stream, 0, n, seed as u64, 1.0, x.cast()) } {
                     0 => {}
                     code => return Err(launch_failed("fill_normal", code)),
                 }

@@ -9,11 +9,15 @@ mod find;
 mod fp8;
 mod int4;
 mod nvfp4;
+mod quantise;
+mod scheme;
 
 pub(super) use find::{Problem, find, is_ignored};
 pub use fp8::{Fp8, decode_e4m3};
 pub use int4::{Int4, Layout};
 pub use nvfp4::{Nvfp4, decode_e2m1};
+pub use quantise::{BLOCK, encode_e4m3, quantise_fp8, quantise_int4};
+pub use scheme::{Quantization, Requantised, Scheme};
 
 use std::ops::Range;
 

@@ -6,6 +6,13 @@
 
 constexpr int DECODE_ROWS = 16, DECODE_KEYS = 16;
 
+// The leading `bytes` of 16 from global to shared memory, and zeros behind them.
+__device__ __forceinline__ void copy_leading(uint32_t to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+                 "r"(bytes)
+                 : "memory");
+}
+
 // STAGES tiles of BYTES are on their way at a time. `load` brings the one that starts at place 0 .. 63 of a page, with
 // zeros from its key `len` on; all lanes of a warp call it.
 template <int D>
@@ -98,10 +105,7 @@ struct Fp8Tiles {
         if (lane < DECODE_KEYS / 4) {
             const int bytes = min(max(4 * (len - 4 * lane), 0), 16);
             const uint8_t *scales = part + Q35_PAGE_LEN * D + 4 * place + 16 * lane;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                             shared_address(stage + CODES + 16 * lane)),
-                         "l"(__cvta_generic_to_global(scales)), "r"(bytes)
-                         : "memory");
+            copy_leading(shared_address(stage + CODES + 16 * lane), scales, bytes);
         }
     }
 

@@ -170,11 +170,15 @@ mod tests {
 
     #[test]
     fn states_saturate() {
-        for (x, y) in [(65504.0, 65504.0), (65520.0, 65504.0), (1e30, 65504.0), (f32::NEG_INFINITY, -65504.0)] {
+        for (x, y) in [(65504.0, 65504.0), (65520.0, 65504.0), (1e30, 65504.0), (f32::NEG_INFINITY, -65504.0)]
+        {
             assert_eq!(to_f16(x).to_f32(), y);
         }
         assert!(to_f16(f32::NAN).is_nan());
-        assert_eq!([to_f16(1.0 + 1.0 / 2048.0), to_f16(1.0 + 3.0 / 2048.0)].map(f16::to_bits), [0x3c00, 0x3c02]);
+        assert_eq!(
+            [to_f16(1.0 + 1.0 / 2048.0), to_f16(1.0 + 3.0 / 2048.0)].map(f16::to_bits),
+            [0x3c00, 0x3c02]
+        );
     }
 
     #[test]

@@ -137,7 +137,8 @@ fn plan_model(
             true => Scheme::ALL.to_vec(),
             false => schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?,
         };
-        let options = PlanOptions { context, fp8_kv, f16_state, with_vision, with_mtp, ..PlanOptions::default() };
+        let options =
+            PlanOptions { context, fp8_kv, f16_state, with_vision, with_mtp, ..PlanOptions::default() };
         let plan = plan::plan(&config, &gpus, &cards, &schemes, &options)?;
         json(&ModelPlan { config, plan })
     };

@@ -178,7 +178,10 @@ mod tests {
                 let largest = x.iter().fold(0f32, |m, x| m.max(x.abs()));
                 for (x, y) in x.iter().zip(y) {
                     // Half a step of three bits, or of the smallest exponent.
-                    assert!((x - y).abs() <= (x.abs() / 16.0).max(largest / 448.0 / 1024.0) * 1.00001, "{x} {y}");
+                    assert!(
+                        (x - y).abs() <= (x.abs() / 16.0).max(largest / 448.0 / 1024.0) * 1.00001,
+                        "{x} {y}"
+                    );
                 }
             }
             rows.page(0, d, &buffer);

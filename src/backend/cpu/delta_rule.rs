@@ -113,7 +113,9 @@ pub unsafe fn gated_delta_rule_f16(head: Head<'_>, chunked_len: usize, state: &m
             ..head
         };
         // SAFETY: the caller's rows, from token t on.
-        unsafe { gated_delta_rule(part, chunked, state, OutRows { out: out.out.add(t * out.stride), ..out }) };
+        unsafe {
+            gated_delta_rule(part, chunked, state, OutRows { out: out.out.add(t * out.stride), ..out })
+        };
         state.iter_mut().for_each(|s| *s = to_f16(*s).to_f32());
         t = end;
     }

@@ -5,11 +5,13 @@
 //! GB is 1e9 bytes, GiB is 2^30. One decode step of a batch reads each weight it needs once, and for each
 //! sequence reads its keys and values and reads and writes its delta-rule and convolution state.
 
+mod caches;
 mod family;
 mod gpus;
 #[cfg(feature = "cuda")]
 mod memory;
 
+pub use caches::{CacheBytes, cache_bytes};
 pub use family::{FAMILY, family_config};
 pub use gpus::{GPUS, Gpu, gpu};
 #[cfg(feature = "cuda")]
@@ -216,44 +218,6 @@ pub struct WeightBytes {
     pub read_per_token: u64,
 }
 
-/// Bytes that grow with tokens and with sequences.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CacheBytes {
-    /// Keys and values of one token, bf16.
-    pub kv_per_token: u64,
-    /// Keys and values of one token, fp8, with their scales.
-    pub kv_per_token_fp8: u64,
-    /// Keys and values of one token in the MTP layer, bf16; 0 without one.
-    pub mtp_kv_per_token: u64,
-    /// The same in fp8.
-    pub mtp_kv_per_token_fp8: u64,
-    /// Delta-rule state of one sequence, f32.
-    pub recurrent_per_seq: u64,
-    /// The same in f16.
-    pub recurrent_per_seq_f16: u64,
-    /// Convolution tail of one sequence, bf16.
-    pub conv_per_seq: u64,
-}
-
-impl CacheBytes {
-    /// Both states of a sequence.
-    pub fn state_per_seq(&self, caches: Caches) -> u64 {
-        let recurrent = match caches.state {
-            StateType::F32 => self.recurrent_per_seq,
-            StateType::F16 => self.recurrent_per_seq_f16,
-        };
-        recurrent + self.conv_per_seq
-    }
-
-    /// Keys and values of one token, and those of the MTP layer.
-    pub fn kv(&self, caches: Caches) -> (u64, u64) {
-        match caches.kv {
-            KvCache::Auto => (self.kv_per_token, self.mtp_kv_per_token),
-            KvCache::Fp8 => (self.kv_per_token_fp8, self.mtp_kv_per_token_fp8),
-        }
-    }
-}
-
 /// Counts the parameters of a model.
 pub fn param_counts(config: &ModelConfig) -> ParamCounts {
     let elements = |m: &Matrices, count: u64| m.rows * m.cols * count;
@@ -296,26 +260,6 @@ pub fn weight_bytes(config: &ModelConfig, scheme: Scheme) -> Option<WeightBytes>
         }
         WeightBytes { scheme, resident, read_per_token }
     })
-}
-
-/// Cache and state bytes.
-pub fn cache_bytes(config: &ModelConfig) -> CacheBytes {
-    let kv_elements = 2 * config.attention.kv_width() as u64;
-    let kv_fp8 = kv_elements + 2 * 4 * config.attention.num_kv_heads as u64;
-    let num_attention = config.num_layers_of(LayerKind::Attention) as u64;
-    let num_delta = config.num_layers_of(LayerKind::DeltaNet) as u64;
-    let delta = &config.delta;
-    let state = (delta.num_v_heads * delta.k_dim * delta.v_dim) as u64;
-    let conv = ((delta.conv_kernel - 1) * delta.conv_channels()) as u64;
-    CacheBytes {
-        kv_per_token: 2 * num_attention * kv_elements,
-        kv_per_token_fp8: num_attention * kv_fp8,
-        mtp_kv_per_token: 2 * kv_elements * config.num_mtp_layers as u64,
-        mtp_kv_per_token_fp8: kv_fp8 * config.num_mtp_layers as u64,
-        recurrent_per_seq: 4 * num_delta * state,
-        recurrent_per_seq_f16: 2 * num_delta * state,
-        conv_per_seq: 2 * num_delta * conv,
-    }
 }
 
 /// Experts of a layer that a batch is expected to touch if routing were uniform: `E (1 - (1 - k/E)^B)`.

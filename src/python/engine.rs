@@ -221,10 +221,9 @@ impl Load {
                 }
                 model = model.with_mtp(module, self.dtype)?;
             }
-            let has_mtp = model.has_mtp();
             let engine = Engine::new(model, &self.limits, self.num_tokens, self.eos)?;
-            let max_model_len = engine.max_model_len();
-            Ok((engine, (max_model_len, has_mtp)))
+            let sizes = (engine.max_model_len(), engine.model().has_mtp());
+            Ok((engine, sizes))
         };
         // Ctrl-C ends the wait at once; the thread ends behind the layer that it is at.
         Service::start(make, || {
@@ -348,10 +347,7 @@ impl PyEngine {
                 progress,
             };
             let (service, (max_model_len, has_mtp)) = match device {
-                Device::Cpu => {
-                    load.check_memory()?;
-                    load.start(Cpu, available_memory())?
-                }
+                Device::Cpu => load.check_memory().and_then(|()| load.start(Cpu, available_memory()))?,
                 Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic, enforce_eager)?,
             };
             let (device, num_layers) = (device.to_string(), config.layers.len());
@@ -416,8 +412,7 @@ impl PyEngine {
     }
 
     /// What a decode step of the model needs, in bf16 or as it was quantised at load: `(bytes, active parameters)`.
-    /// `experts_hit` is the number of
-    /// experts of a layer that it reads; 0 for as many as it would under uniform routing.
+    /// `experts_hit`: experts of a layer that it reads; 0 for as many as it would under uniform routing.
     fn step_facts(&self, batch: usize, context: usize, experts_hit: usize) -> (f64, u64) {
         let (config, caches) = (&self.config, self.caches);
         let scheme = self.quantization.map_or(Scheme::Bf16, Scheme::from);

@@ -329,12 +329,17 @@ mod tests {
         };
         // Pages of prefill: 2, none, 1, 3, 1, none.
         let all = seqs(&[(100, 9), (900, 1), (0, 64), (128, 64), (0, 20), (70, 8)]);
-        for (room, want) in
-            [(7, vec![0..6]), (6, vec![0..4, 4..6]), (4, vec![0..3, 3..6]), (3, vec![0..3, 3..4, 4..6])]
-        {
-            assert_eq!(cut(&all, room), want, "{room}");
+        let ends = |seqs: &[BatchSeq], room: usize| -> Vec<usize> {
+            let pieces = cut(seqs, room);
+            let starts: Vec<usize> = pieces.iter().map(|piece| piece.start).collect();
+            let ends: Vec<usize> = pieces.iter().map(|piece| piece.end).collect();
+            assert_eq!((starts[0], &starts[1..]), (0, &ends[..ends.len() - 1]));
+            ends
+        };
+        for (room, want) in [(7, &[6][..]), (6, &[4, 6]), (4, &[3, 6]), (3, &[3, 4, 6])] {
+            assert_eq!(ends(&all, room), want, "{room}");
         }
-        assert_eq!(cut(&seqs(&[(70, 8); 9]), 1), vec![0..9]);
-        assert_eq!(cut(&[], 1), vec![0..0]);
+        assert_eq!(ends(&seqs(&[(70, 8); 9]), 1), [9]);
+        assert_eq!(ends(&[], 1), [0]);
     }
 }

@@ -214,6 +214,22 @@ def packed_linears(table: Table) -> None:
             del kept
 
 
+def packed_many(table: Table) -> None:
+    """Packed weights with many rows of tokens."""
+    rows, k = 16384, 3072
+    for name, kind in (("int4", 1), ("fp8", 3)):
+        struct, num_bytes, kept = packed(kind, rows, k)
+        for n in (17, 64, 8192):
+            x, out = random(n, k), torch.empty(n, rows, device="cuda", dtype=BF16)
+            table.add(
+                f"packed linear {name} {n} x {k} -> {rows}",
+                lambda n=n, w=struct, x=x, o=out: call("q35_packed_linear", n, w, x, o, 0, w.rows),
+                num_bytes=num_bytes + 2 * (x.numel() + out.numel()),
+                flops=2 * n * rows * k,
+            )
+        del kept
+
+
 def packed_chains(table: Table) -> None:
     """`chains` with packed weights, of so many layers that they are past L2."""
     for name, hidden, projected, inner in (("35B", 2048, 12352, 4096), ("122B", 3072, 20608, 8192)):
@@ -375,6 +391,49 @@ def packed_experts(table: Table) -> None:
                     num_bytes=num_bytes,
                 )
             del kept_up, kept_down
+
+
+def packed_experts_many(table: Table) -> None:
+    """Experts in 4 and 8 bits with many tokens, as the rows of `experts` of bf16."""
+    for name, hidden, width in (("35B", 2048, 512), ("122B", 3072, 1024)):
+        dims = MoeDims(hidden, 256, 8, width, width)
+        for what, kind in (("int4", 1), ("fp8", 3)):
+            parts = [
+                packed(kind, rows, k)
+                for rows, k in (
+                    *((256 * 2 * width, hidden), (256 * hidden, width)),
+                    *((2 * width, hidden), (hidden, width)),
+                )
+            ]
+            for _, _, (_, scales) in parts:
+                scales.fill_(1e-3)
+            router, shared_gate = weights(256, hidden), weights(1, hidden)
+            struct = PackedMoe(*(part[0] for part in parts), router.data_ptr(), shared_gate.data_ptr())
+            for n in (64, 8192):
+                x, out = random(n, hidden), torch.empty(n, hidden, device="cuda", dtype=BF16)
+                residual, norm = random(n, hidden, dtype=F32), random(hidden, dtype=F32)
+                space = torch.empty(call("q35_moe_workspace", n, dims), device="cuda", dtype=torch.uint8)
+                hit = (x.float() @ router.float().T).topk(8).indices.unique().numel()
+                routed, shared = (sum(part[1] for part in half) for half in (parts[:2], parts[2:]))
+                num_bytes = routed * hit / 256 + shared + 2 * 256 * hidden + 4 * n * hidden
+                flops = 6 * n * hidden * 9 * width
+                table.add(
+                    f"moe {what} {name} {n} tokens, {hit} experts hit",
+                    lambda n=n, x=x, o=out, s=space, d=dims, w=struct: call(
+                        "q35_packed_moe", n, d, w, x, s, o
+                    ),
+                    num_bytes=num_bytes,
+                    flops=flops,
+                )
+                table.add(
+                    f"moe then norm {what} {name} {n} tokens, {hit} experts hit",
+                    lambda n=n, x=x, o=out, s=space, d=dims, w=struct, r=residual, g=norm: call(
+                        "q35_packed_moe_then_norm", n, d, w, x, s, r, g, 1e-6, o
+                    ),
+                    num_bytes=num_bytes + 8 * n * hidden,
+                    flops=flops,
+                )
+            del parts
 
 
 def delta_rule(table: Table) -> None:
@@ -577,9 +636,11 @@ def main() -> None:
         linears,
         chains,
         packed_linears,
+        packed_many,
         packed_chains,
         experts,
         packed_experts,
+        packed_experts_many,
         delta_rule,
         attention,
         samplers,

@@ -57,6 +57,8 @@ int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, con
 int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x);
 int launch_route(cudaStream_t stream, const Plan &p);
 int launch_any(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
+// p.logits of any number of tokens.
+int launch_tile_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x);
 // Without `out` it leaves y, which must then have all columns: in bf16 where has_wgmma says so, else in f32.
 int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 // moe_norm.cu: many tokens, then the norm after the block in the kernel of the weighted sums; and whether it serves.
@@ -64,6 +66,9 @@ bool norm_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x, const 
                   const bf16 *out);
 int launch_many_then_norm(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x,
                           float *residual, const float *norm, float eps, bf16 *out);
+// Its end: from y, with all columns, in bf16 where `rounded`, else in f32.
+int launch_sum_norm(cudaStream_t stream, const Plan &p, bool rounded, float *residual, const float *norm, float eps,
+                    bf16 *out);
 // out[:, col0 .. col0 + cols] = the weighted sums of y.
 int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out);
 // The same of rows of `cols` bf16, a multiple of 8; `out` is 16-byte aligned.

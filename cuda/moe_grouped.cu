@@ -232,9 +232,16 @@ int launch_groups(cudaStream_t stream, const Plan &p, TileArgs args, int height,
 
 }  // namespace
 
+int launch_tile_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x) {
+    const TileArgs args = {x, as_bf16(w.router), nullptr, ceil_div(p.num_experts, TILE_N), 0, 0, 0};
+    const int row_tiles = ceil_div(p.n, SMALL_TILE);
+    return p.hidden % 8 == 0 && aligned(x) && aligned(w.router)
+               ? launch_tiles<64, LOGITS, true>(stream, p, args, row_tiles)
+               : launch_tiles<64, LOGITS, false>(stream, p, args, row_tiles);
+}
+
 int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out) {
     const bool whole = p.hidden % 8 == 0 && aligned(x);
-    const bool vec_logits = whole && aligned(w.router);
     const bool vec_up = whole && aligned(w.gate_up) && (!p.has_shared || aligned(w.shared_gate_up));
     const bool vec_down = p.width % 8 == 0 && p.shared_width % 8 == 0 && aligned(w.down) &&
                           (!p.has_shared || aligned(w.shared_down));
@@ -243,11 +250,7 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
     // One height for both projections: they share the list of tiles.
     const int height = vec_up && vec_down && per_expert >= 192 ? 128 : SMALL_TILE;
 
-    TileArgs args = {x, as_bf16(w.router), nullptr, ceil_div(p.num_experts, TILE_N), 0, 0, 0};
-    const int row_tiles = ceil_div(p.n, SMALL_TILE);
-    int code = hopper ? launch_wgmma_logits(stream, p, w, x)
-               : vec_logits ? launch_tiles<64, LOGITS, true>(stream, p, args, row_tiles)
-                            : launch_tiles<64, LOGITS, false>(stream, p, args, row_tiles);
+    int code = hopper ? launch_wgmma_logits(stream, p, w, x) : launch_tile_logits(stream, p, w, x);
     if (code != cudaSuccess) return code;
     code = launch_routes(stream, p, w, x);
     if (code != cudaSuccess) return code;
@@ -255,6 +258,8 @@ int launch_many(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, co
     if (code != cudaSuccess) return code;
     if (hopper) return launch_wgmma_experts(stream, p, w, x, out);
 
+    TileArgs args = {};
+    args.x = x;
     const int widest = p.width > p.shared_width ? p.width : p.shared_width;
     args.weights = as_bf16(w.gate_up), args.shared_weights = as_bf16(w.shared_gate_up);
     args.feature_tiles = ceil_div(widest, TILE_N / 2);

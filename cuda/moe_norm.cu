@@ -104,12 +104,18 @@ __global__ void __launch_bounds__(LANES) sum_norm(Plan p, float *residual, const
 }
 
 template <typename T>
-int launch_sum_norm(cudaStream_t stream, const Plan &p, float *residual, const float *norm, float eps, bf16 *out) {
+int launch_of(cudaStream_t stream, const Plan &p, float *residual, const float *norm, float eps, bf16 *out) {
     const auto kernel = p.hidden <= 8 * LANES ? sum_norm<1, T> : sum_norm<2, T>;
     return launch(kernel, p.n, LANES, 0, stream, p, residual, norm, eps, out);
 }
 
 }  // namespace
+
+int launch_sum_norm(cudaStream_t stream, const Plan &p, bool rounded, float *residual, const float *norm, float eps,
+                    bf16 *out) {
+    return rounded ? launch_of<bf16>(stream, p, residual, norm, eps, out)
+                   : launch_of<float>(stream, p, residual, norm, eps, out);
+}
 
 bool norm_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x, const float *residual, const float *norm,
                   const bf16 *out) {
@@ -122,6 +128,5 @@ int launch_many_then_norm(cudaStream_t stream, const Plan &p, const q35_moe_weig
                           float *residual, const float *norm, float eps, bf16 *out) {
     const int code = launch_many(stream, p, w, x, nullptr);
     if (code != cudaSuccess) return code;
-    return has_wgmma(p, w, x, out) ? launch_sum_norm<bf16>(stream, p, residual, norm, eps, out)
-                                   : launch_sum_norm<float>(stream, p, residual, norm, eps, out);
+    return launch_sum_norm(stream, p, has_wgmma(p, w, x, out), residual, norm, eps, out);
 }

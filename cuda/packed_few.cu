@@ -209,7 +209,7 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
 
 extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *x, void *out, int wide,
                                  int stride) {
-    if (n < 0 || n > FEW) return cudaErrorInvalidValue;
+    if (n < 0) return cudaErrorInvalidValue;
     if (n == 0 || w.rows == 0) return cudaSuccess;
     const cudaStream_t stream = as_stream(on);
     if (w.kind == 0) {
@@ -217,15 +217,18 @@ extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *
         return wide ? q35_linear_f32(stream, n, w.k, w.rows, x, codes, static_cast<float *>(out), stride)
                     : q35_linear(stream, n, w.k, w.rows, x, codes, static_cast<q35_bf16 *>(out), stride);
     }
-    if (stride < w.rows || w.rows % PACKED_ROWS != 0 || w.k % 64 != 0 || w.k <= 0 || !aligned(w.codes) || !aligned(w.scales) ||
-        !aligned(w.zeros) || !aligned(x)) {
+    if (stride < w.rows || w.rows % PACKED_ROWS != 0 || w.k % 64 != 0 || w.k <= 0 || !aligned(w.codes) ||
+        !aligned(w.scales) || !aligned(w.zeros) || !aligned(x)) {
         return cudaErrorInvalidValue;
     }
+    const bool fp8 = w.kind == q35_fp8_block || w.kind == q35_fp8_row;
+    if (!fp8 && w.kind != q35_int4_f16 && w.kind != q35_int4_bf16) return cudaErrorInvalidValue;
+    const bool of_128 = w.group >= w.k || w.group == 128;
+    if (!fp8 && !of_128 && w.group != 64 && w.group != 32) return cudaErrorInvalidValue;
     const bf16 *rows = as_bf16(x);
-    if (w.kind == q35_fp8_block || w.kind == q35_fp8_row) return few_rows<true, 8>(stream, n, w, rows, out, wide, stride);
-    if (w.kind != q35_int4_f16 && w.kind != q35_int4_bf16) return cudaErrorInvalidValue;
-    if (w.group >= w.k || w.group == 128) return few_rows<false, 8>(stream, n, w, rows, out, wide, stride);
-    if (w.group == 64) return few_rows<false, 4>(stream, n, w, rows, out, wide, stride);
-    if (w.group == 32) return few_rows<false, 2>(stream, n, w, rows, out, wide, stride);
-    return cudaErrorInvalidValue;
+    if (n > FEW) return launch_packed_many(stream, n, w, rows, out, wide != 0, stride);
+    if (fp8) return few_rows<true, 8>(stream, n, w, rows, out, wide, stride);
+    if (of_128) return few_rows<false, 8>(stream, n, w, rows, out, wide, stride);
+    return w.group == 64 ? few_rows<false, 4>(stream, n, w, rows, out, wide, stride)
+                         : few_rows<false, 2>(stream, n, w, rows, out, wide, stride);
 }

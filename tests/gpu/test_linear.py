@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from launch import call, error, randn, same_bits
+from launch import call, error, poisoned, randn, same_bits
 
 pytestmark = pytest.mark.gpu
 FEW = 16  # rows; up to here the sum has one order, above it another

@@ -21,8 +21,8 @@ const WORKSPACE: &str = "workspace of cuBLASLt";
 /// `cublasOperation_t`: transposed.
 const CUBLAS_OP_T: i32 = 1;
 
-/// A product's shape: rows, inputs, outputs, and whether the output is f32.
-pub(super) type Shape = (usize, usize, usize, bool);
+/// A product's shape: rows, inputs, outputs, elements from a row of the output to the next, and whether it is f32.
+pub(super) type Shape = (usize, usize, usize, usize, bool);
 
 /// A handle of the library.
 pub(super) struct Blas {
@@ -81,16 +81,16 @@ impl Blas {
         out: *mut c_void,
     ) -> Result<(), CublasError> {
         // The library is column-major: its A is W (transposed), its B is x and its D is out.
-        let (n, num_in, num_out, wide) = shape;
+        let (n, num_in, num_out, stride, wide) = shape;
         let mut algorithms = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(None) = algorithms.get(&shape) {
             return Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
         }
         let out_type = if wide { DataType::CUDA_R_32F } else { DataType::CUDA_R_16BF };
         let product = Product::new()?;
-        let a = Layout::new(DataType::CUDA_R_16BF, num_in, num_out)?;
-        let b = Layout::new(DataType::CUDA_R_16BF, num_in, n)?;
-        let d = Layout::new(out_type, num_out, n)?;
+        let a = Layout::new(DataType::CUDA_R_16BF, num_in, num_out, num_in)?;
+        let b = Layout::new(DataType::CUDA_R_16BF, num_in, n, num_in)?;
+        let d = Layout::new(out_type, num_out, n, stride)?;
         let algorithm = match algorithms.get(&shape) {
             Some(Some(algorithm)) => *algorithm,
             _ => {
@@ -181,12 +181,12 @@ impl Drop for Product {
     }
 }
 
-/// A dense column-major matrix.
+/// A column-major matrix.
 struct Layout(sys::cublasLtMatrixLayout_t);
 
 impl Layout {
-    fn new(kind: DataType, rows: usize, columns: usize) -> Result<Self, CublasError> {
-        Ok(Self(result::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)?))
+    fn new(kind: DataType, rows: usize, columns: usize, stride: usize) -> Result<Self, CublasError> {
+        Ok(Self(result::create_matrix_layout(kind, rows as u64, columns as u64, stride as i64)?))
     }
 }
 

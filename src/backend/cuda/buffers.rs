@@ -51,18 +51,33 @@ pub struct Moe {
     pub(super) shared_gate: Linear,
 }
 
+/// Where the weights of a sparse block are.
+pub(super) enum MoeWeights {
+    /// All of them as bf16.
+    Plain(ffi::MoeWeights),
+    /// Some as codes.
+    Packed(ffi::PackedMoe),
+}
+
 impl Moe {
-    /// Where they are.
-    pub(super) fn weights(&self) -> ffi::MoeWeights {
-        ffi::MoeWeights {
-            router: self.router.memory.ptr(),
-            gate_up: self.gate_up.memory.ptr(),
-            down: self.down.memory.ptr(),
-            shared_gate_up: self.shared_gate_up.memory.ptr(),
-            shared_down: self.shared_down.memory.ptr(),
-            shared_gate: self.shared_gate.memory.ptr(),
+    pub(super) fn weights(&self) -> MoeWeights {
+        let (router, shared_gate) = (self.router.ptr(), self.shared_gate.ptr());
+        let matrices = [&self.gate_up, &self.down, &self.shared_gate_up, &self.shared_down];
+        if matrices.iter().all(|m| m.is_plain()) {
+            let [gate_up, down, shared_gate_up, shared_down] = matrices.map(Linear::ptr);
+            let weights = ffi::MoeWeights { router, gate_up, down, shared_gate_up, shared_down, shared_gate };
+            return MoeWeights::Plain(weights);
         }
+        let [gate_up, down, shared_gate_up, shared_down] = matrices.map(Linear::packed);
+        let weights = ffi::PackedMoe { gate_up, down, shared_gate_up, shared_down, router, shared_gate };
+        MoeWeights::Packed(weights)
     }
+}
+
+/// Whether there are kernels for experts of these sizes with codes.
+pub(super) fn takes_codes(dims: &ffi::MoeDims) -> bool {
+    let whole = [dims.hidden, dims.width, dims.shared_width].iter().all(|size| size % 64 == 0);
+    whole && dims.hidden <= 4096 && dims.top_k <= 32
 }
 
 /// Keys and values of one attention layer.

@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::ffi::c_int;
 use std::sync::{Arc, PoisonError};
 
-use super::blas::Blas;
 use super::buffers::{
     Buf, Moe, Pages, Slots, Vector, bytes_of, delta_dims, fp8_page_bytes, is_run, product, slot_parts,
+    takes_codes,
 };
+use super::form::Form;
 use super::graph::{self, Graph, Turn};
-use super::step::{MIN_WIDE_ROWS, Step};
+use super::step::Step;
 use super::weights::Linear;
 use super::{Cuda, State, ffi, measure, sample};
 use crate::backend::cpu::conv1d::tap_major;
@@ -41,17 +42,22 @@ impl Backend for Cuda {
     fn scratch(&self, config: &ModelConfig, limits: &BatchLimits, caches: Caches) -> Result<()> {
         // The weights are there now.
         *self.uploader.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // Kernels read weights before what is ahead of them on the stream has ended.
+        if !self.device.is_imagined() {
+            self.device.synchronize()?;
+        }
         let step = Step::new(&self.device, config, limits, caches)?;
         self.state().step = Some(step);
         Ok(())
     }
 
     fn linear_weight(&self, tensors: &[Tensor], _dtype: Option<DType>) -> Result<Linear> {
-        self.matrix(tensors)
+        self.upload(|uploader| uploader.linear(tensors))
     }
 
     fn table_weight(&self, tensor: &Tensor, _dtype: Option<DType>) -> Result<Linear> {
-        self.matrix(std::slice::from_ref(tensor))
+        // Rows are read from it: no codes.
+        self.whole(std::slice::from_ref(tensor), Form::Bf16)
     }
 
     fn screen(&self, _head: &Tensor, _dtype: Option<DType>) -> Result<()> {
@@ -68,19 +74,25 @@ impl Backend for Cuda {
     }
 
     fn moe_weights(&self, t: MoeTensors<'_>, _dtype: Option<DType>) -> Result<Moe> {
-        let one = |tensor: &Tensor| self.matrix(std::slice::from_ref(tensor));
-        let (gate_up, down) = (self.matrix(&t.experts.gate_up())?, self.matrix(&t.experts.down())?);
         let [gate, up, shared_down] = t.shared.map(Tensor::clone);
-        let (router, shared_gate_up, shared_down) =
-            (one(t.router)?, self.matrix(&[gate, up])?, one(&shared_down)?);
+        let (gate_up, down) = (t.experts.gate_up(), t.experts.down());
+        let (shared_gate_up, shared_down) = (vec![gate, up], vec![shared_down]);
+        let width = |tensors: &[Tensor]| tensors.first().map_or(0, Tensor::num_cols) as i32;
         let dims = ffi::MoeDims {
-            hidden: router.num_in as i32,
-            num_experts: router.num_out as i32,
+            hidden: t.router.num_cols() as i32,
+            num_experts: t.router.num_rows() as i32,
             top_k: t.top_k as i32,
-            width: down.num_in as i32,
-            shared_width: shared_down.num_in as i32,
+            width: width(&down),
+            shared_width: width(&shared_down),
         };
-        let shared_gate = one(t.shared_gate)?;
+        let experts = |tensors: &[Tensor]| {
+            let form = if takes_codes(&dims) { Form::of_all(tensors) } else { Form::Bf16 };
+            self.whole(tensors, form)
+        };
+        let (gate_up, down) = (experts(&gate_up)?, experts(&down)?);
+        let (shared_gate_up, shared_down) = (experts(&shared_gate_up)?, experts(&shared_down)?);
+        let plain = |tensor: &Tensor| self.whole(std::slice::from_ref(tensor), Form::Bf16);
+        let (router, shared_gate) = (plain(t.router)?, plain(t.shared_gate)?);
         Ok(Moe { dims, router, gate_up, down, shared_gate_up, shared_down, shared_gate })
     }
 
@@ -178,7 +190,7 @@ impl Backend for Cuda {
         let hidden = table.num_in as c_int;
         self.launch("embed", batch.num_tokens(), |step, stream| {
             // SAFETY: shapes are those of the trait.
-            Ok(unsafe { ffi::q35_embed(stream, step.batch, table.memory.ptr(), hidden, out.memory.ptr()) })
+            Ok(unsafe { ffi::q35_embed(stream, step.batch, table.ptr(), hidden, out.memory.ptr()) })
         });
     }
 
@@ -203,27 +215,11 @@ impl Backend for Cuda {
     fn linear(&self, n: usize, x: &Buf, w: &Linear, out: &mut Buf) {
         debug_assert!(x.width == w.num_in && out.width == w.num_out);
         let n = self.num_rows(n, x.rows.min(out.rows));
-        let wide = out.precision == Precision::Full;
-        self.launch("linear", n, |_, stream| {
-            let shape = (n, w.num_in, w.num_out, wide);
-            let (x, y) = (x.memory.ptr(), out.memory.ptr());
-            // SAFETY: shapes are those of the trait; `launch` has bound the device.
-            let by_blas =
-                |blas: &Blas| unsafe { blas.linear(&self.device, shape, x, w.memory.ptr(), y) }.is_ok();
-            if n >= MIN_WIDE_ROWS && self.blas.as_ref().is_some_and(by_blas) {
-                return Ok(0);
-            }
-            let (n, num_in, num_out) = (n as c_int, w.num_in as c_int, w.num_out as c_int);
-            // SAFETY: shapes are those of the trait; `wide` says what `out` holds.
-            Ok(unsafe {
-                match wide {
-                    true => {
-                        ffi::q35_linear_f32(stream, n, num_in, num_out, x.cast(), w.memory.ptr(), y.cast())
-                    }
-                    false => ffi::q35_linear(stream, n, num_in, num_out, x.cast(), w.memory.ptr(), y.cast()),
-                }
-            })
-        });
+        let mut first = 0;
+        for part in &w.parts {
+            self.product(n, x, part, out, first);
+            first += part.rows;
+        }
     }
 
     fn top_logits(

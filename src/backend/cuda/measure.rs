@@ -41,7 +41,7 @@ pub(super) fn measure(device: &Arc<Device>, blas: Option<&Blas>) -> Result<Optio
                     code => return Err(launch_failed("fill_normal", code)),
                 }
             }
-            let shape = (SIZE, SIZE, SIZE, false);
+            let shape = (SIZE, SIZE, SIZE, SIZE, false);
             // SAFETY: three matrices inside the allocation.
             let product = || Ok(unsafe { blas.linear(device, shape, a, b, out) }.is_ok());
             match product()? {

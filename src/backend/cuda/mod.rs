@@ -8,13 +8,15 @@ mod attention;
 mod blas;
 mod buffers;
 mod device;
-mod experts;
+
 mod ffi;
+mod form;
 mod graph;
 mod launches;
 mod lend;
 mod measure;
 pub mod ops;
+mod products;
 mod sample;
 mod step;
 mod weights;
@@ -25,6 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::blas::Blas;
 use self::device::{Device, Memory};
+use self::form::Form;
 use self::graph::Graphs;
 use self::step::{MIN_WIDE_ROWS, Step};
 use self::weights::{Linear, Uploader};
@@ -129,10 +132,9 @@ impl Cuda {
         work(uploader)
     }
 
-    fn matrix(&self, tensors: &[Tensor]) -> Result<Linear> {
-        let linear = self.upload(|uploader| uploader.linear(tensors))?;
-        weights::check_sizes(&linear)?;
-        Ok(linear)
+    /// A matrix in one part.
+    fn whole(&self, tensors: &[Tensor], form: Form) -> Result<Linear> {
+        self.upload(|uploader| uploader.whole(tensors, form))
     }
 
     /// Rows that a product is computed for. Those above `n` are whatever the buffers hold, and nobody reads them.

@@ -157,6 +157,13 @@ impl Int4 {
         }
     }
 
+    /// Whether every zero point is 8.
+    pub fn is_symmetric(&self) -> bool {
+        let stored = if self.layout == (Layout::Gptq { minus_one: true }) { MIDDLE - 1 } else { MIDDLE };
+        let zeros = self.zeros.as_ref().and_then(Tensor::bytes).unwrap_or_default();
+        zeros.iter().all(|&two| two == stored * 0x11)
+    }
+
     /// Groups of a row.
     pub fn num_groups(&self) -> usize {
         self.num_cols.div_ceil(self.group.max(1))

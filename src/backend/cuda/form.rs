@@ -1,0 +1,384 @@
+//! The forms that matrices have on the device: bf16, or codes and scales as `q35_packed` lays them out; which tensors keep
+//! their codes, and how they get there.
+
+use std::ffi::{c_int, c_void};
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::device::Memory;
+use super::weights::{BUFFER_BYTES, Uploader};
+use super::{ffi, launch_failed};
+use crate::weights::quant::{BLOCK, Encoded, Fp8, Int4, Layout, Scheme};
+use crate::weights::{DType, Random, Tensor};
+use crate::{Error, Result};
+
+/// Rows and inputs of a tile.
+const TILE: [usize; 2] = [16, 64];
+/// Inputs that a kernel counts to.
+const MAX_IN: usize = 1 << 16;
+/// Groups of inputs that kernels know, beside whole rows.
+const GROUPS: [usize; 3] = [32, 64, 128];
+
+/// How a matrix lies on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// As rows.
+    Bf16,
+    /// 4-bit integers.
+    Int4 {
+        /// Whether scales are bf16, else f16.
+        bf16_scales: bool,
+        /// Inputs that share a scale.
+        group: usize,
+        /// Whether zero points are others than 8.
+        zeros: bool,
+    },
+    /// 8-bit floats, a scale for 128 x 128.
+    Fp8Blocks,
+    /// 8-bit floats, a scale for a row.
+    Fp8Rows,
+}
+
+/// Consecutive rows of a matrix, in one form.
+pub(super) struct Part {
+    /// Codes, then scales, then zero points.
+    pub memory: Memory,
+    pub rows: usize,
+    form: Form,
+    scales_at: usize,
+    zeros_at: usize,
+}
+
+impl Form {
+    /// The form that keeps every number of a tensor as it is: bf16 where no kernel has one, which rounds what is
+    /// something else.
+    pub fn of(tensor: &Tensor) -> Self {
+        let (rows, k) = (tensor.num_rows(), tensor.num_cols());
+        if rows == 0 || rows % TILE[0] != 0 || k == 0 || k % TILE[1] != 0 || k > MAX_IN {
+            return Form::Bf16;
+        }
+        match (tensor.encoded(), tensor.scheme()) {
+            (Some(Encoded::Int4(int4)), _) => Self::of_int4(int4),
+            (Some(Encoded::Fp8(fp8)), _) => Self::of_fp8(fp8),
+            (None, Some(Scheme::Int4 { group })) if group >= k || GROUPS.contains(&group) => {
+                Form::Int4 { bf16_scales: true, group, zeros: false }
+            }
+            (None, Some(Scheme::Fp8 { matrix_rows })) if matrix_rows % TILE[0] == 0 => Form::Fp8Blocks,
+            _ => Form::Bf16,
+        }
+    }
+
+    /// That of tensors which must be in one.
+    pub fn of_all(tensors: &[Tensor]) -> Self {
+        let form = tensors.first().map_or(Form::Bf16, Form::of);
+        if tensors.iter().all(|tensor| Form::of(tensor) == form) { form } else { Form::Bf16 }
+    }
+
+    fn of_int4(int4: &Int4) -> Self {
+        let group = int4.group;
+        let bf16_scales = match int4.scales.dtype {
+            DType::BF16 => true,
+            DType::F16 => false,
+            _ => return Form::Bf16,
+        };
+        if group < int4.num_cols && !GROUPS.contains(&group) {
+            return Form::Bf16;
+        }
+        Form::Int4 { bf16_scales, group, zeros: !int4.is_symmetric() }
+    }
+
+    fn of_fp8(fp8: &Fp8) -> Self {
+        let [rows, columns] = fp8.block;
+        let tiles = rows % TILE[0] == 0 || rows >= fp8.num_rows;
+        match () {
+            () if !fp8.num_rows.is_multiple_of(TILE[0]) => Form::Bf16,
+            () if columns >= fp8.num_cols && (rows == 1 || tiles) => Form::Fp8Rows,
+            () if columns == BLOCK && tiles => Form::Fp8Blocks,
+            () => Form::Bf16,
+        }
+    }
+
+    /// Groups of a row.
+    fn num_groups(self, k: usize) -> usize {
+        match self {
+            Form::Bf16 => 0,
+            Form::Int4 { group, .. } => k.div_ceil(group.max(1)),
+            Form::Fp8Blocks => k.div_ceil(BLOCK),
+            Form::Fp8Rows => 1,
+        }
+    }
+
+    /// Bytes of codes, scales and zero points.
+    fn bytes(self, rows: usize, k: usize) -> [usize; 3] {
+        let groups = self.num_groups(k);
+        match self {
+            Form::Bf16 => [2 * rows * k, 0, 0],
+            Form::Int4 { zeros, .. } => {
+                [rows * k / 2, 2 * rows * groups, if zeros { rows * groups } else { 0 }]
+            }
+            Form::Fp8Blocks => [rows * k, 4 * rows / TILE[0] * groups, 0],
+            Form::Fp8Rows => [rows * k, 4 * rows, 0],
+        }
+    }
+}
+
+impl Part {
+    /// bf16 rows.
+    pub fn plain(memory: Memory, rows: usize) -> Self {
+        Self { memory, rows, form: Form::Bf16, scales_at: 0, zeros_at: 0 }
+    }
+
+    /// A matrix without rows.
+    pub fn none(k: usize) -> ffi::Packed {
+        let (codes, scales) = (std::ptr::null(), std::ptr::null());
+        ffi::Packed { codes, scales, zeros: std::ptr::null(), rows: 0, k: k as i32, group: 0, kind: 0 }
+    }
+
+    /// Whether it is rows of bf16.
+    pub fn is_plain(&self) -> bool {
+        self.form == Form::Bf16
+    }
+
+    /// For a launcher.
+    pub fn packed(&self, k: usize) -> ffi::Packed {
+        let mut packed = Self::none(k);
+        packed.codes = self.memory.ptr();
+        packed.rows = self.rows as i32;
+        let scales = self.memory.at(self.scales_at) as *const c_void;
+        let zeros = self.memory.at(self.zeros_at) as *const u8;
+        (packed.kind, packed.group) = match self.form {
+            Form::Bf16 => return packed,
+            Form::Int4 { bf16_scales, group, .. } => (if bf16_scales { 2 } else { 1 }, group as i32),
+            Form::Fp8Blocks => (3, BLOCK as i32),
+            Form::Fp8Rows => (4, k as i32),
+        };
+        packed.scales = scales;
+        if let Form::Int4 { zeros: true, .. } = self.form {
+            packed.zeros = zeros;
+        }
+        packed
+    }
+}
+
+/// A part that is being filled, from row `row` on.
+struct Filling {
+    to: ffi::Packed,
+    row: usize,
+}
+
+impl Uploader {
+    /// Tensors of one form, with codes.
+    pub(super) fn pack(&mut self, tensors: &[Tensor], form: Form) -> Result<Part> {
+        let rows: usize = tensors.iter().map(Tensor::num_rows).sum();
+        let k = tensors.first().map_or(0, Tensor::num_cols);
+        let [codes, scales, zeros] = form.bytes(rows, k).map(|bytes| bytes.next_multiple_of(256));
+        let memory = self.device.alloc(Some(codes + scales + zeros), "weights")?;
+        let part = Part { memory, rows, form, scales_at: codes, zeros_at: codes + scales };
+        let mut filling = Filling { to: part.packed(k), row: 0 };
+        for tensor in tensors {
+            match (tensor.encoded(), tensor.scheme()) {
+                (Some(Encoded::Int4(int4)), _) => self.pack_int4(&mut filling, int4)?,
+                (Some(Encoded::Fp8(fp8)), _) => self.pack_fp8(&mut filling, fp8, &tensor.name)?,
+                (_, Some(scheme)) => self.quantise(&mut filling, tensor, scheme)?,
+                _ => return Err(Error::Internal(format!("{} has no codes", tensor.name))),
+            }
+            tensor.release();
+        }
+        Ok(part)
+    }
+
+    /// Runs a launcher of `cuda/pack.cu` on memory of a real device.
+    fn run(&self, name: &str, call: impl FnOnce(ffi::Stream) -> c_int) -> Result<()> {
+        if self.device.is_imagined() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        match call(self.device.stream().cast()) {
+            0 => Ok(()),
+            code => Err(launch_failed(name, code)),
+        }
+    }
+
+    fn pack_int4(&mut self, f: &mut Filling, from: &Int4) -> Result<()> {
+        let (groups, size) = (from.num_groups(), from.scales.dtype.size());
+        let (order, minus_one) = match from.layout {
+            Layout::Packed => (0, false),
+            Layout::Gptq { minus_one } => (1, minus_one),
+            Layout::Awq => (2, false),
+        };
+        let kind = if from.scales.dtype == DType::F16 { 1 } else { 2 };
+        for rows in pieces(0..from.num_rows, from.num_cols / 2, TILE[0]) {
+            let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
+            let bytes = |tensor: &Tensor| tensor.num_bytes() / from.num_rows;
+            let codes = self.stage_grid(&from.codes, from, rows.clone(), bytes(&from.codes))?;
+            // SAFETY: rows of this matrix, of which `stage_grid` sent all that is read.
+            self.run("pack_int4", |stream| unsafe {
+                ffi::q35_pack_int4(stream, to, row0, n, codes as *const i32, order)
+            })?;
+            if let (Some(zeros), false) = (&from.zeros, to.zeros.is_null()) {
+                // Eight rows share words; a tile has sixteen.
+                let zeros = self.stage_words(zeros, from, rows.clone(), groups)?;
+                // SAFETY: as above.
+                self.run("pack_zeros", |stream| unsafe {
+                    let zeros = zeros as *const i32;
+                    ffi::q35_pack_zeros(stream, to, row0, n, zeros, order, minus_one.into())
+                })?;
+            }
+            let scales = self.stage_grid(&from.scales, from, rows.clone(), groups * size)?;
+            let strides = match from.layout {
+                Layout::Packed => (groups as i64, 1),
+                _ => (1, rows.len() as i64),
+            };
+            // SAFETY: as above.
+            self.run("pack_scales", |stream| unsafe {
+                let scales = scales as *const c_void;
+                ffi::q35_pack_scales(stream, to, row0, n, scales, kind, 1, strides.0, strides.1)
+            })?;
+        }
+        f.row += from.num_rows;
+        Ok(())
+    }
+
+    /// Sends what belongs to `rows`, `row_bytes` each (on average): rows of a grid, or its columns where a checkpoint has
+    /// outputs along them. A column may hold eight of them in a word.
+    fn stage_grid(
+        &mut self,
+        tensor: &Tensor,
+        from: &Int4,
+        rows: Range<usize>,
+        row_bytes: usize,
+    ) -> Result<u64> {
+        let bytes = tensor.bytes().unwrap_or_default();
+        if from.layout == Layout::Packed {
+            let bytes = &bytes[rows.start * row_bytes..rows.end * row_bytes];
+            return self.stage(bytes.len(), 1, |place, out| out.copy_from_slice(&bytes[place]));
+        }
+        // Lines of all outputs; of each, those of `rows`.
+        let lines = tensor.shape[0].max(1);
+        let line = bytes.len() / lines;
+        let (start, len) = (line * rows.start / from.num_rows, line * rows.len() / from.num_rows);
+        self.stage(lines * len, len, |place, out| {
+            for (i, out) in out.chunks_exact_mut(len).enumerate() {
+                let at = (place.start / len + i) * line + start;
+                out.copy_from_slice(&bytes[at..at + len]);
+            }
+        })
+    }
+
+    /// [`Uploader::stage_grid`] of zero points, eight outputs to a word in every layout.
+    fn stage_words(
+        &mut self,
+        tensor: &Tensor,
+        from: &Int4,
+        rows: Range<usize>,
+        groups: usize,
+    ) -> Result<u64> {
+        if from.layout != Layout::Packed {
+            return self.stage_grid(tensor, from, rows, groups * 4 / 8);
+        }
+        let bytes = tensor.bytes().unwrap_or_default();
+        let bytes = &bytes[rows.start / 8 * groups * 4..rows.end / 8 * groups * 4];
+        self.stage(bytes.len(), 1, |place, out| out.copy_from_slice(&bytes[place]))
+    }
+
+    fn pack_fp8(&mut self, f: &mut Filling, from: &Fp8, name: &str) -> Result<()> {
+        let (k, num_groups) = (from.num_cols, from.num_cols.div_ceil(from.block[1]));
+        let matrices = from.codes.num_rows() / from.num_rows.max(1);
+        let block_rows = from.block[0].min(from.num_rows);
+        // A piece is of whole blocks, or inside of one that is too large.
+        let (span, unit) = match block_rows * k <= BUFFER_BYTES {
+            true => (from.num_rows, block_rows.next_multiple_of(TILE[0])),
+            false => (block_rows, TILE[0]),
+        };
+        for first in (0..matrices * from.num_rows).step_by(span.max(1)) {
+            let end = (first + span).min((first / from.num_rows + 1) * from.num_rows);
+            for rows in pieces(first..end, k, unit) {
+                let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
+                let codes = from.code_rows(rows.clone());
+                // 127 and 255 are no numbers; kernels take them for some.
+                if let Some(at) =
+                    codes.par_iter().with_min_len(BLOCK * BLOCK).position_any(|code| code & 0x7f == 0x7f)
+                {
+                    return Err(Error::Tensor {
+                        name: name.to_string(),
+                        found: format!("NaN in row {}, column {}", rows.start + at / k, at % k),
+                        expected: "finite numbers".into(),
+                    });
+                }
+                let codes = self.stage(codes.len(), 1, |place, out| out.copy_from_slice(&codes[place]))?;
+                // SAFETY: rows of this matrix, all of which were sent.
+                self.run("pack_fp8", |stream| unsafe {
+                    ffi::q35_pack_fp8(stream, to, row0, n, codes as *const u8)
+                })?;
+                let lines = rows.len().div_ceil(block_rows);
+                let scales = self.stage(4 * lines * num_groups, 4 * num_groups, |place, out| {
+                    let mut line = vec![0f32; num_groups];
+                    for (i, out) in out.chunks_exact_mut(4 * num_groups).enumerate() {
+                        from.read_scales(
+                            rows.start + (place.start / (4 * num_groups) + i) * block_rows,
+                            &mut line,
+                        );
+                        out.as_chunks_mut()
+                            .0
+                            .iter_mut()
+                            .zip(&line)
+                            .for_each(|(out, x)| *out = x.to_ne_bytes());
+                    }
+                })?;
+                let (block_rows, stride) = (block_rows as c_int, num_groups as i64);
+                // SAFETY: as above.
+                self.run("pack_scales", |stream| unsafe {
+                    let scales = scales as *const c_void;
+                    ffi::q35_pack_scales(stream, to, row0, n, scales, 0, block_rows, stride, 1)
+                })?;
+            }
+        }
+        f.row += from.codes.num_rows();
+        Ok(())
+    }
+
+    /// Quantises on the device: [`crate::weights::quant::quantise_int4`], `quantise_fp8`.
+    fn quantise(&mut self, f: &mut Filling, tensor: &Tensor, scheme: Scheme) -> Result<()> {
+        tensor.check_finite()?;
+        let (k, source) = (tensor.num_cols(), tensor.source());
+        let (matrix_rows, unit) = match scheme {
+            Scheme::Int4 { .. } => (tensor.num_rows(), TILE[0]),
+            Scheme::Fp8 { matrix_rows } => (matrix_rows.max(1), BLOCK),
+        };
+        let random = source.random_elements().and_then(Random::normal);
+        for matrix in 0..tensor.num_rows() / matrix_rows {
+            let first = matrix * matrix_rows;
+            for rows in pieces(first..first + matrix_rows, 2 * k, unit) {
+                let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
+                let w = match random {
+                    Some(random) => {
+                        let at = self.staging()?;
+                        self.draw(at, rows.start * k..rows.end * k, random)?;
+                        at
+                    }
+                    None => self.stage(2 * rows.len() * k, 2 * k, |place, out| {
+                        let first = rows.start + place.start / (2 * k);
+                        source.read_rows_as(first..first + out.len() / (2 * k), DType::BF16, out);
+                    })?,
+                };
+                let w = w as *const ffi::Bf16;
+                // SAFETY: rows of this matrix, all of which were sent or drawn.
+                self.run("quantise", |stream| unsafe {
+                    match scheme {
+                        Scheme::Int4 { .. } => ffi::q35_quantise_int4(stream, to, row0, n, w),
+                        Scheme::Fp8 { .. } => ffi::q35_quantise_fp8(stream, to, row0, n, w),
+                    }
+                })?;
+            }
+        }
+        f.row += tensor.num_rows();
+        Ok(())
+    }
+}
+
+/// Rows by pieces that fit the staging memory, each but the last of whole `unit`s.
+fn pieces(rows: Range<usize>, row_bytes: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = (BUFFER_BYTES / row_bytes.max(1) / unit * unit).max(unit);
+    rows.clone().step_by(step).map(move |first| first..(first + step).min(rows.end))
+}

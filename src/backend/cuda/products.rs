@@ -1,0 +1,129 @@
+//! The launches of products: of a part of a matrix, of the sparse block, and of the norms around that.
+
+use std::ffi::c_int;
+
+use super::blas::Blas;
+use super::buffers::{Buf, Moe, MoeWeights, Vector};
+use super::form::Part;
+use super::step::MIN_WIDE_ROWS;
+use super::{Cuda, ffi};
+use crate::backend::{Backend, Precision};
+
+impl Cuda {
+    /// Columns `first` and on of `out`, as many as the part has rows.
+    pub(super) fn product(&self, n: usize, x: &Buf, part: &Part, out: &mut Buf, first: usize) {
+        let wide = out.precision == Precision::Full;
+        let (num_in, stride) = (x.width, out.width);
+        self.launch("linear", n, |_, stream| {
+            let (x, y) = (x.memory.ptr(), out.memory.at(first * if wide { 4 } else { 2 }) as *mut _);
+            let n_rows = n as c_int;
+            if !part.is_plain() {
+                let (w, wide) = (part.packed(num_in), wide.into());
+                // SAFETY: shapes are those of the trait; `wide` says what `out` holds.
+                return Ok(unsafe { ffi::q35_packed_linear(stream, n_rows, w, x, y, wide, stride as c_int) });
+            }
+            let w: *const ffi::Bf16 = part.memory.ptr();
+            let shape = (n, num_in, part.rows, stride, wide);
+            // SAFETY: shapes are those of the trait; `launch` has bound the device.
+            let by_blas =
+                |blas: &Blas| unsafe { blas.linear(&self.device, shape, x.cast(), w.cast(), y) }.is_ok();
+            if n >= MIN_WIDE_ROWS && self.blas.as_ref().is_some_and(by_blas) {
+                return Ok(0);
+            }
+            let (num_in, rows, stride) = (num_in as c_int, part.rows as c_int, stride as c_int);
+            // SAFETY: shapes are those of the trait; `wide` says what `out` holds.
+            Ok(unsafe {
+                match wide {
+                    true => ffi::q35_linear_f32(stream, n_rows, num_in, rows, x, w, y.cast(), stride),
+                    false => ffi::q35_linear(stream, n_rows, num_in, rows, x, w, y.cast(), stride),
+                }
+            })
+        });
+    }
+
+    /// As [`Backend::moe`].
+    pub(super) fn experts(&self, n: usize, x: &Buf, m: &Moe, out: &mut Buf) {
+        let n = self.num_rows(n, x.rows.min(out.rows));
+        self.launch("moe", n, |step, stream| {
+            let (x, workspace, out) = (x.memory.ptr(), step.moe.ptr(), out.memory.ptr());
+            let (n, dims) = (n as c_int, m.dims);
+            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            Ok(unsafe {
+                match m.weights() {
+                    MoeWeights::Plain(w) => ffi::q35_moe(stream, n, dims, w, x, workspace, out),
+                    MoeWeights::Packed(w) => ffi::q35_packed_moe(stream, n, dims, w, x, workspace, out),
+                }
+            })
+        });
+    }
+
+    /// As [`Backend::norm_moe`].
+    pub(super) fn norm_experts(
+        &self,
+        n: usize,
+        residual: &mut Buf,
+        norm: (&Vector, f32),
+        x: &mut Buf,
+        m: &Moe,
+        block: &mut Buf,
+    ) {
+        let rows = self.num_rows(n, residual.rows.min(x.rows).min(block.rows));
+        let weights = m.weights();
+        if rows >= MIN_WIDE_ROWS && matches!(weights, MoeWeights::Packed(_)) {
+            self.rmsnorm_residual(rows, Some(block), residual, norm.0, norm.1, x);
+            self.experts(rows, x, m, block);
+            return;
+        }
+        self.launch("norm_moe", rows, |step, stream| {
+            let (block, residual, x) = (block.memory.ptr(), residual.memory.ptr(), x.memory.ptr());
+            let (norm, eps, workspace) = (norm.0.0.ptr(), norm.1, step.moe.ptr());
+            let (n, dims) = (rows as c_int, m.dims);
+            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            Ok(unsafe {
+                match weights {
+                    MoeWeights::Plain(w) => {
+                        ffi::q35_norm_moe(stream, n, dims, w, block, residual, norm, eps, x, workspace, block)
+                    }
+                    MoeWeights::Packed(w) => ffi::q35_packed_norm_moe(
+                        stream, n, dims, w, block, residual, norm, eps, x, workspace, block,
+                    ),
+                }
+            })
+        });
+    }
+
+    /// As [`Backend::norm_moe_norm`]: few rows take the norm before the experts along with them, many the norm after.
+    pub(super) fn norm_experts_norm(
+        &self,
+        n: usize,
+        residual: &mut Buf,
+        (before, after, eps): (&Vector, &Vector, f32),
+        x: &mut Buf,
+        m: &Moe,
+        block: &mut Buf,
+    ) {
+        let rows = self.num_rows(n, residual.rows.min(x.rows).min(block.rows));
+        if rows < MIN_WIDE_ROWS {
+            self.norm_experts(n, residual, (before, eps), x, m, block);
+            self.rmsnorm_residual(n, Some(block), residual, after, eps, x);
+            return;
+        }
+        self.rmsnorm_residual(rows, Some(block), residual, before, eps, x);
+        self.launch("moe_then_norm", rows, |step, stream| {
+            let (residual, x): (_, *mut ffi::Bf16) = (residual.memory.ptr(), x.memory.ptr());
+            let (norm, workspace) = (after.0.ptr(), step.moe.ptr());
+            let (n, dims) = (rows as c_int, m.dims);
+            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            Ok(unsafe {
+                match m.weights() {
+                    MoeWeights::Plain(w) => {
+                        ffi::q35_moe_then_norm(stream, n, dims, w, x, workspace, residual, norm, eps, x)
+                    }
+                    MoeWeights::Packed(w) => ffi::q35_packed_moe_then_norm(
+                        stream, n, dims, w, x, workspace, residual, norm, eps, x,
+                    ),
+                }
+            })
+        });
+    }
+}

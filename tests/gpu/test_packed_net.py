@@ -1,0 +1,211 @@
+"""Models whose matrices keep their codes on the GPU, against the CPU, which computes with decoded matrices in f32.
+
+The bound is the same model with its decoded matrices rounded to bf16: codes are exact, so they may only be closer.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import quantised as q
+import test_quantised as whole
+from qwen35rs import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+HIDDEN, WIDTH, VOCAB, EXPERTS = 256, 64, 512, 16
+CONFIG = {
+    "model_type": "qwen3_5_moe",
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_5_moe_text",
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "eos_token_id": 3,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 4,
+        "vocab_size": VOCAB,
+        "head_dim": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": WIDTH,
+        "shared_expert_intermediate_size": 2 * WIDTH,
+        "full_attention_interval": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+    },
+}
+
+
+def tensors():
+    """The checkpoint's, in bf16, about as large as trained ones."""
+    rng = np.random.default_rng(5)
+    drawn = {}
+
+    def draw(name, *shape, scale=1.0, mean=0.0):
+        fan_in = shape[-1] if len(shape) > 1 else 1
+        drawn[name] = q.tensor("BF16", mean + scale * fan_in**-0.5 * rng.standard_normal(shape))
+
+    draw("model.language_model.embed_tokens.weight", VOCAB, HIDDEN, scale=8)
+    draw("model.language_model.norm.weight", HIDDEN, scale=0.1)
+    draw("lm_head.weight", VOCAB, HIDDEN, scale=3)
+    for i in range(4):
+        layer = f"model.language_model.layers.{i}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            draw(f"{layer}{norm}.weight", HIDDEN, scale=0.1)
+        if i < 3:
+            mixer = f"{layer}linear_attn."
+            for name, rows in (("qkv", 512), ("z", 256), ("b", 4), ("a", 4)):
+                draw(f"{mixer}in_proj_{name}.weight", rows, HIDDEN)
+            draw(f"{mixer}conv1d.weight", 512, 1, 4)
+            draw(f"{mixer}A_log", 4, scale=0.3, mean=1.0)
+            draw(f"{mixer}dt_bias", 4, scale=0.3, mean=-3.0)
+            draw(f"{mixer}norm.weight", 64, scale=0.1, mean=1.0)
+            draw(f"{mixer}out_proj.weight", HIDDEN, 256)
+        else:
+            mixer = f"{layer}self_attn."
+            for name, rows in (("q", 512), ("k", 128), ("v", 128)):
+                draw(f"{mixer}{name}_proj.weight", rows, HIDDEN)
+            draw(f"{mixer}o_proj.weight", HIDDEN, 256)
+            for name in ("q_norm", "k_norm"):
+                draw(f"{mixer}{name}.weight", 64, scale=0.1)
+        mlp = f"{layer}mlp."
+        draw(f"{mlp}gate.weight", EXPERTS, HIDDEN, scale=2)
+        draw(f"{mlp}shared_expert_gate.weight", 1, HIDDEN)
+        names = [(f"{mlp}experts.{e}.", WIDTH) for e in range(EXPERTS)]
+        for base, width in [*names, (f"{mlp}shared_expert.", 2 * WIDTH)]:
+            draw(f"{base}gate_proj.weight", width, HIDDEN)
+            draw(f"{base}up_proj.weight", width, HIDDEN)
+            draw(f"{base}down_proj.weight", HIDDEN, width)
+    return drawn
+
+
+def packed(group, **more):
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group}
+    return whole.compressed("pack-quantized", weights | more)
+
+
+# Of each format its configuration, how a matrix is made, how it is decoded.
+FORMATS = {
+    "fp8 blocks": whole.FORMATS["fp8"],
+    "fp8 rows": whole.FORMATS["fp8 per row"],
+    "fp8 one scale": whole.FORMATS["fp8 per matrix"],
+    "gptq 128": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+        lambda x: q.make_gptq(x, 128, symmetric=True),
+        lambda parts: q.decode_gptq(parts, 128),
+    ),
+    "gptq 32 with zero points": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False},
+        lambda x: q.make_gptq(x, 32),
+        lambda parts: q.decode_gptq(parts, 32),
+    ),
+    "awq 64": (
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"},
+        lambda x: q.make_awq(x, 64),
+        lambda parts: q.decode_awq(parts, 64),
+    ),
+    "packed 128": (packed(128), lambda x: q.make_packed(x, 128), lambda parts: q.decode_packed(parts, 128)),
+    "packed 32 with zero points": (
+        packed(32, symmetric=False),
+        lambda x: q.make_packed(x, 32, "F16", symmetric=False),
+        lambda parts: q.decode_packed(parts, 32),
+    ),
+}
+KEPT = {
+    "all": whole.KEPT,
+    "not the shared expert": (*whole.KEPT, "shared_expert."),
+    "experts alone": (*whole.KEPT, "shared_expert.", "linear_attn", "self_attn"),
+}
+
+
+def write(folder, name, kept):
+    config, make, decode = FORMATS[name]
+    stored, plain = {}, {}
+    for key, entry in tensors().items():
+        stored[key] = entry
+        plain[key] = q.tensor("F32", q.numbers(entry))
+        if whole.is_quantised(key, KEPT[kept]) and "norm" not in key:
+            parts = make(q.numbers(entry))
+            del stored[key]
+            stored |= {key.removesuffix("weight") + part: value for part, value in parts.items()}
+            plain[key] = q.tensor("F32", decode(parts))
+    one = whole.write(folder / "one", CONFIG | {"quantization_config": config}, stored)
+    return one, whole.write(folder / "plain", CONFIG, plain)
+
+
+def distance(found, want):
+    return np.linalg.norm(found - want) / np.linalg.norm(want)
+
+
+PROMPT = np.random.default_rng(3).integers(0, VOCAB, 150).tolist()
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_are_closer_than_bf16(name, kept, tmp_path):
+    one, plain = write(tmp_path, name, kept)
+    want = LLM(one, device="cpu").logits(PROMPT)
+    assert np.array_equal(want, LLM(plain, device="cpu").logits(PROMPT))
+    on_gpu, rounded = LLM(one, device="cuda"), LLM(plain, device="cuda")
+    assert on_gpu.stats()["memory"]["weights"] < 0.8 * rounded.stats()["memory"]["weights"]
+    bound = distance(rounded.logits(PROMPT), want)
+    # All rows at once, then by steps of one.
+    assert distance(on_gpu.logits(PROMPT), want) < 1.05 * bound
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
+    found = on_gpu.generate([{"prompt_token_ids": PROMPT}], params)[0].outputs[0]
+    again = LLM(one, device="cpu").logits(PROMPT + list(found.token_ids))
+    after = again[len(PROMPT) - 1 : -1]
+    log_softmax = (
+        after
+        - np.log(np.exp(after - after.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - after.max(-1, keepdims=True)
+    )
+    told = np.array([found.logprobs[i][t].logprob for i, t in enumerate(found.token_ids)])
+    chosen = log_softmax[np.arange(len(told)), list(found.token_ids)]
+    assert np.abs(told - chosen).mean() < 0.05, (told, chosen)
+    # Batches of any size decode to the same.
+    many = on_gpu.generate([{"prompt_token_ids": PROMPT}] * 20, params)
+    same = [list(out.outputs[0].token_ids) == list(found.token_ids) for out in many]
+    assert sum(same) >= 15, same
+
+
+@pytest.mark.parametrize("scheme", ["int4", "fp8", "mixed"])
+def test_quantised_on_the_device(scheme, tmp_path):
+    """The GPU quantises to the numbers that the CPU quantises to."""
+    plain = whole.write(tmp_path / "plain", CONFIG, tensors())
+    on_gpu, on_cpu = (LLM(plain, device=d, quantization=scheme) for d in ("cuda", "cpu"))
+    unquantised = LLM(plain, device="cpu").logits(PROMPT)
+    want = on_cpu.logits(PROMPT)
+    noise = distance(LLM(plain, device="cuda").logits(PROMPT), unquantised)
+    assert distance(on_gpu.logits(PROMPT), want) < 1.25 * noise < distance(unquantised, want)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "fp8", "mixed"])
+def test_random_weights_are_those_of_the_cpu(scheme, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found, want = (
+        LLM(tmp_path, load_format="dummy", device=d, quantization=scheme, max_model_len=512).logits(PROMPT)
+        for d in ("cuda", "cpu")
+    )
+    exact = LLM(tmp_path, load_format="dummy", device="cpu", max_model_len=512).logits(PROMPT)
+    assert distance(found, want) < 0.03 < distance(exact, want)

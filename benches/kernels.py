@@ -486,6 +486,18 @@ def delta_rule(table: Table) -> None:
                     num_bytes=2 * len(seqs) * heads * 128 * 128 * 4 + 2 * n * (stride + heads * 128),
                     flops=flops,
                 )
+                half, halves = DeltaDims(16, heads, 128, 128, 4, 1), states.half()
+                table.add(
+                    f"delta prompt f16 {name} {what}",
+                    lambda b=batch, d=half, c=conv, r=rates, g=norm, p=projected, s=stride, z=channels, t=tails, x=halves, w=space, m=mixed, o=out, h=heads: (
+                        call(
+                            "q35_delta_prompt",
+                            *(b.struct, d, c, r[0], r[1], g, 1e-6, p, s, z, s - 2 * h, t, x, w, m, o),
+                        )
+                    ),
+                    num_bytes=2 * len(seqs) * heads * 128 * 128 * 2 + 2 * n * (stride + heads * 128),
+                    flops=flops,
+                )
             else:
                 counters = torch.zeros(len(seqs) * 16, device="cuda", dtype=torch.int32)
                 norm = random(128, dtype=F32)
@@ -498,6 +510,17 @@ def delta_rule(table: Table) -> None:
                         )
                     ),
                     num_bytes=2 * len(seqs) * heads * 128 * 128 * 4 + n * (14 * channels + 4 * heads * 129),
+                )
+                half, halves = DeltaDims(16, heads, 128, 128, 4, 1), states.half()
+                table.add(
+                    f"delta decode f16 {name} {what}",
+                    lambda b=batch, d=half, c=conv, r=rates, g=norm, p=projected, s=stride, z=channels, t=tails, x=halves, n=counters, m=mixed, o=out, h=heads: (
+                        call(
+                            "q35_delta_decode",
+                            *(b.struct, d, c, r[0], r[1], g, 1e-6, p, s, z, s - 2 * h, t, x, n, m, o),
+                        )
+                    ),
+                    num_bytes=2 * len(seqs) * heads * 128 * 128 * 2 + n * (14 * channels + 4 * heads * 129),
                 )
 
 
@@ -537,6 +560,19 @@ def attention(table: Table) -> None:
                 num_bytes=2 * 2 * 2 * 256 * sum(c + q for c, q, _ in seqs) + 6 * n * q_heads * 256,
                 flops=4 * q_heads * 256 * keys,
             )
+            coded = torch.randint(0, 120, (batch.num_pages, 2, 2, 64 * 260), device="cuda", dtype=torch.uint8)
+            coded[..., 64 * 256 :].view(F32).fill_(0.01)
+            room = max(1, sum(-(-(c + q) // 64) for c, q, _ in seqs if q > 8))
+            size = call("q35_attention_fp8_workspace", room, len(seqs), dims)
+            large = torch.zeros(size, device="cuda", dtype=F32)
+            table.add(
+                f"attention fp8 {name} {what}",
+                lambda b=batch, d=dims, q=q, p=projected, s=stride, k=coded, r=room, w=large, o=out: call(
+                    "q35_gated_attention_fp8", b.struct, d, q, p, s, k, r, b.struct.num_seqs, w, o
+                ),
+                num_bytes=2 * 2 * 260 * sum(c + q for c, q, _ in seqs) + 6 * n * q_heads * 256,
+                flops=4 * q_heads * 256 * keys,
+            )
             norm, freqs = random(256, dtype=F32), random(32, dtype=F32)
             axis = torch.zeros(32, device="cuda", dtype=torch.uint8)
             table.add(
@@ -545,6 +581,13 @@ def attention(table: Table) -> None:
                     "q35_qk_norm_rope_write", b.struct, d, w, w, 1e-6, f, a, 32, 1.0, p, s, q, k[0], k[1]
                 ),
                 num_bytes=2 * n * (q_heads + 2 * 2) * 256 * 2,
+            )
+            table.add(
+                f"norm, rotation, write fp8 {name} {what}",
+                lambda b=batch, d=dims, w=norm, f=freqs, a=axis, p=projected, s=stride, q=q, k=coded: call(
+                    "q35_qk_norm_rope_write_fp8", b.struct, d, w, w, 1e-6, f, a, 32, 1.0, p, s, q, k
+                ),
+                num_bytes=n * (2 * (2 * q_heads + 2 * 2) * 256 + 2 * 2 * 260),
             )
 
 

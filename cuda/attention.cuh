@@ -2,6 +2,9 @@
 #pragma once
 #include "mma.cuh"
 
+// Bytes of the keys, or of the values, of a page's head in fp8.
+__host__ __device__ constexpr int fp8_bytes(int head_dim) { return Q35_PAGE_LEN * (head_dim + 4); }
+
 // What every attention kernel reads.
 struct AttentionArgs {
     q35_batch batch;
@@ -9,6 +12,7 @@ struct AttentionArgs {
     float scale;  // of the scores, times log2(e): all exponentials are powers of two
     const bf16 *q, *projected, *k, *v;
     bf16 *out;
+    const uint8_t *codes;  // pages in fp8; k and v are null then
 
     __device__ int group() const { return q_heads / kv_heads; }
     // The gate of a token's query head; element i is its i-th.
@@ -18,6 +22,10 @@ struct AttentionArgs {
     // The first key or value of a page's head.
     __device__ int64_t page_at(int page, int head) const {
         return (int64_t(page) * kv_heads + head) * Q35_PAGE_LEN * head_dim;
+    }
+    // Keys or values of a page's head in fp8: codes [64, head_dim], then scales f32 [64].
+    __device__ const uint8_t *codes_at(int page, int head, bool values) const {
+        return codes + ((int64_t(page) * kv_heads + head) * 2 + values) * fp8_bytes(head_dim);
     }
 };
 
@@ -32,6 +40,11 @@ cudaError_t attention_decode(cudaStream_t stream, const AttentionArgs &args, flo
 bool attention_prefill_fits(int head_dim, int shared_limit);
 bool attention_decode_fits(int head_dim, int shared_limit);
 int64_t attention_decode_workspace(int max_seqs, q35_attention_dims dims);
+
+// Sequences that are prefill, from pages in fp8: decodes those to `pages`, bf16 keys [room, ..] then values, and runs
+// attention_prefill over them. page_list, int32 [room], and page_start, int32 [num_seqs], are where the decoded pages are.
+cudaError_t attention_prefill_fp8(cudaStream_t stream, const AttentionArgs &args, int room, bf16 *pages, int *page_list,
+                                  int *page_start);
 
 // A step of the running softmax: the products s of 16 rows with the 8 TILES keys from key0 on become weights. Of this
 // thread's rows i = 0, 1, which see the keys up to position[i]: the highest score so far, the sum of the weights

@@ -1,10 +1,9 @@
 // Attention of sequences with few new tokens: their keys are split over blocks, and the results merged.
-#include "attention.cuh"
+#include "attention_tiles.cuh"
 
 namespace {
 
-constexpr int DECODE_WARPS = 4, DECODE_THREADS = 32 * DECODE_WARPS, DECODE_ROWS = 16, DECODE_KEYS = 16;
-constexpr int STAGES = 3;  // for each warp, 16 keys or 16 values in each
+constexpr int DECODE_WARPS = 4, DECODE_THREADS = 32 * DECODE_WARPS;
 // A token's keys are split over teams of TEAM blocks.
 constexpr int TEAM = 8;
 // Partial results of one launch; more sequences take several launches. A GPU is full long before.
@@ -88,20 +87,10 @@ struct Partials {
     int parts, row_tiles, first_seq;
 };
 
-template <int D>
+template <int D, typename Tiles>
 constexpr int decode_shared_bytes() {
-    return (DECODE_ROWS + DECODE_WARPS * STAGES * DECODE_KEYS) * (D + 8) * int(sizeof(bf16)) +
+    return DECODE_ROWS * (D + 8) * int(sizeof(bf16)) + DECODE_WARPS * Tiles::STAGES * Tiles::BYTES +
            (DECODE_WARPS + 1) * DECODE_ROWS * int(sizeof(float2)) + 16;
-}
-
-// The keys or values of a tile, for one warp; those from `len` on are zeros (see load_page of attention_prefill.cu).
-template <int D>
-__device__ void load_tile(bf16 *stage, const bf16 *from, int len) {
-#pragma unroll
-    for (int i = threadIdx.x % 32; i < DECODE_KEYS * (D / 8); i += 32) {
-        const int row = i / (D / 8), column = i % (D / 8) * 8;
-        copy16(stage + row * (D + 8) + column, from + row * D + column, row < len);
-    }
 }
 
 // Sums of weighted values relative to their highest scores, added one after the other.
@@ -128,15 +117,16 @@ struct Task {
 
 // A warp takes every fourth tile of the block's keys and has its own sums, which are merged in the order of the warps,
 // then of the blocks of a team, then of the teams.
-template <int D>
+template <int D, typename Tiles>
 __device__ void decode_rows(const AttentionArgs &args, const Partials &partials, const Task &task,
                             unsigned char *memory) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = args.group(), rank = blockIdx.x % TEAM;
     const int row0 = task.row0, row_end = task.row_end, head = task.head, cached = task.cached;
     const int64_t first_token = task.first_token;
-    constexpr int STAGE = DECODE_KEYS * (D + 8);
+    constexpr int STAGES = Tiles::STAGES, STAGE = Tiles::BYTES;
     bf16 *q_tile = reinterpret_cast<bf16 *>(memory);
-    bf16 *all_stages = q_tile + DECODE_ROWS * (D + 8), *stages = all_stages + warp * STAGES * STAGE;
+    unsigned char *all_stages = memory + DECODE_ROWS * (D + 8) * sizeof(bf16);
+    unsigned char *stages = all_stages + warp * STAGES * STAGE;
     float2 *warp_scales = reinterpret_cast<float2 *>(all_stages + DECODE_WARPS * STAGES * STAGE);
     float2 *block_scales = warp_scales + DECODE_WARPS * DECODE_ROWS;
     int *is_last = reinterpret_cast<int *>(block_scales + DECODE_ROWS);
@@ -154,7 +144,7 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
         const bool there = row0 + r < row_end;
         const int row = there ? row0 + r : row0;
         const int64_t at = (first_token + row / group) * args.q_heads + head * group + row % group;
-        copy16(q_tile + r * (D + 8) + column, args.q + at * D + column, there);
+        Tiles::load_query(q_tile + r * (D + 8), column, args.q + at * D, there);
     }
     // Step 2 i: the keys of the warp's tile i; step 2 i + 1: its values.
     auto load = [&](int step, int stage) {
@@ -162,9 +152,8 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
         if (i < count) {
             if (step % 2 == 0 && i > 0 && i % 32 == 0) page_ids = pages_from(i);
             const int key0 = (first + i * DECODE_WARPS) * DECODE_KEYS;
-            const int64_t at = args.page_at(__shfl_sync(ALL_LANES, page_ids, i % 32), head) +
-                               int64_t(key0 % Q35_PAGE_LEN) * D;
-            load_tile<D>(stages + stage * STAGE, (step % 2 == 0 ? args.k : args.v) + at, end_key - key0);
+            const int page = __shfl_sync(ALL_LANES, page_ids, i % 32);
+            Tiles::load(args, stages + stage * STAGE, step % 2 != 0, page, head, key0 % Q35_PAGE_LEN, end_key - key0);
         }
         copy_commit();
     };
@@ -191,34 +180,12 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
     };
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
-        const bf16 *k_row = stages + stage * STAGE + (lane / 16 * 8 + lane % 8) * (D + 8) + lane / 8 % 2 * 8;
-        float s[2][4] = {}, odd[2][4] = {};  // of every other step: products of one sum wait for each other
-#pragma unroll 4
-        for (int k = 0; k < D; k += 32) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t a[4], b[4];
-                load_matrices(a, q_row + k + 16 * h);
-                load_matrices(b, k_row + k + 16 * h);
-                mma(h == 0 ? s[0] : odd[0], a, b);
-                mma(h == 0 ? s[1] : odd[1], a, b + 2);
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) s[j / 4][j % 4] += odd[j / 4][j % 4];
-        next_stage(2 * i + 3);
+        float s[2][4] = {};
+        Tiles::multiply_keys(s, q_row, stages + stage * STAGE);
+        next_stage(2 * i + STAGES);
         softmax_step<2, D>(args, s, (first + i * DECODE_WARPS) * DECODE_KEYS, position, top, sum, out);
-        const uint32_t a0 = pack2(s[0][0], s[0][1]), a1 = pack2(s[0][2], s[0][3]);
-        const uint32_t a2 = pack2(s[1][0], s[1][1]), a3 = pack2(s[1][2], s[1][3]);
-        const bf16 *v_row = stages + stage * STAGE + lane % 16 * (D + 8) + lane / 16 * 8;
-#pragma unroll
-        for (int n = 0; n < D / 16; n++) {
-            uint32_t b[4];
-            load_matrices_transposed(b, v_row + n * 16);
-            mma(out[2 * n], a0, a1, a2, a3, b[0], b[1]);
-            mma(out[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
-        }
-        next_stage(2 * i + 4);
+        Tiles::multiply_values(out, s, stages + stage * STAGE);
+        next_stage(2 * i + 1 + STAGES);
     }
 
 #pragma unroll
@@ -230,7 +197,7 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
     copy_wait<0>();
     __syncthreads();  // the scales are there, and the stages are free for the sums of the warps
     float *sums = reinterpret_cast<float *>(all_stages);  // [warp][row][D + 8]; those of the block in the first warp's
-    static_assert(DECODE_ROWS * (D + 8) * 4 <= STAGES * STAGE * 2, "sums fit in stages");
+    static_assert(DECODE_ROWS * (D + 8) * 4 <= STAGES * STAGE && STAGE % 16 == 0, "sums fit in stages");
     auto highest_of_block = [&](int r) {
         float highest = -INFINITY;
 #pragma unroll
@@ -242,11 +209,7 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
         const int r = lane / 4 + 8 * i;
         const float highest = highest_of_block(r);
         const float fade = exp2f(top[i] - (highest == -INFINITY ? 0.0f : highest));
-        float *to = sums + (warp * DECODE_ROWS + r) * (D + 8) + lane % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            *reinterpret_cast<float2 *>(to + 8 * n) = make_float2(out[n][2 * i] * fade, out[n][2 * i + 1] * fade);
-        }
+        Tiles::store(sums + (warp * DECODE_ROWS + r) * (D + 8), out, i, fade);
     }
     if (threadIdx.x < DECODE_ROWS) {
         const float highest = highest_of_block(threadIdx.x), safe = highest == -INFINITY ? 0.0f : highest;
@@ -362,7 +325,7 @@ __device__ void decode_rows(const AttentionArgs &args, const Partials &partials,
 // Flash-decoding (Dao et al. 2023) with the heads of a key head packed into the rows of a tile; own code.
 // blockIdx: sequence, key head and block of a team; teams y, y + gridDim.y, ... (so that those which few sequences have
 // come last); tiles z, z + gridDim.z, ... of the rows.
-template <int D>
+template <int D, typename Tiles>
 __global__ void IN_CLUSTERS __launch_bounds__(DECODE_THREADS, 2) decode_kernel(AttentionArgs args, Partials partials) {
     extern __shared__ __align__(16) unsigned char memory[];
     let_next_start();
@@ -387,7 +350,7 @@ __global__ void IN_CLUSTERS __launch_bounds__(DECODE_THREADS, 2) decode_kernel(A
             if (task.row_tile % gridDim.z != blockIdx.z) continue;
             task.row0 = row0, task.row_end = min(row0 + DECODE_ROWS, next * group);
             for (task.team = blockIdx.y; task.team < task.teams; task.team += gridDim.y) {
-                decode_rows<D>(args, partials, task, memory);
+                decode_rows<D, Tiles>(args, partials, task, memory);
             }
         }
     }
@@ -396,11 +359,11 @@ __global__ void IN_CLUSTERS __launch_bounds__(DECODE_THREADS, 2) decode_kernel(A
 // TEAM / CLUSTER of the code that runs on this card, which may be an older architecture's.
 int parts_of_team() {
     cudaFuncAttributes code = {};
-    if (cudaFuncGetAttributes(&code, decode_kernel<64>) != cudaSuccess) return TEAM;
+    if (cudaFuncGetAttributes(&code, decode_kernel<64, Bf16Tiles<64>>) != cudaSuccess) return TEAM;
     return code.ptxVersion >= 90 ? 1 : TEAM;
 }
 
-template <int D>
+template <int D, typename Tiles>
 cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *workspace) {
     const q35_batch &batch = args.batch;
     const int group = args.q_heads / args.kv_heads;
@@ -415,8 +378,9 @@ cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *worksp
     const int rows = batch.max_query_len <= MAX_DECODE_LEN ? slots * group : 1;
     const int blocks_z = ceil_div(rows, DECODE_ROWS);
     if (most < 1 || blocks_z > 65535) return cudaErrorInvalidValue;
-    const cudaError_t status = cudaFuncSetAttribute(decode_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    decode_shared_bytes<D>());
+    const auto kernel = decode_kernel<D, Tiles>;
+    constexpr int SHARED = decode_shared_bytes<D, Tiles>();
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     if (status != cudaSuccess) return status;
     for (int64_t first = 0; first < batch.num_seqs; first += most) {
         const int64_t left = batch.num_seqs - first, n = left < most ? left : most;
@@ -427,8 +391,8 @@ cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *worksp
         const int64_t useful = ceil_div(64, n * args.kv_heads);
         const dim3 grid(unsigned(TEAM * n * args.kv_heads), unsigned(teams < useful ? teams : useful),
                         unsigned(blocks_z));
-        const cudaError_t launched = launch(decode_kernel<D>, grid, DECODE_THREADS, size_t(decode_shared_bytes<D>()),
-                                            stream, args, partials);
+        const cudaError_t launched =
+            launch(kernel, grid, DECODE_THREADS, size_t(SHARED), stream, args, partials);
         if (launched != cudaSuccess) return launched;
     }
     return cudaSuccess;
@@ -437,9 +401,10 @@ cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *worksp
 }  // namespace
 
 bool attention_decode_fits(int head_dim, int shared_limit) {
-    const int needed = head_dim == 64    ? decode_shared_bytes<64>()
-                       : head_dim == 128 ? decode_shared_bytes<128>()
-                                         : decode_shared_bytes<256>();
+    // Tiles in fp8 are smaller.
+    const int needed = head_dim == 64    ? decode_shared_bytes<64, Bf16Tiles<64>>()
+                       : head_dim == 128 ? decode_shared_bytes<128, Bf16Tiles<128>>()
+                                         : decode_shared_bytes<256, Bf16Tiles<256>>();
     return needed <= shared_limit;
 }
 
@@ -453,11 +418,17 @@ int64_t attention_decode_workspace(int max_seqs, q35_attention_dims dims) {
     return COUNTERS + (all < most ? all : most);
 }
 
+template <int D>
+static cudaError_t decode_pages(cudaStream_t stream, const AttentionArgs &args, float *workspace) {
+    return args.codes == nullptr ? decode<D, Bf16Tiles<D>>(stream, args, workspace)
+                                 : decode<D, Fp8Tiles<D>>(stream, args, workspace);
+}
+
 cudaError_t attention_decode(cudaStream_t stream, const AttentionArgs &args, float *workspace) {
     switch (args.head_dim) {
-        case 64: return decode<64>(stream, args, workspace);
-        case 128: return decode<128>(stream, args, workspace);
-        case 256: return decode<256>(stream, args, workspace);
+        case 64: return decode_pages<64>(stream, args, workspace);
+        case 128: return decode_pages<128>(stream, args, workspace);
+        case 256: return decode_pages<256>(stream, args, workspace);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -160,8 +160,9 @@ __global__ __launch_bounds__(CONV_THREADS) void conv_rest(ConvArgs args) {
 // The gated delta rule (Yang et al. 2024, arXiv:2412.06464), token by token. A block has 32 columns of a head's state,
 // in registers from the first token to the last: thread (warp, lane) has columns 4 (lane % 8) .. + 3 of rows
 // 16 i + 4 warp + lane / 8. One pass over it a token: q^T S_new = exp(g) q^T S + (q . k) d. Own code.
-template <int K>
+template <int K, typename T>
 __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
+    typedef typename State<T>::Four Four;
     constexpr int ROWS = K / 16, EACH = K / 32;
     __shared__ float2 keys[4][K];        // (k, q), normalised: each warp its own copy, so a token has one barrier
     __shared__ float4 sums[2][4][2][8];  // of k^T S and q^T S, by parity of the token and by warp
@@ -176,12 +177,12 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane % 8;
     const int column = 32 * slice + 4 * group, row = 4 * warp + lane / 8;
-    float *state = args.states +
-                   (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * K * d.v_dim + column;
+    T *state = static_cast<T *>(args.states) +
+               (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * K * d.v_dim + column;
     float4 s[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
-        s[i] = *reinterpret_cast<const float4 *>(state + (16 * i + row) * d.v_dim);
+        s[i] = State<T>::wide(*reinterpret_cast<const Four *>(state + (16 * i + row) * d.v_dim));
 
     const int k_head = head / (d.num_v_heads / d.num_k_heads);
     const int64_t first = args.batch.query_start[seq];
@@ -216,7 +217,7 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
         const float2 v01 = unpack2(v_raw.x), v23 = unpack2(v_raw.y);
         const float4 delta = correction(beta, ks, make_float4(v01.x, v01.y, v23.x, v23.y));
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) s[r] = axpy(key(r).x, delta, s[r]);
+        for (int r = 0; r < ROWS; r++) s[r] = State<T>::rounded4(axpy(key(r).x, delta, s[r]));
         if (threadIdx.x < 8) {
             const float4 o = axpy(norms.qk, delta, qs);
             *reinterpret_cast<uint2 *>(args.out + (t * d.num_v_heads + head) * d.v_dim + column) =
@@ -225,11 +226,12 @@ __global__ __launch_bounds__(REC_THREADS) void delta_recurrent(DeltaArgs args) {
     }
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
-        *reinterpret_cast<float4 *>(state + (16 * i + row) * d.v_dim) = s[i];
+        State<T>::store4(state + (16 * i + row) * d.v_dim, s[i]);
 }
 
 // The same for any sizes, every token of a sequence by the recurrence; the state stays in memory, where each of its
 // elements is one thread's. Block: ANY_COLUMNS columns, their rows dealt over ANY_ROWS warps. Own code.
+template <typename T>
 __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(DeltaArgs args, int slices) {
     extern __shared__ float keys[];  // k, then q, normalised
     __shared__ float sums[2][ANY_ROWS][ANY_COLUMNS];
@@ -241,8 +243,8 @@ __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(Del
     const int len = args.batch.query_len[seq];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = ANY_COLUMNS * slice + lane;
     const bool inside = column < d.v_dim;
-    float *state = args.states +
-                   (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * d.k_dim * d.v_dim + column;
+    T *state = static_cast<T *>(args.states) +
+               (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * d.k_dim * d.v_dim + column;
     float *k_keys = keys, *q_keys = keys + d.k_dim;
     const int k_head = head / (d.num_v_heads / d.num_k_heads);
     const float q_scale = rsqrtf(static_cast<float>(d.k_dim));
@@ -271,7 +273,7 @@ __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(Del
         float ks = 0.0f, qs = 0.0f;
         if (inside)
             for (int r = warp; r < d.k_dim; r += ANY_ROWS)
-                ks = fmaf(k_keys[r], decay * state[static_cast<int64_t>(r) * d.v_dim], ks);
+                ks = fmaf(k_keys[r], decay * State<T>::load(state + static_cast<int64_t>(r) * d.v_dim), ks);
         sums[0][warp][lane] = ks;
         __syncthreads();
         ks = 0.0f;
@@ -279,9 +281,9 @@ __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(Del
         if (inside) {
             const float delta = beta * (__bfloat162float(v_row[column]) - ks);
             for (int r = warp; r < d.k_dim; r += ANY_ROWS) {
-                float *p = state + static_cast<int64_t>(r) * d.v_dim;
-                const float next = fmaf(k_keys[r], delta, decay * *p);
-                *p = next;
+                T *p = state + static_cast<int64_t>(r) * d.v_dim;
+                const float next = fmaf(k_keys[r], delta, decay * State<T>::load(p));
+                State<T>::store(p, next);
                 qs = fmaf(q_keys[r], next, qs);
             }
         }
@@ -298,8 +300,10 @@ __global__ __launch_bounds__(ANY_COLUMNS *ANY_ROWS) void delta_recurrent_any(Del
 cudaError_t launch_recurrent(cudaStream_t stream, const DeltaArgs &args) {
     const int64_t heads = static_cast<int64_t>(args.batch.num_seqs) * args.dims.num_v_heads;
     const unsigned blocks = static_cast<unsigned>(heads * (args.dims.v_dim / 32));
-    return launch(args.dims.k_dim == 64 ? delta_recurrent<64> : delta_recurrent<128>, blocks, REC_THREADS, 0, stream,
-                  args);
+    const bool half = args.dims.half_states != 0;
+    const auto kernel = args.dims.k_dim == 64 ? (half ? delta_recurrent<64, __half> : delta_recurrent<64, float>)
+                                              : (half ? delta_recurrent<128, __half> : delta_recurrent<128, float>);
+    return launch(kernel, blocks, REC_THREADS, 0, stream, args);
 }
 
 }  // namespace
@@ -328,7 +332,7 @@ extern "C" int64_t q35_delta_workspace(int max_tokens, int max_seqs, q35_delta_d
 
 extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dims dims, const float *a_log,
                                     const float *dt_bias, const q35_bf16 *mixed, const q35_bf16 *projected, int stride,
-                                    int ba_start, float *states, float *workspace, q35_bf16 *out) {
+                                    int ba_start, void *states, float *workspace, q35_bf16 *out) {
     if (batch.num_tokens <= 0 || batch.num_seqs <= 0 || dims.num_v_heads <= 0 || dims.v_dim <= 0) return 0;
     const DeltaArgs args = {batch,  dims,     a_log,  dt_bias,      as_bf16(mixed), as_bf16(projected),
                             stride, ba_start, states, as_bf16(out), conv_channels(dims)};
@@ -343,19 +347,20 @@ extern "C" int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dim
     }
     const int slices = static_cast<int>(ceil_div(dims.v_dim, ANY_COLUMNS));
     const size_t shared = 2 * sizeof(float) * dims.k_dim;
+    const auto kernel = dims.half_states != 0 ? delta_recurrent_any<__half> : delta_recurrent_any<float>;
     if (shared > 40 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(
-            delta_recurrent_any, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) return error;
     }
     const unsigned blocks = static_cast<unsigned>(heads * slices);
-    return launch(delta_recurrent_any, blocks, ANY_COLUMNS * ANY_ROWS, shared, s, args, slices);
+    return launch(kernel, blocks, ANY_COLUMNS * ANY_ROWS, shared, s, args, slices);
 }
 
 extern "C" int q35_delta_prompt(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight,
                                 const float *a_log, const float *dt_bias, const float *norm, float eps,
                                 const q35_bf16 *projected, int stride, int z_start, int ba_start, q35_bf16 *tails,
-                                float *states, float *workspace, q35_bf16 *mixed, q35_bf16 *out) {
+                                void *states, float *workspace, q35_bf16 *mixed, q35_bf16 *out) {
     if (batch.num_tokens <= 0 || batch.num_seqs <= 0 || dims.num_v_heads <= 0 || dims.v_dim <= 0) return 0;
     const bool fused = fast_dims(dims) && dims.k_dim == 128 && dims.conv_kernel == CHUNK_TAPS &&
                        dims.num_v_heads % dims.num_k_heads == 0 && batch.max_query_len > SHORT_CHUNK &&

@@ -2,6 +2,8 @@
 // decode (delta_decode.cu), the chunked form (delta_chunk.cu). One step of the recurrence is here, so that it has the
 // same bits everywhere.
 #pragma once
+#include <cuda_fp16.h>
+
 #include "device.cuh"
 
 struct DeltaArgs {
@@ -10,7 +12,7 @@ struct DeltaArgs {
     const float *a_log, *dt_bias;
     const bf16 *mixed, *projected;
     int stride, ba_start;
-    float *states;
+    void *states;  // f32, or f16 where dims.half_states
     bf16 *out;
     int channels;  // of a row of mixed
 };
@@ -131,6 +133,49 @@ __device__ __forceinline__ void read_state(float4 (&s)[ROWS], float decay, Key k
     ks = add_lanes(add_lanes(ks, 8), 16);
     qs = add_lanes(add_lanes(qs, 8), 16);
 }
+
+// States are T in memory, float or __half. What an f32 becomes there: `State<T>::round`, of two neighbours.
+template <typename T>
+struct State;
+template <>
+struct State<float> {
+    typedef float4 Four;  // four neighbours as they are in memory
+    static __device__ __forceinline__ float4 wide(float4 x) { return x; }
+    static __device__ __forceinline__ void store4(float *p, float4 x) { *reinterpret_cast<float4 *>(p) = x; }
+    static __device__ __forceinline__ float load(const float *p) { return *p; }
+    static __device__ __forceinline__ void store(float *p, float x) { *p = x; }
+    static __device__ __forceinline__ float4 rounded4(float4 x) { return x; }
+    static __device__ __forceinline__ void round(float &, float &) {}
+};
+template <>
+struct State<__half> {
+    // To nearest even; what is too large becomes the largest f16, and NaN stays.
+    static __device__ __forceinline__ __half2 from2(float a, float b) {
+        const __half2 largest = __halves2half2(__ushort_as_half(0x7bff), __ushort_as_half(0x7bff));
+        return __hmax2_nan(__hmin2_nan(__floats2half2_rn(a, b), largest), __hneg2(largest));
+    }
+    typedef uint2 Four;
+    static __device__ __forceinline__ float4 wide(uint2 words) {
+        const float2 a = __half22float2(*reinterpret_cast<const __half2 *>(&words.x));
+        const float2 b = __half22float2(*reinterpret_cast<const __half2 *>(&words.y));
+        return make_float4(a.x, a.y, b.x, b.y);
+    }
+    static __device__ __forceinline__ void store4(__half *p, float4 x) {
+        const __half2 a = from2(x.x, x.y), b = from2(x.z, x.w);
+        *reinterpret_cast<uint2 *>(p) =
+            make_uint2(*reinterpret_cast<const uint32_t *>(&a), *reinterpret_cast<const uint32_t *>(&b));
+    }
+    static __device__ __forceinline__ float load(const __half *p) { return __half2float(*p); }
+    static __device__ __forceinline__ void store(__half *p, float x) { *p = __low2half(from2(x, 0.0f)); }
+    static __device__ __forceinline__ void round(float &a, float &b) {
+        const float2 x = __half22float2(from2(a, b));
+        a = x.x, b = x.y;
+    }
+    static __device__ __forceinline__ float4 rounded4(float4 x) {
+        round(x.x, x.y), round(x.z, x.w);
+        return x;
+    }
+};
 
 // A sum over the four warps: parts[warp][0] of k^T S, [1] of q^T S.
 __device__ __forceinline__ float4 over_warps(const float4 (*parts)[2][8], int which, int group) {

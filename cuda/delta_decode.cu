@@ -29,7 +29,7 @@ struct DecodeArgs {
 // The first 3 D / 2 threads convolve two channels each, of q, of k and of v; the D behind them have the gates, and the
 // one behind those the decay. Heads that share a key head convolve its channels each for itself; the last of them to
 // have read their tail replaces it. Own code.
-template <int D>
+template <int D, typename T>
 __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) {
     constexpr int ROWS = D / 16, EACH = D / 32, PAIRS = D / 2;
     constexpr int FIRST_GATE = 3 * PAIRS, COUNTING = 4 * D - 32, NORM_LANES = D / 8;
@@ -83,11 +83,12 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
         x[0] = bits(projected[rule.ba_start + d.num_v_heads + head]);
         x[1] = bits(projected[rule.ba_start + head]);
     }
-    float *state =
-        rule.states + (static_cast<int64_t>(slot) * d.num_v_heads + head) * D * D + row * D + column;
-    float4 s[ROWS];
+    T *state = static_cast<T *>(rule.states) + (static_cast<int64_t>(slot) * d.num_v_heads + head) * D * D + row * D +
+               column;
+    typedef typename State<T>::Four Four;
+    Four loaded[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) s[r] = *reinterpret_cast<const float4 *>(state + 16 * r * D);
+    for (int r = 0; r < ROWS; r++) loaded[r] = *reinterpret_cast<const Four *>(state + 16 * r * D);
 
     if (convolves) {
         float2 y = make_float2(0.0f, 0.0f);
@@ -120,7 +121,9 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
     const Norms norms = key_norms<D>(q, k);
     const float2 *rows = &keys[row];
     const auto key = [&](int r) { return make_float2(rows[16 * r].x * norms.k, rows[16 * r].y * norms.q); };
-    float4 ks, qs;
+    float4 s[ROWS], ks, qs;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) s[r] = State<T>::wide(loaded[r]);
     read_state(s, rates.x, key, ks, qs);
     if (lane < 8) sums[slice][warp][0][group] = ks, sums[slice][warp][1][group] = qs;
     __syncthreads();
@@ -138,7 +141,7 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
-        *reinterpret_cast<float4 *>(state + 16 * r * D) = axpy(key(r).x, delta, s[r]);
+        State<T>::store4(state + 16 * r * D, axpy(key(r).x, delta, s[r]));
     if (tid / 32 == FIRST_GATE / 32) {
         named_sync<D + 32>(1);  // core is there
         const int at = lane % NORM_LANES * 8;
@@ -165,7 +168,7 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
 extern "C" int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight,
                                 const float *a_log, const float *dt_bias, const float *norm, float eps,
                                 const q35_bf16 *projected, int stride, int z_start, int ba_start, q35_bf16 *tails,
-                                float *states, int32_t *counters, q35_bf16 *mixed, q35_bf16 *out) {
+                                void *states, int32_t *counters, q35_bf16 *mixed, q35_bf16 *out) {
     if (batch.num_tokens <= 0 || dims.num_v_heads <= 0) return 0;
     if (batch.max_query_len > 1) return cudaErrorInvalidValue;
     // Where one of the three launchers would take its kernel for any sizes, its sums have another order.
@@ -190,6 +193,8 @@ extern "C" int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims di
                             stride, ba_start, states, as_bf16(out), conv_channels(dims)};
     const DecodeArgs args = {rule, weight, norm, eps, z_start, as_bf16(tails), counters};
     const dim3 blocks(dims.num_v_heads / dims.num_k_heads, dims.num_k_heads, batch.num_seqs);
-    return launch(dims.k_dim == 64 ? delta_decode<64> : delta_decode<128>, blocks, 4 * dims.k_dim, 0,
-                  as_stream(stream), args);
+    const bool half = dims.half_states != 0;
+    const auto kernel = dims.k_dim == 64 ? (half ? delta_decode<64, __half> : delta_decode<64, float>)
+                                         : (half ? delta_decode<128, __half> : delta_decode<128, float>);
+    return launch(kernel, blocks, 4 * dims.k_dim, 0, as_stream(stream), args);
 }

@@ -55,7 +55,7 @@ __device__ __forceinline__ uint4 as_uint4(const uint32_t a[4]) { return make_uin
 // state, transposed, in the accumulators of its mma from the first chunk to the last, and each product's result is the
 // left operand of the next. The other half loads the next chunk and has the output of the same columns, of the operands
 // that its partner leaves in shared memory. Chunkwise form of Yang et al. 2024; own code.
-template <int K, int V, int STAGES>
+template <int K, int V, int STAGES, typename T>
 __global__ __launch_bounds__(4 * V) void delta_walk(DeltaArgs args, ChunkPlan plan) {
     constexpr int LOADERS = 2 * V, N = C / 8;
     extern __shared__ __align__(16) unsigned char raw[];
@@ -107,9 +107,9 @@ __global__ __launch_bounds__(4 * V) void delta_walk(DeltaArgs args, ChunkPlan pl
 
         // Accumulator tile n, thread (g = lane / 4, t = lane % 4): rows (value columns) g and g + 8 of state columns
         // (key elements) 8 n + 2 t, + 1.
-        float *state = args.states +
-                       (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * K * d.v_dim +
-                       slice * V + warp * 16 + lane / 4;
+        T *state = static_cast<T *>(args.states) +
+                   (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + head) * K * d.v_dim + slice * V +
+                   warp * 16 + lane / 4;
         float st[K / 8][4];
         const auto publish_state = [&] {
 #pragma unroll
@@ -124,7 +124,7 @@ __global__ __launch_bounds__(4 * V) void delta_walk(DeltaArgs args, ChunkPlan pl
             for (int n = 0; n < K / 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    st[n][e] = state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8];
+                    st[n][e] = State<T>::load(state + (8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8);
             publish_state();
         }
 
@@ -207,6 +207,9 @@ __global__ __launch_bounds__(4 * V) void delta_walk(DeltaArgs args, ChunkPlan pl
                         for (int m = 0; m < 4; m++) mma(st[n + m], low[jj], b + 2 * m);
                     }
                 }
+#pragma unroll
+                for (int n = 0; n < K / 8; n++)
+                    State<T>::round(st[n][0], st[n][1]), State<T>::round(st[n][2], st[n][3]);
                 publish_state();
             } else {
                 if (STAGES > 1 && chunk + 1 < chunks) load(chunk + 1);
@@ -263,38 +266,40 @@ __global__ __launch_bounds__(4 * V) void delta_walk(DeltaArgs args, ChunkPlan pl
             for (int n = 0; n < K / 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8] = st[n][e];
+                    State<T>::store(state + (8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8, st[n][e]);
     }
 }
 
-template <int K, int V, int STAGES>
+template <int K, int V, int STAGES, typename T>
 cudaError_t launch_walk(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan, int64_t most_seqs) {
     const int64_t items = most_seqs * args.dims.num_v_heads * (args.dims.v_dim / V);
     const int shared = sizeof(WalkShared<K, V, STAGES>);
     const cudaError_t error =
-        cudaFuncSetAttribute(delta_walk<K, V, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(delta_walk<K, V, STAGES, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) {
         cudaGetLastError();  // more shared memory than the card has: the caller has a smaller one
         return error;
     }
     const unsigned blocks = static_cast<unsigned>(items < MAX_WALK_BLOCKS ? items : MAX_WALK_BLOCKS);
-    return launch(delta_walk<K, V, STAGES>, blocks, 4 * V, shared, stream, args, plan);
+    return launch(delta_walk<K, V, STAGES, T>, blocks, 4 * V, shared, stream, args, plan);
 }
 
-template <int K>
+template <int K, typename T>
 cudaError_t launch_fitting(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan, int64_t most_seqs) {
     // Wide slices load less, narrow ones fill the machine; a warp's bits are the same in both.
     cudaError_t error = cudaErrorInvalidValue;
     if (args.dims.v_dim % 64 == 0 && most_seqs * args.dims.num_v_heads * (args.dims.v_dim / 64) > 100)
-        error = launch_walk<K, 64, 2>(stream, args, plan, most_seqs);
-    if (error == cudaErrorInvalidValue) error = launch_walk<K, 32, 2>(stream, args, plan, most_seqs);
-    return error == cudaErrorInvalidValue ? launch_walk<K, 32, 1>(stream, args, plan, most_seqs) : error;
+        error = launch_walk<K, 64, 2, T>(stream, args, plan, most_seqs);
+    if (error == cudaErrorInvalidValue) error = launch_walk<K, 32, 2, T>(stream, args, plan, most_seqs);
+    return error == cudaErrorInvalidValue ? launch_walk<K, 32, 1, T>(stream, args, plan, most_seqs) : error;
 }
 
 }  // namespace
 
 cudaError_t launch_walks(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan, int64_t most_seqs) {
     if (walk_wgmma_fits(args.dims)) return walk_wgmma(stream, args, plan, most_seqs);
-    return args.dims.k_dim == 64 ? launch_fitting<64>(stream, args, plan, most_seqs)
-                                 : launch_fitting<128>(stream, args, plan, most_seqs);
+    const bool half = args.dims.half_states != 0;
+    const auto launch = args.dims.k_dim == 64 ? (half ? launch_fitting<64, __half> : launch_fitting<64, float>)
+                                              : (half ? launch_fitting<128, __half> : launch_fitting<128, float>);
+    return launch(stream, args, plan, most_seqs);
 }

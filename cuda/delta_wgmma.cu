@@ -279,6 +279,7 @@ __device__ __forceinline__ void step_output(const DeltaArgs &args, Stage &stage,
 
 // Walks the chunks of (sequence, head, 64 columns): the first warpgroup has the recurrence, the second loads the next
 // chunk and has the output of this one. Chunkwise form of Yang et al. 2024; own code.
+template <typename T>
 __global__ __launch_bounds__(THREADS, 1) void delta_walk_wgmma(DeltaArgs args, ChunkPlan plan) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ unsigned char raw[];
@@ -307,18 +308,21 @@ __global__ __launch_bounds__(THREADS, 1) void delta_walk_wgmma(DeltaArgs args, C
 
         __syncthreads();  // the last item's shared memory is read
         if (recurrent) {
-            float *state = args.states +
-                           (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + walk.head) * K * d.v_dim +
-                           walk.column + warp * 16 + lane / 4;
+            T *state = static_cast<T *>(args.states) +
+                       (static_cast<int64_t>(args.batch.slot[seq]) * d.num_v_heads + walk.head) * K * d.v_dim +
+                       walk.column + warp * 16 + lane / 4;
             float st[K / 8][4];
 #pragma unroll
             for (int n = 0; n < K / 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    st[n][e] = state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8];
+                    st[n][e] = State<T>::load(state + (8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8);
             for (int chunk = 0; chunk < chunks; chunk++) {
                 named_sync<THREADS>(READY);
                 step_state(st, s.stages[chunk % STAGES], s.state[warp], s.x[warp]);
+#pragma unroll
+                for (int n = 0; n < K / 8; n++)
+                    State<T>::round(st[n][0], st[n][1]), State<T>::round(st[n][2], st[n][3]);
                 if (chunk + STAGES < chunks) named_arrive<THREADS>(FREE + chunk % STAGES);
             }
             asm volatile("" : "+l"(state));  // the addresses once more, rather than kept in registers
@@ -326,7 +330,7 @@ __global__ __launch_bounds__(THREADS, 1) void delta_walk_wgmma(DeltaArgs args, C
             for (int n = 0; n < K / 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    state[(8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8] = st[n][e];
+                    State<T>::store(state + (8 * n + lane % 4 * 2 + e % 2) * d.v_dim + e / 2 * 8, st[n][e]);
         } else {
             load_chunk(args, plan, walk, 0, s.stages[0]);
             chunk_is_there();
@@ -362,7 +366,7 @@ bool walk_wgmma_fits(q35_delta_dims dims) {
         cudaFuncAttributes kernel = {};
         // Compiled for anything but sm_90a it is empty and has hardly any registers.
         const bool there =
-            major == 9 && cudaFuncGetAttributes(&kernel, delta_walk_wgmma) == cudaSuccess && kernel.numRegs > 100;
+            major == 9 && cudaFuncGetAttributes(&kernel, delta_walk_wgmma<float>) == cudaSuccess && kernel.numRegs > 100;
         known[device] = there ? 2 : 1;
     }
     return known[device] == 2;
@@ -370,9 +374,10 @@ bool walk_wgmma_fits(q35_delta_dims dims) {
 
 cudaError_t walk_wgmma(cudaStream_t stream, const DeltaArgs &args, const ChunkPlan &plan, int64_t most_seqs) {
     const int64_t items = most_seqs * args.dims.num_v_heads * (args.dims.v_dim / V);
+    const auto kernel = args.dims.half_states != 0 ? delta_walk_wgmma<__half> : delta_walk_wgmma<float>;
     const cudaError_t error =
-        cudaFuncSetAttribute(delta_walk_wgmma, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
     if (error != cudaSuccess) return error;
     const unsigned blocks = static_cast<unsigned>(items < MAX_BLOCKS ? items : MAX_BLOCKS);
-    return launch(delta_walk_wgmma, blocks, THREADS, static_cast<size_t>(SHARED_BYTES), stream, args, plan);
+    return launch(kernel, blocks, THREADS, static_cast<size_t>(SHARED_BYTES), stream, args, plan);
 }

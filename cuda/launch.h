@@ -72,6 +72,7 @@ int q35_fill_normal(void *stream, int64_t first, int64_t n, uint64_t seed, float
 
 typedef struct {
     int32_t num_k_heads, num_v_heads, k_dim, v_dim, conv_kernel;  // value head h uses key head h / (V / K)
+    int32_t half_states;                                          // states are f16 in memory, not f32
 } q35_delta_dims;
 
 // The causal depthwise convolution and SiLU over the first C = 2 K k_dim + V v_dim columns of projected
@@ -90,10 +91,13 @@ int q35_causal_conv1d(void *stream, q35_batch batch, q35_delta_dims dims, const 
 // The first chunked_len tokens of a sequence take the chunked form in chunks of 64 counted from its first new token
 // (cached_len is then a multiple of 64), the others this recurrence. Both are f32 sums of the same thing; the chunked
 // form may use tensor cores with bf16 operands, states stay f32. out bf16 [num_tokens, V * v_dim].
+// With half_states a state is computed in f32 and rounded to f16 after each chunk and after each token of the
+// recurrence: to nearest even, to the largest f16 what is larger, infinity too; NaN stays. Outputs are those of the state
+// before it is rounded. So where a sequence is cut into batches does not matter.
 // workspace: f32 [q35_delta_workspace(...)] elements, contents undefined before and after.
 int64_t q35_delta_workspace(int max_tokens, int max_seqs, q35_delta_dims dims);
 int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dims dims, const float *a_log, const float *dt_bias,
-                         const q35_bf16 *mixed, const q35_bf16 *projected, int stride, int ba_start, float *states,
+                         const q35_bf16 *mixed, const q35_bf16 *projected, int stride, int ba_start, void *states,
                          float *workspace, q35_bf16 *out);
 
 // q35_causal_conv1d, q35_gated_delta_rule and q35_gated_rmsnorm (z: columns z_start.. of projected, norm f32 [v_dim]),
@@ -101,7 +105,7 @@ int q35_gated_delta_rule(void *stream, q35_batch batch, q35_delta_dims dims, con
 // mixed: bf16 [num_tokens, C], scratch. workspace: as q35_gated_delta_rule.
 int q35_delta_prompt(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight, const float *a_log,
                      const float *dt_bias, const float *norm, float eps, const q35_bf16 *projected, int stride,
-                     int z_start, int ba_start, q35_bf16 *tails, float *states, float *workspace, q35_bf16 *mixed,
+                     int z_start, int ba_start, q35_bf16 *tails, void *states, float *workspace, q35_bf16 *mixed,
                      q35_bf16 *out);
 
 // For batches whose every sequence has one new token: q35_causal_conv1d, q35_gated_delta_rule and q35_gated_rmsnorm
@@ -109,7 +113,7 @@ int q35_delta_prompt(void *stream, q35_batch batch, q35_delta_dims dims, const f
 // mixed: bf16 [num_tokens, C], scratch. counters: int32 [num_seqs * K], zero before and after.
 int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight, const float *a_log,
                      const float *dt_bias, const float *norm, float eps, const q35_bf16 *projected, int stride,
-                     int z_start, int ba_start, q35_bf16 *tails, float *states, int32_t *counters, q35_bf16 *mixed,
+                     int z_start, int ba_start, q35_bf16 *tails, void *states, int32_t *counters, q35_bf16 *mixed,
                      q35_bf16 *out);
 
 // --------------------------------------------------------------------------------------------------- attention.cu
@@ -138,6 +142,23 @@ int64_t q35_attention_workspace(int max_tokens, int max_seqs, int max_kv_len, q3
 int q35_gated_attention(void *stream, q35_batch batch, q35_attention_dims dims, const q35_bf16 *q,
                         const q35_bf16 *projected, int stride, const q35_bf16 *k_pages, const q35_bf16 *v_pages,
                         float *workspace, q35_bf16 *out);
+
+// The two over pages in fp8: uint8 [num_pages, Hkv, 2 (keys, values), 64 * (d + 4)], 16-byte aligned: for each place d
+// e4m3 codes, behind those of all places an f32 scale for each. A row's scale is max |x| / 448 and its codes are those of
+// x / scale, to nearest even, with keys in f32. A row of zeros, or of numbers too small for a scale, has scale 0 and
+// codes 0; one with an infinity or a NaN has scale NaN. An element is code * scale. Decode is exact in codes: keys'
+// scales are multiplied into scores, values' into weights, before those are rounded to bf16. For sequences of more than
+// 8 new tokens elements are decoded to bf16, rounded once, in the workspace, which has room for `room` pages: together
+// they have at most so many. workspace: f32 [q35_attention_fp8_workspace(...)] elements of the same room and max_seqs,
+// 16-byte aligned, zero before the first use, kept between uses.
+int q35_qk_norm_rope_write_fp8(void *stream, q35_batch batch, q35_attention_dims dims, const float *q_norm,
+                               const float *k_norm, float eps, const float *inv_freq, const uint8_t *axis,
+                               int num_freqs, float rope_scale, const q35_bf16 *projected, int stride, q35_bf16 *q,
+                               uint8_t *pages);
+int64_t q35_attention_fp8_workspace(int room, int max_seqs, q35_attention_dims dims);
+int q35_gated_attention_fp8(void *stream, q35_batch batch, q35_attention_dims dims, const q35_bf16 *q,
+                            const q35_bf16 *projected, int stride, const uint8_t *pages, int room, int max_seqs,
+                            float *workspace, q35_bf16 *out);
 
 // ------------------------------------------------------------------------------------------------------ linear.cu
 

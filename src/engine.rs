@@ -10,7 +10,6 @@ use self::ahead::Flight;
 use crate::backend::{Backend, Sampled, Sampling, Stats};
 use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
-use crate::config::LayerKind;
 use crate::lend::Lendable;
 use crate::model::{Memory, Model, Workspace};
 use crate::random::mix;
@@ -139,15 +138,14 @@ impl<B: Backend> Engine<B> {
             return Err(Error::request("gpu_memory_utilization", utilization, "above 0 and at most 1"));
         }
         let backend = model.backend();
-        let page_bytes = model.num_kv_layers() * backend.page_bytes(&config.attention);
+        let page_bytes = model.page_bytes();
         if let Some(bytes) = limits.kv_cache_bytes {
             at_least("kv_cache_bytes", bytes, page_bytes)?;
         }
         // On a device with memory of its own: what of it is for more than weights.
         let free = backend.free_memory()?.filter(|_| limits.kv_cache_bytes.is_none());
         let budget = free.map(|free| (free as f64 * utilization) as usize);
-        let slot_bytes = config.num_layers_of(LayerKind::DeltaNet) * backend.slot_bytes(&config.delta);
-        let all_slots = slot_bytes.saturating_mul(limits.max_num_seqs);
+        let all_slots = model.slot_bytes().saturating_mul(limits.max_num_seqs);
         // Sizes that are also limits of the buffers, then, once the buffers are there, what is left for pages.
         let left = |used: usize| budget.map(|bytes| bytes.saturating_sub(all_slots.saturating_add(used)));
         let pages = Pages::fit(limits, config.max_context(), page_bytes, left(0))?;
@@ -202,8 +200,7 @@ impl<B: Backend> Engine<B> {
             stats: self.model.backend().stats(),
             max_model_len: self.max_model_len,
             num_pages: self.num_pages,
-            page_bytes: self.model.num_kv_layers()
-                * self.model.backend().page_bytes(&self.model.config().attention),
+            page_bytes: self.model.page_bytes(),
         }
     }
 

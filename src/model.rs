@@ -7,15 +7,16 @@ mod mtp;
 
 use self::mtp::Mtp;
 use crate::Result;
-use crate::backend::{Backend, DeltaWeights, MoeTensors, Precision, Rope, Sampling};
+use crate::backend::{Backend, Caches, DeltaWeights, MoeTensors, Precision, Rope, Sampling};
 use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS};
-use crate::config::{FfnConfig, ModelConfig};
+use crate::config::{FfnConfig, LayerKind, ModelConfig};
 use crate::lend::Lendable;
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
 
 /// The weights of the net on one device.
 pub struct Model<B: Backend> {
     config: ModelConfig,
+    caches: Caches,
     backend: B,
     rope: Rope,
     embed: B::Linear,
@@ -114,7 +115,26 @@ impl<B: Backend> Model<B> {
         }
         let norm = backend.vector(&tensors.norm, 1.0)?;
         let rope = Rope::new(&config.rope);
-        Ok(Self { config: config.clone(), rope, embed, head, screen, norm, layers, mtp: None, backend })
+        let (config, caches) = (config.clone(), Caches::default());
+        Ok(Self { config, caches, rope, embed, head, screen, norm, layers, mtp: None, backend })
+    }
+
+    /// Holds keys, values and states so, in memory that is made afterwards.
+    #[must_use]
+    pub fn with_caches(mut self, caches: Caches) -> Self {
+        self.caches = caches;
+        self
+    }
+
+    /// Bytes of a page, in all layers.
+    pub fn page_bytes(&self) -> usize {
+        self.num_kv_layers() * self.backend.page_bytes(&self.config.attention, self.caches.kv)
+    }
+
+    /// Bytes of a slot, in all layers.
+    pub fn slot_bytes(&self) -> usize {
+        let num_layers = self.config.num_layers_of(LayerKind::DeltaNet);
+        num_layers * self.backend.slot_bytes(&self.config.delta, self.caches.state)
     }
 
     /// The geometry.
@@ -133,9 +153,13 @@ impl<B: Backend> Model<B> {
         for layer in self.layers.iter().chain(self.mtp.iter().map(|mtp| &mtp.layer)) {
             match layer.mixer {
                 Mixer::Attention { .. } => {
-                    memory.pages.push(self.backend.pages(num_pages, &self.config.attention)?);
+                    let pages = self.backend.pages(num_pages, &self.config.attention, self.caches.kv)?;
+                    memory.pages.push(pages);
                 }
-                Mixer::Delta { .. } => memory.slots.push(self.backend.slots(num_slots, &self.config.delta)?),
+                Mixer::Delta { .. } => {
+                    let slots = self.backend.slots(num_slots, &self.config.delta, self.caches.state)?;
+                    memory.slots.push(slots);
+                }
             }
         }
         Ok(memory)
@@ -168,7 +192,7 @@ impl<B: Backend> Model<B> {
             logits: self.backend.buf(logit_rows, c.vocab, Precision::Full)?,
             hidden: buf(mtp_width)?,
             pair: buf(2 * mtp_width)?,
-            scratch: self.backend.scratch(c, limits)?,
+            scratch: self.backend.scratch(c, limits, self.caches)?,
         })
     }
 

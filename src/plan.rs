@@ -5,11 +5,13 @@
 //! GB is 1e9 bytes, GiB is 2^30. One decode step of a batch reads each weight it needs once, and for each
 //! sequence reads its keys and values and reads and writes its delta-rule and convolution state.
 
+mod caches;
 mod family;
 mod gpus;
 #[cfg(feature = "cuda")]
 mod memory;
 
+pub use caches::{CacheBytes, cache_bytes};
 pub use family::{FAMILY, family_config};
 pub use gpus::{GPUS, Gpu, gpu};
 #[cfg(feature = "cuda")]
@@ -17,6 +19,7 @@ pub use memory::memory;
 
 use serde::Serialize;
 
+use crate::backend::{Caches, KvCache, StateType};
 use crate::config::{FfnConfig, LayerKind, ModelConfig, VisionConfig};
 use crate::weights::quant::Quantization;
 use crate::{Error, Result};
@@ -215,28 +218,6 @@ pub struct WeightBytes {
     pub read_per_token: u64,
 }
 
-/// Bytes that grow with tokens and with sequences.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CacheBytes {
-    /// Keys and values of one token, bf16.
-    pub kv_per_token: u64,
-    /// Keys and values of one token, fp8.
-    pub kv_per_token_fp8: u64,
-    /// Keys and values of one token in the MTP layer, bf16; 0 without one.
-    pub mtp_kv_per_token: u64,
-    /// Delta-rule state of one sequence, f32.
-    pub recurrent_per_seq: u64,
-    /// Convolution tail of one sequence, bf16.
-    pub conv_per_seq: u64,
-}
-
-impl CacheBytes {
-    /// Both states of a sequence.
-    pub fn state_per_seq(&self) -> u64 {
-        self.recurrent_per_seq + self.conv_per_seq
-    }
-}
-
 /// Counts the parameters of a model.
 pub fn param_counts(config: &ModelConfig) -> ParamCounts {
     let elements = |m: &Matrices, count: u64| m.rows * m.cols * count;
@@ -281,23 +262,6 @@ pub fn weight_bytes(config: &ModelConfig, scheme: Scheme) -> Option<WeightBytes>
     })
 }
 
-/// Cache and state bytes.
-pub fn cache_bytes(config: &ModelConfig) -> CacheBytes {
-    let kv_elements = 2 * config.attention.kv_width() as u64;
-    let num_attention = config.num_layers_of(LayerKind::Attention) as u64;
-    let num_delta = config.num_layers_of(LayerKind::DeltaNet) as u64;
-    let delta = &config.delta;
-    let state = (delta.num_v_heads * delta.k_dim * delta.v_dim) as u64;
-    let conv = ((delta.conv_kernel - 1) * delta.conv_channels()) as u64;
-    CacheBytes {
-        kv_per_token: 2 * num_attention * kv_elements,
-        kv_per_token_fp8: num_attention * kv_elements,
-        mtp_kv_per_token: 2 * kv_elements * config.num_mtp_layers as u64,
-        recurrent_per_seq: 4 * num_delta * state,
-        conv_per_seq: 2 * num_delta * conv,
-    }
-}
-
 /// Experts of a layer that a batch is expected to touch if routing were uniform: `E (1 - (1 - k/E)^B)`.
 pub fn expected_experts(num_experts: usize, top_k: usize, batch: usize) -> f64 {
     let e = num_experts as f64;
@@ -311,13 +275,13 @@ pub fn step_bytes(
     scheme: Scheme,
     batch: usize,
     context: usize,
-    fp8_kv: bool,
+    caches: Caches,
 ) -> Option<f64> {
     let experts = match config.ffn {
         FfnConfig::Moe { num_experts, top_k, .. } => expected_experts(num_experts, top_k, batch),
         FfnConfig::Dense { .. } => 1.0,
     };
-    step_bytes_with(config, scheme, batch, context, fp8_kv, experts)
+    step_bytes_with(config, scheme, batch, context, caches, experts)
 }
 
 /// The same, with the number of experts that the batch touches in a layer.
@@ -326,7 +290,7 @@ pub fn step_bytes_with(
     scheme: Scheme,
     batch: usize,
     context: usize,
-    fp8_kv: bool,
+    caches: Caches,
     experts: f64,
 ) -> Option<f64> {
     if !scheme.applies_to(config) {
@@ -346,8 +310,7 @@ pub fn step_bytes_with(
         })
         .sum();
     let cache = cache_bytes(config);
-    let kv = if fp8_kv { cache.kv_per_token_fp8 } else { cache.kv_per_token };
-    let per_seq = kv as f64 * context as f64 + 2.0 * cache.state_per_seq() as f64;
+    let per_seq = cache.kv(caches).0 as f64 * context as f64 + 2.0 * cache.state_per_seq(caches) as f64;
     Some(weights + batch as f64 * per_seq)
 }
 
@@ -449,6 +412,8 @@ pub struct PlanOptions {
     pub context: usize,
     /// Keys and values in fp8 in place of bf16.
     pub fp8_kv: bool,
+    /// Recurrent states in f16 in place of f32.
+    pub f16_state: bool,
     /// Hold the vision tower (bf16).
     pub with_vision: bool,
     /// Hold the MTP module (bf16) and its cache.
@@ -464,10 +429,21 @@ impl Default for PlanOptions {
         PlanOptions {
             context: 8192,
             fp8_kv: false,
+            f16_state: false,
             with_vision: false,
             with_mtp: false,
             memory_utilization: 0.95,
             reserve_gib: 1.5,
+        }
+    }
+}
+
+impl PlanOptions {
+    /// How pages and slots are held.
+    pub fn caches(&self) -> Caches {
+        Caches {
+            kv: if self.fp8_kv { KvCache::Fp8 } else { KvCache::Auto },
+            state: if self.f16_state { StateType::F16 } else { StateType::F32 },
         }
     }
 }
@@ -572,17 +548,17 @@ fn row(
     let free = usable - weights_per_card;
 
     let cache = cache_bytes(config);
-    let kv = if options.fp8_kv { cache.kv_per_token_fp8 } else { cache.kv_per_token }
-        + if options.with_mtp { cache.mtp_kv_per_token } else { 0 };
+    let caches = options.caches();
+    let (kv, mtp_kv) = cache.kv(caches);
+    let kv = kv + if options.with_mtp { mtp_kv } else { 0 };
     let kv_per_card = kv as f64 / cards.min(config.attention.num_kv_heads as f64);
-    let state_per_card = cache.state_per_seq() as f64 / cards;
+    let state_per_card = cache.state_per_seq(caches) as f64 / cards;
     let max_context = if kv_per_card > 0.0 { (free - state_per_card) / kv_per_card } else { f64::MAX };
     // A float to integer cast saturates, and turns what is below zero into zero.
     let max_context = (max_context.floor() as usize).min(config.max_context());
     let per_seq = state_per_card + kv_per_card * options.context as f64;
     let max_seqs = (free / per_seq).floor() as usize;
-    let bytes =
-        step_bytes(config, weights.scheme, 1, options.context, options.fp8_kv).unwrap_or(f64::INFINITY);
+    let bytes = step_bytes(config, weights.scheme, 1, options.context, caches).unwrap_or(f64::INFINITY);
     let fits = free >= state_per_card + kv_per_card;
     PlanRow {
         gpu: gpu.name,

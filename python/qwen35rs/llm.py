@@ -63,6 +63,10 @@ class LLM:
             same bits, more slowly: for debugging.
         mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
             has one that can be run. It takes memory, and no part in generating.
+        kv_cache_dtype: how keys and values are held: ``"auto"`` as they are computed (float32 on the CPU, bfloat16 on a
+            GPU); ``"fp8"`` in 8 bits, each row of a head with a scale of its own, which is computed from it.
+        state_dtype: how the recurrent states are held between tokens: ``"float32"``, or ``"float16"`` in half the bytes.
+            They are computed in float32 either way.
         max_model_len: longest prompt plus output, in tokens; the model's context, or what
             ``kv_cache_bytes`` holds of it, by default.
         seed: decides the samples of requests without a seed.
@@ -92,6 +96,8 @@ class LLM:
         deterministic: bool = False,
         enforce_eager: bool = False,
         mtp: bool | None = False,
+        kv_cache_dtype: str = "auto",
+        state_dtype: str = "float32",
         max_model_len: int | None = None,
         seed: int = 0,
         max_num_seqs: int = 32,
@@ -133,6 +139,8 @@ class LLM:
                 deterministic=deterministic,
                 enforce_eager=enforce_eager,
                 mtp=mtp,
+                kv_cache_dtype=kv_cache_dtype,
+                state_dtype=state_dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,

@@ -5,6 +5,7 @@
 //! be larger than the op needs; ops touch the leading `n` rows only. No op allocates device memory after
 //! the buffers were made, and none looks at who is asking: a [`Batch`] is all it sees.
 
+pub mod caches;
 mod choice;
 pub mod cpu;
 #[cfg(feature = "cuda")]
@@ -16,6 +17,7 @@ mod ffi_tests;
 
 mod sampling;
 
+pub use caches::{Caches, KvCache, StateType};
 pub use choice::Device;
 pub use sampling::{Edit, Logprobs, Sampled, Sampling};
 
@@ -59,8 +61,9 @@ pub trait Backend: Send + Sync {
 
     /// An activation buffer of zeros.
     fn buf(&self, rows: usize, width: usize, precision: Precision) -> Result<Self::Buf>;
-    /// Scratch for batches of up to these sizes. One workspace of a model is used at a time.
-    fn scratch(&self, config: &ModelConfig, limits: &BatchLimits) -> Result<Self::Scratch>;
+    /// Scratch for batches of up to these sizes, over pages and slots that are held so. One workspace of a model is used
+    /// at a time.
+    fn scratch(&self, config: &ModelConfig, limits: &BatchLimits, caches: Caches) -> Result<Self::Scratch>;
     /// A linear layer from the rows of one or more tensors, one after the other; with `dtype`, stored so. Tensors may be
     /// encoded, each in another form: [`Tensor::encoded`] for a device that multiplies codes, else
     /// [`Tensor::read_rows_as`].
@@ -76,13 +79,13 @@ pub trait Backend: Send + Sync {
     /// Experts; `router` is `[E, H]`, the shared expert's `gate|up` rows are one linear, `shared_gate` `[1, H]`.
     fn moe_weights(&self, tensors: MoeTensors<'_>, dtype: Option<DType>) -> Result<Self::Moe>;
     /// Pages of one attention layer.
-    fn pages(&self, num_pages: usize, dims: &AttentionConfig) -> Result<Self::Pages>;
+    fn pages(&self, num_pages: usize, dims: &AttentionConfig, kv: KvCache) -> Result<Self::Pages>;
     /// Slots of one delta layer.
-    fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Self::Slots>;
+    fn slots(&self, num_slots: usize, dims: &DeltaConfig, state: StateType) -> Result<Self::Slots>;
     /// Bytes of one page of an attention layer.
-    fn page_bytes(&self, dims: &AttentionConfig) -> usize;
+    fn page_bytes(&self, dims: &AttentionConfig, kv: KvCache) -> usize;
     /// Bytes of one slot of a delta layer.
-    fn slot_bytes(&self, dims: &DeltaConfig) -> usize;
+    fn slot_bytes(&self, dims: &DeltaConfig, state: StateType) -> usize;
 
     /// Bytes of memory of its own that can still be allocated; `None` for a device that shares the host's.
     fn free_memory(&self) -> Result<Option<usize>> {

@@ -13,15 +13,18 @@ use proptest::prelude::*;
 use self::late::{Late, Lent};
 use super::{Engine, EngineLimits, StepOutput};
 use crate::Error;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, Caches, KvCache, StateType};
 use crate::config::ModelConfig;
 use crate::model::Model;
 use crate::request::{FinishReason, RequestId, SamplingParams};
 use crate::weights::{Checkpoint, ModelTensors, MtpTensors};
 
 /// Attention and delta layers, dense and sparse.
-const CHECKPOINTS: [&str; 4] = ["dense_bf16", "moe_bf16", "dense_delta_only", MTP];
+const CHECKPOINTS: [&str; 5] = ["dense_bf16", "moe_bf16", "dense_delta_only", MTP, SMALL];
+
+/// With keys and values in fp8 and states in f16.
+const SMALL: &str = "moe_bf16, small caches";
 
 /// Has an MTP module, which is loaded here.
 const MTP: &str = "moe_vision_mtp";
@@ -31,11 +34,15 @@ pub(crate) fn model(name: &str) -> Model<Cpu> {
 }
 
 fn model_on<B: Backend>(name: &str, backend: B) -> Model<B> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(name);
+    let (folder, caches) = match name.split_once(',') {
+        Some((folder, _)) => (folder, Caches { kv: KvCache::Fp8, state: StateType::F16 }),
+        None => (name, Caches::default()),
+    };
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(folder);
     let config = ModelConfig::from_dir(&path).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     let tensors = ModelTensors::resolve(&checkpoint, &config).unwrap();
-    let model = Model::load(&config, tensors, None, backend, |_, _| Ok(())).unwrap();
+    let model = Model::load(&config, tensors, None, backend, |_, _| Ok(())).unwrap().with_caches(caches);
     match MtpTensors::resolve(&checkpoint, &config) {
         Ok(mtp) => model.with_mtp(mtp, None).unwrap(),
         Err(_) => model,
@@ -61,8 +68,7 @@ fn engine_with_eos(name: &str, limits: &EngineLimits, eos: Vec<u32>) -> Engine<C
 
 /// Bytes of `num_pages` pages of a checkpoint.
 fn page_bytes(name: &str, num_pages: usize) -> usize {
-    let model = model(name);
-    num_pages * crate::batch::PAGE_LEN * model.num_kv_layers() * model.config().attention.kv_width() * 2 * 4
+    num_pages * model(name).page_bytes()
 }
 
 /// All that a request gave: tokens, and each log-probability to the bit.

@@ -2,6 +2,7 @@
 //! can be forgotten.
 
 use crate::Result;
+use crate::backend::Caches;
 use crate::backend::cuda::Cuda;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineLimits, Report};
@@ -18,6 +19,7 @@ pub fn memory(
     config: &ModelConfig,
     quantization: Option<Quantization>,
     mtp: bool,
+    caches: Caches,
     limits: &EngineLimits,
     card_bytes: usize,
 ) -> Result<Report> {
@@ -26,7 +28,8 @@ pub fn memory(
     if let Some(quantization) = quantization {
         tensors = tensors.requantised(quantization);
     }
-    let mut model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
+    let model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
+    let mut model = model.with_caches(caches);
     if mtp {
         let module = MtpTensors::resolve(&checkpoint, config)?;
         let module = match quantization {
@@ -41,12 +44,17 @@ pub fn memory(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{KvCache, StateType};
     use crate::plan::{Scheme, family_config, weight_bytes};
 
     fn of(name: &str, gib: usize) -> Result<Report> {
+        held(name, gib, Caches::default())
+    }
+
+    fn held(name: &str, gib: usize, caches: Caches) -> Result<Report> {
         let limits =
             EngineLimits { max_num_seqs: 64, max_num_batched_tokens: 8192, ..EngineLimits::default() };
-        memory(&family_config(name)?, None, false, &limits, gib << 30)
+        memory(&family_config(name)?, None, false, caches, &limits, gib << 30)
     }
 
     #[test]
@@ -58,6 +66,17 @@ mod tests {
         let total: usize = report.stats.memory.values().sum();
         assert!(total < 80 << 30 && report.num_pages * report.page_bytes < total);
         assert!(report.max_model_len > 8192);
+    }
+
+    #[test]
+    fn small_caches_hold_more() {
+        let caches = Caches { kv: KvCache::Fp8, state: StateType::F16 };
+        let (plain, small) = (of("35b", 80).unwrap(), held("35b", 80, caches).unwrap());
+        // Bytes of a row of 256 elements and its scale.
+        assert_eq!(small.page_bytes * 512, plain.page_bytes * 260);
+        assert_eq!(2 * small.stats.memory["recurrent states"], plain.stats.memory["recurrent states"]);
+        let [more, less] = [&small, &plain].map(|report| report.num_pages as f64);
+        assert!(more > 1.7 * less, "{more} {less}");
     }
 
     #[test]

@@ -3,6 +3,7 @@ use super::{
 };
 use super::{param_counts, plan, step_bytes, weight_bytes};
 use crate::Error;
+use crate::backend::Caches;
 
 #[test]
 fn counts_equal_the_published_totals() {
@@ -78,7 +79,10 @@ fn cache_bytes_equal_the_table() {
         let cache = cache_bytes(&family_config(name).unwrap());
         let found = [cache.kv_per_token, cache.recurrent_per_seq, cache.conv_per_seq, cache.mtp_kv_per_token];
         assert_eq!(found, expected, "{name}");
-        assert_eq!(cache.kv_per_token_fp8 * 2, cache.kv_per_token);
+        // Codes of a row of 256, and its scale.
+        assert_eq!(cache.kv_per_token_fp8 * 512, cache.kv_per_token * 260);
+        assert_eq!(cache.mtp_kv_per_token_fp8 * 512, cache.mtp_kv_per_token * 260);
+        assert_eq!(cache.recurrent_per_seq_f16 * 2, cache.recurrent_per_seq);
     }
 }
 
@@ -116,11 +120,16 @@ fn experts_touched_by_a_batch() {
         assert!((expected_experts(256, 8, batch) - expected).abs() < 0.051);
     }
     let config = family_config("122b").unwrap();
-    let one = step_bytes(&config, Scheme::Fp8, 1, 1, false).unwrap();
+    let caches = Caches::default();
+    let one = step_bytes(&config, Scheme::Fp8, 1, 1, caches).unwrap();
     let weights = weight_bytes(&config, Scheme::Fp8).unwrap().read_per_token as f64;
     let cache = cache_bytes(&config);
-    let expected = weights + cache.kv_per_token as f64 + 2.0 * cache.state_per_seq() as f64;
+    let expected = weights + cache.kv_per_token as f64 + 2.0 * cache.state_per_seq(caches) as f64;
     assert!((one / expected - 1.0).abs() < 1e-9);
+    let small = PlanOptions { fp8_kv: true, f16_state: true, ..PlanOptions::default() }.caches();
+    let saved = one - step_bytes(&config, Scheme::Fp8, 1, 1, small).unwrap();
+    let expected = (cache.kv_per_token - cache.kv_per_token_fp8 + cache.recurrent_per_seq) as f64;
+    assert!((saved / expected - 1.0).abs() < 1e-6);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use super::tokenizer::{Ids, PyTokenizer};
 use super::tools::{json, model_config, parse_quantization};
 use super::{enter, to_py};
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Device};
+use crate::backend::{Backend, Caches, Device};
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, EngineLimits, StepOutput};
 use crate::model::Model;
@@ -148,6 +148,7 @@ struct PyEngine {
     defaults: GenerationConfig,
     config: ModelConfig,
     quantization: Option<Quantization>,
+    caches: Caches,
     /// Rows of the head.
     #[pyo3(get)]
     vocab: usize,
@@ -182,6 +183,7 @@ struct Load {
     quantization: Option<Quantization>,
     /// Whether with its MTP module; `None` for where it can be run.
     mtp: Option<bool>,
+    caches: Caches,
     limits: EngineLimits,
     /// Tokens that exist.
     num_tokens: usize,
@@ -211,17 +213,17 @@ impl Load {
                 Some(true) => Some(MtpTensors::resolve(&checkpoint, &self.config)?),
                 None => MtpTensors::resolve(&checkpoint, &self.config).ok(),
             };
-            let mut model = Model::load(&self.config, tensors, self.dtype, backend, report)?;
+            let mut model =
+                Model::load(&self.config, tensors, self.dtype, backend, report)?.with_caches(self.caches);
             if let Some(mut module) = module {
                 if let Some(quantization) = self.quantization {
                     module = module.requantised(quantization);
                 }
                 model = model.with_mtp(module, self.dtype)?;
             }
-            let has_mtp = model.has_mtp();
             let engine = Engine::new(model, &self.limits, self.num_tokens, self.eos)?;
-            let max_model_len = engine.max_model_len();
-            Ok((engine, (max_model_len, has_mtp)))
+            let sizes = (engine.max_model_len(), engine.model().has_mtp());
+            Ok((engine, sizes))
         };
         // Ctrl-C ends the wait at once; the thread ends behind the layer that it is at.
         Service::start(make, || {
@@ -272,7 +274,7 @@ impl PyEngine {
     /// run. `progress(done, total)` is called as layers are loaded. With the load format `dummy`, `path` may also be a
     /// `config.json` or a size of the family, and the weights are random.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, quantization, deterministic, enforce_eager, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, quantization, deterministic, enforce_eager, mtp, kv_cache_dtype, state_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -285,6 +287,8 @@ impl PyEngine {
         deterministic: bool,
         enforce_eager: bool,
         mtp: Option<bool>,
+        kv_cache_dtype: &str,
+        state_dtype: &str,
         max_model_len: Option<usize>,
         max_num_seqs: usize,
         max_num_batched_tokens: usize,
@@ -309,6 +313,7 @@ impl PyEngine {
             }
         };
         let quantization = parse_quantization(quantization).map_err(to_py)?;
+        let caches = Caches::from_names(kv_cache_dtype, state_dtype).map_err(to_py)?;
         let device = enter(py, || Device::parse(device))?;
         let limits = EngineLimits {
             max_model_len,
@@ -335,16 +340,14 @@ impl PyEngine {
                 dtype,
                 quantization,
                 mtp,
+                caches,
                 limits,
                 num_tokens,
                 eos,
                 progress,
             };
             let (service, (max_model_len, has_mtp)) = match device {
-                Device::Cpu => {
-                    load.check_memory()?;
-                    load.start(Cpu, available_memory())?
-                }
+                Device::Cpu => load.check_memory().and_then(|()| load.start(Cpu, available_memory()))?,
                 Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic, enforce_eager)?,
             };
             let (device, num_layers) = (device.to_string(), config.layers.len());
@@ -354,6 +357,7 @@ impl PyEngine {
                 defaults,
                 config,
                 quantization,
+                caches,
                 vocab,
                 max_model_len,
                 num_layers,
@@ -408,13 +412,13 @@ impl PyEngine {
     }
 
     /// What a decode step of the model needs, in bf16 or as it was quantised at load: `(bytes, active parameters)`.
-    /// `experts_hit` is the number of
-    /// experts of a layer that it reads; 0 for as many as it would under uniform routing.
+    /// `experts_hit`: experts of a layer that it reads; 0 for as many as it would under uniform routing.
     fn step_facts(&self, batch: usize, context: usize, experts_hit: usize) -> (f64, u64) {
-        let (config, scheme) = (&self.config, self.quantization.map_or(Scheme::Bf16, Scheme::from));
+        let (config, caches) = (&self.config, self.caches);
+        let scheme = self.quantization.map_or(Scheme::Bf16, Scheme::from);
         let bytes = match experts_hit {
-            0 => plan::step_bytes(config, scheme, batch, context, false),
-            hit => plan::step_bytes_with(config, scheme, batch, context, false, hit as f64),
+            0 => plan::step_bytes(config, scheme, batch, context, caches),
+            hit => plan::step_bytes_with(config, scheme, batch, context, caches, hit as f64),
         };
         (bytes.unwrap_or_default(), plan::param_counts(config).active)
     }

@@ -113,7 +113,7 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
 
 /// JSON plan of a model, named by a family name or by the path of a `config.json` or its directory.
 #[pyfunction]
-#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, with_vision, with_mtp))]
+#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, f16_state, with_vision, with_mtp))]
 #[allow(clippy::too_many_arguments)]
 fn plan_model(
     py: Python<'_>,
@@ -123,6 +123,7 @@ fn plan_model(
     schemes: Vec<String>,
     context: usize,
     fp8_kv: bool,
+    f16_state: bool,
     with_vision: bool,
     with_mtp: bool,
 ) -> PyResult<String> {
@@ -136,7 +137,8 @@ fn plan_model(
             true => Scheme::ALL.to_vec(),
             false => schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?,
         };
-        let options = PlanOptions { context, fp8_kv, with_vision, with_mtp, ..PlanOptions::default() };
+        let options =
+            PlanOptions { context, fp8_kv, f16_state, with_vision, with_mtp, ..PlanOptions::default() };
         let plan = plan::plan(&config, &gpus, &cards, &schemes, &options)?;
         json(&ModelPlan { config, plan })
     };
@@ -146,7 +148,7 @@ fn plan_model(
 /// JSON of what this version would hold of a model on one card of so much memory, and leave for keys and values; None
 /// where it was built without CUDA. The model is named as for [`plan_model`].
 #[pyfunction]
-#[pyo3(signature = (model, *, gpu, quantization, mtp, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
+#[pyo3(signature = (model, *, gpu, quantization, mtp, fp8_kv, f16_state, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
 #[allow(clippy::too_many_arguments, unused_variables)]
 fn plan_memory(
     py: Python<'_>,
@@ -154,6 +156,8 @@ fn plan_memory(
     gpu: &str,
     quantization: Option<&str>,
     mtp: bool,
+    fp8_kv: bool,
+    f16_state: bool,
     max_model_len: Option<usize>,
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
@@ -172,7 +176,8 @@ fn plan_memory(
                 ..EngineLimits::default()
             };
             let quantization = parse_quantization(quantization)?;
-            json(&plan::memory(&config, quantization, mtp, &limits, bytes)?).map(Some)
+            let caches = PlanOptions { fp8_kv, f16_state, ..PlanOptions::default() }.caches();
+            json(&plan::memory(&config, quantization, mtp, caches, &limits, bytes)?).map(Some)
         })
         .map_err(to_py);
     #[cfg(not(feature = "cuda"))]

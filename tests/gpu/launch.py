@@ -35,7 +35,7 @@ class BatchStruct(ctypes.Structure):
 
 
 class DeltaDims(ctypes.Structure):
-    _fields_ = _ints("num_k_heads", "num_v_heads", "k_dim", "v_dim", "conv_kernel")
+    _fields_ = _ints("num_k_heads", "num_v_heads", "k_dim", "v_dim", "conv_kernel", "half_states")
 
 
 class AttentionDims(ctypes.Structure):

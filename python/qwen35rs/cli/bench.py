@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .._core import RequestError
-from .options import Device, Dtype, Json, LoadFormat, Model, Quantization
+from .options import Device, Dtype, Json, KvCacheDtype, LoadFormat, Model, Quantization, StateDtype
 from .terminal import guarded, load, write, write_json
 
 bench = typer.Typer(
@@ -34,6 +34,8 @@ def tasks(
     seed: Annotated[int, typer.Option(help="Which questions; the same seed, the same questions.")] = 0,
     device: Device = "auto",
     quantization: Quantization = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_dtype: StateDtype = "float32",
     json: Json = False,
 ) -> None:
     """Ask held-out questions whose answers can be checked.
@@ -52,7 +54,14 @@ def tasks(
     """
     from ..bench import TaskResult, measure
 
-    llm = load(model, device=device, quantization=quantization, mtp=None)
+    llm = load(
+        model,
+        device=device,
+        quantization=quantization,
+        mtp=None,
+        kv_cache_dtype=kv_cache_dtype,
+        state_dtype=state_dtype,
+    )
     start = time.perf_counter()
 
     def show(result: TaskResult) -> None:
@@ -94,6 +103,8 @@ def engine(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_dtype: StateDtype = "float32",
     max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of one step.")] = 8192,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Launch kernels one by one, without CUDA graphs.")
@@ -133,6 +144,8 @@ def engine(
             device=device,
             dtype=dtype,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            state_dtype=state_dtype,
             max_num_seqs=max(batches),
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max(*rooms, *(size + 1 for size in prompts)),

@@ -13,7 +13,17 @@ import typer
 
 from .._core import RequestError
 from . import options
-from .options import Device, Dtype, IgnoreEos, Json, MaxModelLen, Model, Quantization
+from .options import (
+    Device,
+    Dtype,
+    IgnoreEos,
+    Json,
+    KvCacheDtype,
+    MaxModelLen,
+    Model,
+    Quantization,
+    StateDtype,
+)
 from .terminal import BOLD, guarded, load, note, write, write_json
 
 if TYPE_CHECKING:
@@ -62,6 +72,8 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    state_dtype: StateDtype = "float32",
     max_model_len: MaxModelLen = None,
     json: Json = False,
 ) -> None:
@@ -101,7 +113,15 @@ def generate(
     else:
         texts = _read_prompts(prompts, file)
     started = time.perf_counter()
-    llm = load(model, device=device, dtype=dtype, quantization=quantization, max_model_len=max_model_len)
+    llm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        state_dtype=state_dtype,
+        max_model_len=max_model_len,
+    )
     load_s = time.perf_counter() - started
     if not token_ids:
         shown = [_as_message(llm, text, no_thinking) for text in texts] if chat else texts

@@ -144,10 +144,12 @@ def parameters(params: dict[str, int]) -> dict[str, str]:
 
 def cache(sizes: dict[str, int]) -> dict[str, str]:
     """Rows on what sequences hold."""
-    state = sizes["recurrent_per_seq"] + sizes["conv_per_seq"]
+    state, half = (
+        sizes[name] + sizes["conv_per_seq"] for name in ("recurrent_per_seq", "recurrent_per_seq_f16")
+    )
     return {
         "keys and values": f"{gib(sizes['kv_per_token'])} per token ({gib(sizes['kv_per_token_fp8'])} in fp8)",
-        "state": f"{gib(state)} per sequence, whatever its length",
+        "state": f"{gib(state)} per sequence, whatever its length ({gib(half)} in f16)",
     }
 
 

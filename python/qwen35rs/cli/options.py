@@ -76,6 +76,17 @@ Quantization = Annotated[
         rich_help_panel=_LOADING,
     ),
 ]
+KvCacheDtype = Annotated[
+    str,
+    typer.Option(
+        help="How keys and values are held: auto (as they are computed), fp8 (a byte each).",
+        rich_help_panel=_LOADING,
+    ),
+]
+StateDtype = Annotated[
+    str,
+    typer.Option(help="How recurrent states are held: float32, float16.", rich_help_panel=_LOADING),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(

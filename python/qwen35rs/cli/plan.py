@@ -56,6 +56,7 @@ def plan(
         typer.Option(help=f"Tokens of each sequence. \\[default: {CONTEXT}]"),
     ] = None,
     fp8_kv: Annotated[bool, typer.Option("--fp8-kv", help="Keys and values in fp8.")] = False,
+    f16_state: Annotated[bool, typer.Option("--f16-state", help="Recurrent states in f16.")] = False,
     vision: Annotated[bool, typer.Option("--vision", help="Hold the vision tower.")] = False,
     mtp: Annotated[bool, typer.Option("--mtp", help="Hold the multi-token-prediction module.")] = False,
     memory: Annotated[
@@ -106,7 +107,7 @@ def plan(
         raise _core.RequestError("quantization: found it without --memory; allowed: with it")
     if quantization not in SCHEME_OF:
         raise _core.RequestError(f"quantization: found {quantization}; allowed: int4, fp8, mixed, or none")
-    others = {"scheme": scheme, "cards": cards, "context": context, "fp8-kv": fp8_kv, "vision": vision}
+    others = {"scheme": scheme, "cards": cards, "context": context, "vision": vision}
     for name, given in others.items():
         if memory and given:
             raise _core.RequestError(
@@ -122,6 +123,7 @@ def plan(
             schemes=schemes,
             context=context,
             fp8_kv=fp8_kv,
+            f16_state=f16_state,
             with_vision=vision,
             with_mtp=mtp,
         )
@@ -138,7 +140,13 @@ def plan(
     schemes = scheme or ([] if gpu else SCHEMES)
     found = ask(gpu or GPUS, cards or CARDS, schemes, context)
     if memory:
-        limits = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "max_model_len": None, "mtp": mtp}
+        limits: dict[str, Any] = {
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 512,
+            "max_model_len": None,
+            "mtp": mtp,
+        }
+        limits |= {"fp8_kv": fp8_kv, "f16_state": f16_state}
         limits |= {name: value for name, value in sizes.items() if value is not None}
         limits["quantization"] = quantization
         weights = next(row["resident"] for row in ask([], [], [SCHEME_OF[quantization]], context)["weights"])
@@ -194,7 +202,15 @@ def _source(model: str) -> str:
 def _is_size(name: str) -> bool:
     try:
         _core.plan_model(
-            name, gpus=[], cards=[], schemes=[], context=1, fp8_kv=False, with_vision=False, with_mtp=False
+            name,
+            gpus=[],
+            cards=[],
+            schemes=[],
+            context=1,
+            fp8_kv=False,
+            f16_state=False,
+            with_vision=False,
+            with_mtp=False,
         )
     except _core.RequestError:
         return False
@@ -215,7 +231,8 @@ def _show(model: str, found: dict[str, Any], fewest: bool) -> None:
     options = found["options"]
     held = [name for name in ("vision", "mtp") if options[f"with_{name}"]]
     write(
-        f"Sequences are {context:,} tokens long, keys and values {'fp8' if options['fp8_kv'] else 'bf16'}"
+        f"Sequences are {context:,} tokens long, keys and values {'fp8' if options['fp8_kv'] else 'bf16'}, "
+        f"states {'f16' if options['f16_state'] else 'f32'}"
         f"{''.join(f', {name} held' for name in held)}; {options['memory_utilization']:.0%} of each card is used, "
         f"{options['reserve_gib']} GiB of it for work space. Tokens per second are what the bandwidth allows one "
         "sequence at most.\n"

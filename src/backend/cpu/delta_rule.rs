@@ -22,6 +22,7 @@ use super::kernel::kernel;
 use super::norm::l2_norm;
 use super::simd::{F32x16, LANES};
 use super::small::{matmul_nn, matmul_nt};
+use crate::backend::caches::to_f16;
 use crate::batch::CHUNK_LEN;
 
 /// One value head of one sequence: where its rows are. Row `t` of each is `stride` elements after row `t - 1`.
@@ -90,6 +91,33 @@ pub unsafe fn gated_delta_rule(head: Head<'_>, chunked_len: usize, state: &mut [
             }
         });
         t += len;
+    }
+}
+
+/// The same, with the state rounded to f16 after each chunk and after each token of the recurrence: where its bits are
+/// lost does not depend on how a sequence is cut into calls.
+///
+/// # Safety
+/// As [`gated_delta_rule`].
+pub unsafe fn gated_delta_rule_f16(head: Head<'_>, chunked_len: usize, state: &mut [f32], out: OutRows) {
+    let (num_tokens, mut t) = (head.g.len(), 0);
+    while t < num_tokens {
+        let chunked = if t < chunked_len { CHUNK_LEN.min(chunked_len - t) } else { 0 };
+        let end = t + chunked.max(1);
+        let part = Head {
+            q: &head.q[t * head.strides[0]..],
+            k: &head.k[t * head.strides[1]..],
+            v: &head.v[t * head.strides[2]..],
+            g: &head.g[t..end],
+            beta: &head.beta[t..end],
+            ..head
+        };
+        // SAFETY: the caller's rows, from token t on.
+        unsafe {
+            gated_delta_rule(part, chunked, state, OutRows { out: out.out.add(t * out.stride), ..out })
+        };
+        state.iter_mut().for_each(|s| *s = to_f16(*s).to_f32());
+        t = end;
     }
 }
 

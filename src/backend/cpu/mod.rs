@@ -4,6 +4,7 @@
 //! Every op gives a token the same bits whatever else is in the batch.
 
 pub mod attention;
+mod cached;
 pub mod conv1d;
 pub mod delta_rule;
 mod gemm;
@@ -20,14 +21,16 @@ pub mod softmax;
 mod tile;
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 
 use self::attention::{PagedRows, Queries};
+use self::cached::{Rows, States};
 use self::delta_rule::{Head, OutRows};
 use self::linear::Linear;
 use self::moe::Moe;
 use self::parallel::Shared;
 use self::screen::Screen;
-use super::{Backend, DecayWeights, MoeTensors, Precision, Rope};
+use super::{Backend, Caches, DecayWeights, KvCache, MoeTensors, Precision, Rope, StateType};
 use crate::batch::{Batch, BatchLimits, BatchSeq, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
 use crate::weights::{DType, Tensor};
@@ -47,13 +50,13 @@ pub struct Buf {
 
 /// Keys and values of one attention layer, each `[num_pages, num_kv_heads, PAGE_LEN, head_dim]`.
 pub struct Pages {
-    k: Vec<f32>,
-    v: Vec<f32>,
+    k: Rows,
+    v: Rows,
 }
 
 /// States `[num_slots, V, k_dim, v_dim]` and convolution tails `[num_slots, kernel - 1, C]` of one delta layer.
 pub struct Slots {
-    state: Vec<f32>,
+    state: States,
     tail: Vec<f32>,
     state_len: usize,
     tail_len: usize,
@@ -66,15 +69,19 @@ impl Buf {
 }
 
 /// Zeros that the system hands out on first touch: a large pool costs nothing until it is used.
-fn zeros(len: Option<usize>, what: &str) -> Result<Vec<f32>> {
+fn zeros<T: Clone + Default>(len: Option<usize>, what: &str) -> Result<Vec<T>> {
+    let size = size_of::<T>();
     let too_large = || Error::OutOfMemory {
-        what: format!("{what} ({} bytes)", len.map_or("over 2^64".into(), |n| (4 * n as u128).to_string())),
+        what: format!(
+            "{what} ({} bytes)",
+            len.map_or("over 2^64".into(), |n| (size as u128 * n as u128).to_string())
+        ),
         advice: "lower max_model_len, max_num_seqs or max_num_batched_tokens".into(),
     };
-    let len = len.filter(|&n| n <= isize::MAX as usize / 4).ok_or_else(too_large)?;
-    // `vec![0.0; n]` asks for zeroed pages but aborts on failure, so ask first.
-    Vec::<f32>::new().try_reserve_exact(len).map_err(|_| too_large())?;
-    Ok(vec![0.0; len])
+    let len = len.filter(|&n| n <= isize::MAX as usize / size).ok_or_else(too_large)?;
+    // `vec![0; n]` asks for zeroed pages but aborts on failure, so ask first.
+    Vec::<T>::new().try_reserve_exact(len).map_err(|_| too_large())?;
+    Ok(vec![T::default(); len])
 }
 
 fn product(dims: &[usize]) -> Option<usize> {
@@ -100,7 +107,7 @@ impl Backend for Cpu {
         Ok(Buf { data: zeros(product(&[rows, width]), "activations")?, width })
     }
 
-    fn scratch(&self, _config: &ModelConfig, _limits: &BatchLimits) -> Result<moe::Scratch> {
+    fn scratch(&self, _config: &ModelConfig, _limits: &BatchLimits, _caches: Caches) -> Result<moe::Scratch> {
         Ok(moe::Scratch::default())
     }
 
@@ -138,28 +145,29 @@ impl Backend for Cpu {
         })
     }
 
-    fn pages(&self, num_pages: usize, dims: &AttentionConfig) -> Result<Pages> {
-        let len = product(&[num_pages, PAGE_LEN, dims.kv_width()]);
-        Ok(Pages { k: zeros(len, "pages of keys")?, v: zeros(len, "pages of values")? })
+    fn pages(&self, num_pages: usize, dims: &AttentionConfig, kv: KvCache) -> Result<Pages> {
+        let num_rows = product(&[num_pages, PAGE_LEN, dims.num_kv_heads]);
+        let rows = |what: &str| Rows::new(num_rows, dims.head_dim, kv, what);
+        Ok(Pages { k: rows("pages of keys")?, v: rows("pages of values")? })
     }
 
-    fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Slots> {
+    fn slots(&self, num_slots: usize, dims: &DeltaConfig, state: StateType) -> Result<Slots> {
         let (state_len, tail_len) = slot_parts(dims);
         Ok(Slots {
-            state: zeros(product(&[num_slots, state_len]), "recurrent states")?,
+            state: States::new(product(&[num_slots, state_len]), state)?,
             tail: zeros(product(&[num_slots, tail_len]), "convolution tails")?,
             state_len,
             tail_len,
         })
     }
 
-    fn page_bytes(&self, dims: &AttentionConfig) -> usize {
-        2 * 4 * PAGE_LEN * dims.kv_width()
+    fn page_bytes(&self, dims: &AttentionConfig, kv: KvCache) -> usize {
+        2 * PAGE_LEN * dims.num_kv_heads * cached::row_bytes(dims.head_dim, kv)
     }
 
-    fn slot_bytes(&self, dims: &DeltaConfig) -> usize {
+    fn slot_bytes(&self, dims: &DeltaConfig, state: StateType) -> usize {
         let (state_len, tail_len) = slot_parts(dims);
-        4 * (state_len + tail_len)
+        cached::element_bytes(state) * state_len + 4 * tail_len
     }
 
     fn embed(&self, batch: &Batch, table: &Linear, out: &mut Buf) {
@@ -247,7 +255,7 @@ impl Backend for Cpu {
     ) {
         let (heads, width) = (dims.num_v_heads, out.width);
         let (head_len, state_len) = (dims.k_dim * dims.v_dim, slots.state_len);
-        let (out, states) = (Shared::new(&mut out.data), Shared::new(&mut slots.state));
+        let (out, states) = (Shared::new(&mut out.data), slots.state.share());
         let longest = batch.seqs.iter().map(|s| s.query_len).max().unwrap_or(0);
         parallel::for_each(batch.seqs.len() * heads, 3 * longest * head_len, |task| {
             let (seq, head) = (&batch.seqs[task / heads], task % heads);
@@ -268,10 +276,10 @@ impl Backend for Cpu {
             };
             // SAFETY: a task has its own head of its own sequence: its state and its columns of `out`.
             unsafe {
-                let state = states.slice(seq.slot.0 as usize * state_len + head * head_len, head_len);
+                let at = seq.slot.0 as usize * state_len + head * head_len;
                 let first = out.get().add(seq.query_start * width + head * dims.v_dim);
                 let rows = OutRows { out: first, stride: width };
-                delta_rule::gated_delta_rule(head_args, seq.chunked_len, state, rows);
+                states.run(at, head_args, seq.chunked_len, rows);
             }
         });
     }
@@ -310,8 +318,7 @@ impl Backend for Cpu {
     ) {
         let (d, half) = (dims.head_dim, rope.inv_freq.len());
         let (width, kv) = (q.width, dims.num_kv_heads);
-        let (q, k_pages, v_pages) =
-            (Shared::new(&mut q.data), Shared::new(&mut pages.k), Shared::new(&mut pages.v));
+        let (q, k_pages, v_pages) = (Shared::new(&mut q.data), pages.k.share(), pages.v.share());
         for seq in &batch.seqs {
             parallel::for_each(seq.query_len, 16 * width, |i| {
                 let t = seq.query_start + i;
@@ -326,13 +333,14 @@ impl Backend for Cpu {
                     attention::rotate(out, cos, sin);
                 }
                 let (page, place) = batch.place(seq, seq.cached_len + i);
+                let mut k = vec![0f32; d];
                 for head in 0..kv {
-                    let at = ((page.0 as usize * kv + head) * PAGE_LEN + place) * d;
+                    let at = (page.0 as usize * kv + head) * PAGE_LEN + place;
+                    norm::rms_norm(&row[2 * width + head * d..][..d], norms.1, eps, &mut k);
+                    attention::rotate(&mut k, cos, sin);
+                    let v = &row[2 * width + (kv + head) * d..][..d];
                     // SAFETY: a token has its own place in the pages of its sequence.
-                    let (k, v) = unsafe { (k_pages.slice(at, d), v_pages.slice(at, d)) };
-                    norm::rms_norm(&row[2 * width + head * d..][..d], norms.1, eps, k);
-                    attention::rotate(k, cos, sin);
-                    v.copy_from_slice(&row[2 * width + (kv + head) * d..][..d]);
+                    unsafe { (k_pages.write(at, &k), v_pages.write(at, v)) };
                 }
             });
         }
@@ -361,10 +369,8 @@ impl Backend for Cpu {
         parallel::for_each(tiles.len(), 2 * longest * group * d, |task| {
             let (seq, first, head) = tiles[task];
             let (t, len) = (seq.query_start + first, QUERY_TILE.min(seq.query_len - first));
-            let page = |data: &[f32], i: usize| -> *const f32 {
-                let page = batch.pages[seq.page_start + i].0 as usize;
-                data[(page * kv + head) * PAGE_LEN * d..][..PAGE_LEN * d].as_ptr()
-            };
+            let place = |i: usize| (batch.pages[seq.page_start + i].0 as usize * kv + head) * PAGE_LEN;
+            let buffers = [RefCell::default(), RefCell::default()];
             let queries = Queries {
                 q: &q.data[t * width + head * group * d..],
                 stride: width,
@@ -378,7 +384,8 @@ impl Backend for Cpu {
             let rows = Shared::new(unsafe {
                 out.slice(t * width + head * group * d, (len - 1) * width + group * d)
             });
-            let (k, v) = (|i: usize| page(&pages.k, i), |i: usize| page(&pages.v, i));
+            let k = |i: usize| pages.k.page(place(i), d, &buffers[0]);
+            let v = |i: usize| pages.v.page(place(i), d, &buffers[1]);
             attention::attend(
                 queries,
                 PagedRows { page: &k, row_stride: d },
@@ -444,7 +451,7 @@ impl Backend for Cpu {
     }
 
     fn clear_slot(&self, slots: &mut Slots, slot: usize) {
-        slots.state[slot * slots.state_len..][..slots.state_len].fill(0.0);
+        slots.state.clear(slot * slots.state_len, slots.state_len);
         slots.tail[slot * slots.tail_len..][..slots.tail_len].fill(0.0);
     }
 }

@@ -6,7 +6,8 @@ use super::device::{Device, Memory, Pinned};
 use super::ffi;
 use super::weights::Linear;
 use crate::Result;
-use crate::backend::Precision;
+use crate::backend::{Precision, StateType};
+use crate::batch::PAGE_LEN;
 use crate::config::{AttentionConfig, DeltaConfig};
 
 /// Activations `[rows, width]`.
@@ -79,16 +80,19 @@ pub(super) fn takes_codes(dims: &ffi::MoeDims) -> bool {
     whole && dims.hidden <= 4096 && dims.top_k <= 32
 }
 
-/// Keys and values of one attention layer, each bf16 `[num_pages, num_kv_heads, PAGE_LEN, head_dim]`.
-pub struct Pages {
-    pub(super) k: Memory,
-    pub(super) v: Memory,
+/// Keys and values of one attention layer.
+pub enum Pages {
+    /// Each bf16 `[num_pages, num_kv_heads, PAGE_LEN, head_dim]`.
+    Bf16 { k: Memory, v: Memory },
+    /// Codes and scales of both (see `cuda/launch.h`).
+    Fp8(Memory),
 }
 
-/// States f32 `[num_slots, V, k_dim, v_dim]` and convolution tails bf16 `[num_slots, kernel - 1, C]`.
+/// States f32 or f16 `[num_slots, V, k_dim, v_dim]` and convolution tails bf16 `[num_slots, kernel - 1, C]`.
 pub struct Slots {
     pub(super) state: Memory,
     pub(super) tail: Memory,
+    pub(super) state_type: StateType,
     pub(super) state_bytes: usize,
     pub(super) tail_bytes: usize,
 }
@@ -101,9 +105,17 @@ pub(super) fn bytes_of(precision: Precision) -> usize {
 }
 
 /// Bytes of a slot's state and of its tail.
-pub(super) fn slot_parts(dims: &DeltaConfig) -> (usize, usize) {
-    let state = 4 * dims.num_v_heads * dims.k_dim * dims.v_dim;
-    (state, 2 * (dims.conv_kernel - 1) * dims.conv_channels())
+pub(super) fn slot_parts(dims: &DeltaConfig, state: StateType) -> (usize, usize) {
+    let element = match state {
+        StateType::F32 => 4,
+        StateType::F16 => 2,
+    };
+    (element * dims.num_v_heads * dims.k_dim * dims.v_dim, 2 * (dims.conv_kernel - 1) * dims.conv_channels())
+}
+
+/// Bytes of a page of keys and values in fp8: of each row, codes and a scale.
+pub(super) fn fp8_page_bytes(dims: &AttentionConfig) -> usize {
+    2 * PAGE_LEN * dims.num_kv_heads * (dims.head_dim + 4)
 }
 
 pub(super) fn product(dims: &[usize]) -> Option<usize> {
@@ -115,13 +127,14 @@ pub(super) fn is_run(rows: &[usize]) -> bool {
     rows.windows(2).all(|pair| pair[0] + 1 == pair[1])
 }
 
-pub(super) fn delta_dims(dims: &DeltaConfig) -> ffi::DeltaDims {
+pub(super) fn delta_dims(dims: &DeltaConfig, state: StateType) -> ffi::DeltaDims {
     ffi::DeltaDims {
         num_k_heads: dims.num_k_heads as i32,
         num_v_heads: dims.num_v_heads as i32,
         k_dim: dims.k_dim as i32,
         v_dim: dims.v_dim as i32,
         conv_kernel: dims.conv_kernel as i32,
+        half_states: i32::from(state == StateType::F16),
     }
 }
 

@@ -38,6 +38,7 @@ pub struct DeltaDims {
     pub k_dim: i32,
     pub v_dim: i32,
     pub conv_kernel: i32,
+    pub half_states: i32,
 }
 
 /// `q35_attention_dims`
@@ -233,7 +234,7 @@ unsafe extern "C" {
         projected: *const Bf16,
         stride: c_int,
         ba_start: c_int,
-        states: *mut f32,
+        states: *mut c_void,
         workspace: *mut f32,
         out: *mut Bf16,
     ) -> c_int;
@@ -251,7 +252,7 @@ unsafe extern "C" {
         z_start: c_int,
         ba_start: c_int,
         tails: *mut Bf16,
-        states: *mut f32,
+        states: *mut c_void,
         workspace: *mut f32,
         mixed: *mut Bf16,
         out: *mut Bf16,
@@ -270,7 +271,7 @@ unsafe extern "C" {
         z_start: c_int,
         ba_start: c_int,
         tails: *mut Bf16,
-        states: *mut f32,
+        states: *mut c_void,
         counters: *mut i32,
         mixed: *mut Bf16,
         out: *mut Bf16,
@@ -307,6 +308,36 @@ unsafe extern "C" {
         stride: c_int,
         k_pages: *const Bf16,
         v_pages: *const Bf16,
+        workspace: *mut f32,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_qk_norm_rope_write_fp8(
+        stream: Stream,
+        batch: Batch,
+        dims: AttentionDims,
+        q_norm: *const f32,
+        k_norm: *const f32,
+        eps: f32,
+        inv_freq: *const f32,
+        axis: *const u8,
+        num_freqs: c_int,
+        rope_scale: f32,
+        projected: *const Bf16,
+        stride: c_int,
+        q: *mut Bf16,
+        pages: *mut u8,
+    ) -> c_int;
+    pub fn q35_attention_fp8_workspace(room: c_int, max_seqs: c_int, dims: AttentionDims) -> i64;
+    pub fn q35_gated_attention_fp8(
+        stream: Stream,
+        batch: Batch,
+        dims: AttentionDims,
+        q: *const Bf16,
+        projected: *const Bf16,
+        stride: c_int,
+        pages: *const u8,
+        room: c_int,
+        max_seqs: c_int,
         workspace: *mut f32,
         out: *mut Bf16,
     ) -> c_int;

@@ -5,7 +5,7 @@ use std::ffi::c_int;
 use std::sync::{Arc, PoisonError};
 
 use super::buffers::{
-    Buf, Moe, Pages, Slots, Vector, attention_dims, bytes_of, delta_dims, is_run, product, slot_parts,
+    Buf, Moe, Pages, Slots, Vector, bytes_of, delta_dims, fp8_page_bytes, is_run, product, slot_parts,
     takes_codes,
 };
 use super::form::Form;
@@ -15,7 +15,8 @@ use super::weights::Linear;
 use super::{Cuda, State, ffi, measure, sample};
 use crate::backend::cpu::conv1d::tap_major;
 use crate::backend::{
-    Backend, DecayWeights, DeltaWeights, Measured, MoeTensors, Precision, Rope, Sampled, Sampling, Stats,
+    Backend, Caches, DecayWeights, DeltaWeights, KvCache, Measured, MoeTensors, Precision, Rope, Sampled,
+    Sampling, StateType, Stats,
 };
 use crate::batch::{Batch, BatchLimits, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
@@ -38,14 +39,14 @@ impl Backend for Cuda {
         Ok(Buf { memory: self.device.zeros(bytes, "activations")?, rows, width, precision, host: None })
     }
 
-    fn scratch(&self, config: &ModelConfig, limits: &BatchLimits) -> Result<()> {
+    fn scratch(&self, config: &ModelConfig, limits: &BatchLimits, caches: Caches) -> Result<()> {
         // The weights are there now.
         *self.uploader.lock().unwrap_or_else(PoisonError::into_inner) = None;
         // Kernels read weights before what is ahead of them on the stream has ended.
         if !self.device.is_imagined() {
             self.device.synchronize()?;
         }
-        let step = Step::new(&self.device, config, limits)?;
+        let step = Step::new(&self.device, config, limits, caches)?;
         self.state().step = Some(step);
         Ok(())
     }
@@ -95,30 +96,38 @@ impl Backend for Cuda {
         Ok(Moe { dims, router, gate_up, down, shared_gate_up, shared_down, shared_gate })
     }
 
-    fn pages(&self, num_pages: usize, dims: &AttentionConfig) -> Result<Pages> {
+    fn pages(&self, num_pages: usize, dims: &AttentionConfig, kv: KvCache) -> Result<Pages> {
+        if kv == KvCache::Fp8 {
+            let bytes = product(&[num_pages, fp8_page_bytes(dims)]);
+            return Ok(Pages::Fp8(self.device.alloc(bytes, "pages of keys and values")?));
+        }
         let bytes = product(&[num_pages, PAGE_LEN, dims.kv_width(), 2]);
-        Ok(Pages {
+        Ok(Pages::Bf16 {
             k: self.device.alloc(bytes, "pages of keys")?,
             v: self.device.alloc(bytes, "pages of values")?,
         })
     }
 
-    fn slots(&self, num_slots: usize, dims: &DeltaConfig) -> Result<Slots> {
-        let (state_bytes, tail_bytes) = slot_parts(dims);
+    fn slots(&self, num_slots: usize, dims: &DeltaConfig, state_type: StateType) -> Result<Slots> {
+        let (state_bytes, tail_bytes) = slot_parts(dims, state_type);
         Ok(Slots {
             state: self.device.zeros(product(&[num_slots, state_bytes]), "recurrent states")?,
             tail: self.device.zeros(product(&[num_slots, tail_bytes]), "convolution tails")?,
+            state_type,
             state_bytes,
             tail_bytes,
         })
     }
 
-    fn page_bytes(&self, dims: &AttentionConfig) -> usize {
-        2 * 2 * PAGE_LEN * dims.kv_width()
+    fn page_bytes(&self, dims: &AttentionConfig, kv: KvCache) -> usize {
+        match kv {
+            KvCache::Auto => 2 * 2 * PAGE_LEN * dims.kv_width(),
+            KvCache::Fp8 => fp8_page_bytes(dims),
+        }
     }
 
-    fn slot_bytes(&self, dims: &DeltaConfig) -> usize {
-        let (state, tail) = slot_parts(dims);
+    fn slot_bytes(&self, dims: &DeltaConfig, state: StateType) -> usize {
+        let (state, tail) = slot_parts(dims, state);
         state + tail
     }
 
@@ -240,7 +249,16 @@ impl Backend for Cuda {
         self.launch("causal_conv1d", batch.num_tokens(), |step, stream| {
             // SAFETY: shapes are those of the trait.
             Ok(unsafe {
-                ffi::q35_causal_conv1d(stream, step.batch, delta_dims(dims), weight, x, stride, tails, out)
+                ffi::q35_causal_conv1d(
+                    stream,
+                    step.batch,
+                    delta_dims(dims, slots.state_type),
+                    weight,
+                    x,
+                    stride,
+                    tails,
+                    out,
+                )
             })
         });
     }
@@ -264,7 +282,7 @@ impl Backend for Cuda {
                 (w.conv.0.ptr(), w.a_log.0.ptr(), w.dt_bias.0.ptr(), w.norm.0.ptr());
             let (tails, states) = (slots.tail.ptr(), slots.state.ptr());
             let (mixed, out) = (mixed.memory.ptr(), core.memory.ptr());
-            let (batch, dims) = (step.batch, delta_dims(dims));
+            let (batch, dims) = (step.batch, delta_dims(dims, slots.state_type));
             // SAFETY: shapes are those of the trait; counters and workspace are for the largest batch.
             Ok(unsafe {
                 if step.is_decode() {
@@ -300,7 +318,7 @@ impl Backend for Cuda {
                 ffi::q35_gated_delta_rule(
                     stream,
                     step.batch,
-                    delta_dims(dims),
+                    delta_dims(dims, slots.state_type),
                     decay.a_log.0.ptr(),
                     decay.dt_bias.0.ptr(),
                     mixed.memory.ptr(),
@@ -354,28 +372,7 @@ impl Backend for Cuda {
         q: &mut Buf,
         pages: &mut Pages,
     ) {
-        self.launch("qk_norm_rope_write", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait; the frequencies are those of the model's configuration.
-            Ok(unsafe {
-                ffi::q35_qk_norm_rope_write(
-                    stream,
-                    step.batch,
-                    attention_dims(dims),
-                    norms.0.0.ptr(),
-                    norms.1.0.ptr(),
-                    eps,
-                    step.inv_freq.ptr(),
-                    step.axis.ptr(),
-                    rope.inv_freq.len() as c_int,
-                    rope.scale,
-                    projected.memory.ptr(),
-                    projected.width as c_int,
-                    q.memory.ptr(),
-                    pages.k.ptr(),
-                    pages.v.ptr(),
-                )
-            })
-        });
+        self.write_pages(batch, dims, rope, norms, eps, projected, q, pages);
     }
 
     fn gated_attention(
@@ -388,23 +385,7 @@ impl Backend for Cuda {
         _scratch: &mut (),
         out: &mut Buf,
     ) {
-        self.launch("gated_attention", batch.num_tokens(), |step, stream| {
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
-            Ok(unsafe {
-                ffi::q35_gated_attention(
-                    stream,
-                    step.batch,
-                    attention_dims(dims),
-                    q.memory.ptr(),
-                    projected.memory.ptr(),
-                    projected.width as c_int,
-                    pages.k.ptr(),
-                    pages.v.ptr(),
-                    step.attention.ptr(),
-                    out.memory.ptr(),
-                )
-            })
-        });
+        self.attend(batch, dims, q, projected, pages, out);
     }
 
     fn silu_mul(&self, n: usize, gate_up: &Buf, out: &mut Buf) {

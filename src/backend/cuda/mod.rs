@@ -4,6 +4,7 @@
 //! A token's bits depend on the batch in one way: sums have one order up to 16 rows, another in the kernel for more, and
 //! cuBLASLt's own where it is used. With `deterministic`, every product takes the kernel for many rows.
 
+mod attention;
 mod blas;
 mod buffers;
 mod device;

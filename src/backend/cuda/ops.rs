@@ -302,7 +302,14 @@ impl Queue {
         let taps = self.gather(wide.view(), (wide.len, 1), by_tap)?;
         // Its channels are those of one value head and no keys.
         let (stride, conv_kernel) = (int(channels)?, int(kernel)?);
-        let dims = ffi::DeltaDims { num_k_heads: 1, num_v_heads: 1, k_dim: 0, v_dim: stride, conv_kernel };
+        let dims = ffi::DeltaDims {
+            num_k_heads: 1,
+            num_v_heads: 1,
+            k_dim: 0,
+            v_dim: stride,
+            conv_kernel,
+            half_states: 0,
+        };
         self.fence(&out)?;
         // SAFETY: shapes are those of the launcher; one slot.
         launched("causal_conv1d", unsafe {
@@ -355,6 +362,7 @@ impl Queue {
             k_dim: int(k_dim)?,
             v_dim: int(v_dim)?,
             conv_kernel: 1,
+            half_states: 0,
         };
         int(width)?;
         // SAFETY: only computes.

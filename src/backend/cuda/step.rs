@@ -1,6 +1,7 @@
 //! What a step needs on the device besides weights and activations: the batch, uploaded once, and scratch memory. All of
 //! it is allocated for the largest batch.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffers::{attention_dims, delta_dims};
@@ -8,16 +9,19 @@ use super::device::{Device, Memory, Pinned};
 use super::ffi;
 use super::graph::{self, Shape};
 use super::sample::Sampler;
-use crate::backend::Rope;
-use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS};
+use crate::backend::{Caches, KvCache, Rope};
+use crate::batch::{Batch, BatchLimits, BatchSeq, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::config::{FfnConfig, ModelConfig};
 use crate::{Error, Result};
 
 /// Rows that a launcher may be given at least (see [`super::Cuda`]).
 pub(super) const MIN_WIDE_ROWS: usize = 17;
 
+/// Sequences with more new tokens than this are prefill to the attention kernels.
+const MAX_DECODE_LEN: usize = 8;
+
 pub(super) struct Step {
-    limits: BatchLimits,
+    pub limits: BatchLimits,
     /// Of the model's sparse blocks.
     moe_dims: Option<ffi::MoeDims>,
     staging: Pinned,
@@ -35,6 +39,8 @@ pub(super) struct Step {
     pub gathered: Memory,
     pub delta: Memory,
     pub attention: Memory,
+    /// Pages in fp8 of prefill sequences that attention can take at a time.
+    pub room: usize,
     pub moe: Memory,
     /// Of the decode kernel of the delta layers, zero between launches.
     pub counters: Memory,
@@ -47,20 +53,28 @@ pub(super) struct Step {
 unsafe impl Send for Step {}
 
 impl Step {
-    pub fn new(device: &Arc<Device>, config: &ModelConfig, limits: &BatchLimits) -> Result<Self> {
+    pub fn new(
+        device: &Arc<Device>,
+        config: &ModelConfig,
+        limits: &BatchLimits,
+        caches: Caches,
+    ) -> Result<Self> {
         let tokens = limits.max_tokens.max(MIN_WIDE_ROWS);
         // token_ids, positions and seq_of; seven lists of the sequences; logit_rows.
         let num_ints = 6 * tokens + 7 * limits.max_seqs + limits.max_pages;
         let (max_tokens, max_seqs) = (tokens as i32, limits.max_seqs as i32);
         let elements = |n: i64, bytes: usize| usize::try_from(n).ok()?.checked_mul(bytes);
-        let (delta, attention) = (delta_dims(&config.delta), attention_dims(&config.attention));
+        let (delta, attention) = (delta_dims(&config.delta, caches.state), attention_dims(&config.attention));
         let max_len = i32::try_from(limits.max_len).unwrap_or(i32::MAX);
+        // That of the longest sequence.
+        let room = limits.max_len.div_ceil(PAGE_LEN);
         // SAFETY: these only compute.
         let (delta_len, attention_len) = unsafe {
-            (
-                ffi::q35_delta_workspace(max_tokens, max_seqs, delta),
-                ffi::q35_attention_workspace(max_tokens, max_seqs, max_len, attention),
-            )
+            let attention_len = match caches.kv {
+                KvCache::Auto => ffi::q35_attention_workspace(max_tokens, max_seqs, max_len, attention),
+                KvCache::Fp8 => ffi::q35_attention_fp8_workspace(room as i32, max_seqs, attention),
+            };
+            (ffi::q35_delta_workspace(max_tokens, max_seqs, delta), attention_len)
         };
         let moe_dims = match config.ffn {
             FfnConfig::Dense { .. } => None,
@@ -114,6 +128,7 @@ impl Step {
             gathered: device.alloc(tokens.checked_mul(row_bytes), "activations")?,
             delta: device.alloc(elements(delta_len, 4), "workspace of the delta rule")?,
             attention: device.zeros(elements(attention_len, 4), "workspace of attention")?,
+            room,
             moe: device.alloc(elements(moe_bytes, 1), "workspace of the experts")?,
             counters: device.zeros(
                 limits.max_seqs.checked_mul(4 * config.delta.num_k_heads),
@@ -205,6 +220,30 @@ impl Step {
         self.batch.max_query_len == 1
     }
 
+    /// The batch in pieces of neighbouring sequences whose prefill there is room for; mostly that is all of it.
+    pub fn pieces(&self, batch: &Batch) -> Vec<ffi::Batch> {
+        cut(&batch.seqs, self.room).into_iter().map(|range| self.part(&batch.seqs, range)).collect()
+    }
+
+    fn part(&self, seqs: &[BatchSeq], range: Range<usize>) -> ffi::Batch {
+        if range.len() == seqs.len() {
+            return self.batch;
+        }
+        let (whole, first, seqs) = (&self.batch, range.start, &seqs[range]);
+        ffi::Batch {
+            num_tokens: seqs.iter().map(|s| s.query_len as i32).sum(),
+            num_seqs: seqs.len() as i32,
+            max_query_len: seqs.iter().map(|s| s.query_len as i32).max().unwrap_or(0),
+            query_start: whole.query_start.wrapping_add(first),
+            query_len: whole.query_len.wrapping_add(first),
+            cached_len: whole.cached_len.wrapping_add(first),
+            chunked_len: whole.chunked_len.wrapping_add(first),
+            slot: whole.slot.wrapping_add(first),
+            page_start: whole.page_start.wrapping_add(first),
+            ..*whole
+        }
+    }
+
     /// How many experts the last layer's tokens went to, once all has run; known of a decode step.
     pub fn experts_hit(&self, device: &Arc<Device>) -> Result<Option<usize>> {
         let Some(dims) = self.moe_dims.filter(|_| self.plain_decode && !device.is_imagined()) else {
@@ -234,6 +273,22 @@ impl Step {
     }
 }
 
+/// Neighbouring sequences whose prefill has at most `room` pages, or single ones.
+fn cut(seqs: &[BatchSeq], room: usize) -> Vec<Range<usize>> {
+    let (mut pieces, mut first, mut used) = (Vec::new(), 0, 0);
+    for (i, seq) in seqs.iter().enumerate() {
+        let prefill = seq.query_len > MAX_DECODE_LEN;
+        let pages = if prefill { (seq.cached_len + seq.query_len).div_ceil(PAGE_LEN) } else { 0 };
+        if used > 0 && used + pages > room {
+            pieces.push(first..i);
+            (first, used) = (i, 0);
+        }
+        used += pages;
+    }
+    pieces.push(first..seqs.len());
+    pieces
+}
+
 /// Lists of int32, one after the other.
 struct Ints<'a> {
     bytes: &'a mut [u8],
@@ -250,5 +305,41 @@ impl Ints<'_> {
             self.len += 1;
         }
         at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::SlotId;
+
+    #[test]
+    fn pieces_have_room() {
+        let seqs = |lens: &[(usize, usize)]| -> Vec<BatchSeq> {
+            lens.iter()
+                .map(|&(cached_len, query_len)| BatchSeq {
+                    query_start: 0,
+                    query_len,
+                    cached_len,
+                    chunked_len: 0,
+                    slot: SlotId(0),
+                    page_start: 0,
+                })
+                .collect()
+        };
+        // Pages of prefill: 2, none, 1, 3, 1, none.
+        let all = seqs(&[(100, 9), (900, 1), (0, 64), (128, 64), (0, 20), (70, 8)]);
+        let ends = |seqs: &[BatchSeq], room: usize| -> Vec<usize> {
+            let pieces = cut(seqs, room);
+            let starts: Vec<usize> = pieces.iter().map(|piece| piece.start).collect();
+            let ends: Vec<usize> = pieces.iter().map(|piece| piece.end).collect();
+            assert_eq!((starts[0], &starts[1..]), (0, &ends[..ends.len() - 1]));
+            ends
+        };
+        for (room, want) in [(7, &[6][..]), (6, &[4, 6]), (4, &[3, 6]), (3, &[3, 4, 6])] {
+            assert_eq!(ends(&all, room), want, "{room}");
+        }
+        assert_eq!(ends(&seqs(&[(70, 8); 9]), 1), [9]);
+        assert_eq!(ends(&[], 1), [0]);
     }
 }

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::Result;
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, DecayWeights, Edit, MoeTensors, Precision, Rope, Sampled, Sampling};
+use crate::backend::{
+    Backend, Caches, DecayWeights, Edit, KvCache, MoeTensors, Precision, Rope, Sampled, Sampling, StateType,
+};
 use crate::batch::{Batch, BatchLimits};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
 use crate::lend::Lendable;
@@ -84,17 +86,17 @@ impl Backend for Late {
 
     as_the_cpu! {
         fn buf(rows: usize, width: usize, precision: Precision) -> Result<Buf>;
-        fn scratch(config: &ModelConfig, limits: &BatchLimits) -> Result<Scratch>;
+        fn scratch(config: &ModelConfig, limits: &BatchLimits, caches: Caches) -> Result<Scratch>;
         fn linear_weight(tensors: &[Tensor], dtype: Option<DType>) -> Result<Linear>;
         fn table_weight(tensor: &Tensor, dtype: Option<DType>) -> Result<Linear>;
         fn screen(head: &Tensor, dtype: Option<DType>) -> Result<Screen>;
         fn vector(tensor: &Tensor, offset: f32) -> Result<Vector>;
         fn conv_weight(tensor: &Tensor) -> Result<Vector>;
         fn moe_weights(tensors: MoeTensors<'_>, dtype: Option<DType>) -> Result<Moe>;
-        fn pages(num_pages: usize, dims: &AttentionConfig) -> Result<Pages>;
-        fn slots(num_slots: usize, dims: &DeltaConfig) -> Result<Slots>;
-        fn page_bytes(dims: &AttentionConfig) -> usize;
-        fn slot_bytes(dims: &DeltaConfig) -> usize;
+        fn pages(num_pages: usize, dims: &AttentionConfig, kv: KvCache) -> Result<Pages>;
+        fn slots(num_slots: usize, dims: &DeltaConfig, state: StateType) -> Result<Slots>;
+        fn page_bytes(dims: &AttentionConfig, kv: KvCache) -> usize;
+        fn slot_bytes(dims: &DeltaConfig, state: StateType) -> usize;
         fn rmsnorm_residual(n: usize, delta: Option<&Buf>, residual: &mut Buf, w: &Vector, eps: f32, out: &mut Buf);
         fn linear(n: usize, x: &Buf, w: &Linear, out: &mut Buf);
         fn top_logits(n: usize, x: &Buf, head: (&Linear, &Screen), k: usize, num_tokens: usize, out: &mut Buf);

@@ -2,6 +2,7 @@
 // each projection as one grouped product of packed_tiles.cuh.
 #include "packed_many.cuh"
 #include "packed_tiles.cuh"
+#include "packed_wgmma.cuh"
 
 namespace {
 
@@ -163,13 +164,19 @@ int launch_block(cudaStream_t stream, const Plan &p, const q35_moe_weights &rout
                  const bf16 *x, bool rounded, bf16 *out) {
     int code = rounded ? launch_wgmma_logits(stream, p, routing, x) : launch_tile_logits(stream, p, routing, x);
     if (code == cudaSuccess) code = launch_routes(stream, p, routing, x);
-    if (code == cudaSuccess) code = launch_sort(stream, p, PACKED_HEIGHTS);
-    if (code == cudaSuccess) code = packed_many_up(stream, p, m[0], m[2], x, ALL_EXPERTS);
+    const int up = packed_wgmma_serves(m[0], m[2]), down = packed_wgmma_serves(m[1], m[3]);
+    const bool high = ((up | down) & ROUTED_EXPERTS) != 0;
+    if (code == cudaSuccess) code = launch_sort(stream, p, high ? PACKED_WGMMA_HEIGHTS : PACKED_HEIGHTS);
+    if (code == cudaSuccess) code = packed_wgmma_up(stream, p, m[0], m[2], x, up);
+    if (code == cudaSuccess && up != ALL_EXPERTS)
+        code = packed_many_up(stream, p, m[0], m[2], x, ALL_EXPERTS & ~up);
     const int most = rounded ? 2 * p.y_cols : p.y_cols;
     for (int col0 = 0; col0 < p.hidden && code == cudaSuccess; col0 += most) {
         const int cols = p.hidden - col0 < most ? p.hidden - col0 : most;
         const Terms terms = {col0, cols, rounded ? cols : p.y_cols, rounded};
-        code = packed_many_down(stream, p, m[1], m[3], terms, ALL_EXPERTS);
+        code = packed_wgmma_down(stream, p, m[1], m[3], terms, down);
+        if (code == cudaSuccess && down != ALL_EXPERTS)
+            code = packed_many_down(stream, p, m[1], m[3], terms, ALL_EXPERTS & ~down);
         if (code != cudaSuccess || out == nullptr) continue;
         code = rounded ? launch_bf16_sum(stream, p, col0, cols, out) : launch_sum(stream, p, col0, cols, out);
     }

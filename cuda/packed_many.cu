@@ -1,6 +1,7 @@
 // Products of more than 16 rows with packed weights, on tensor cores. Own code.
 #include "packed_many.cuh"
 #include "packed_tiles.cuh"
+#include "packed_wgmma.cuh"
 
 namespace {
 
@@ -93,5 +94,6 @@ cudaError_t launch_packed_many(cudaStream_t stream, int n, const q35_packed &w, 
                                int stride) {
     Packed m;
     if (!take_packed(w, w.rows, w.k, m)) return cudaErrorInvalidValue;
-    return packed_many_linear(stream, n, m, w.rows, x, out, wide, stride);
+    const cudaError_t code = packed_wgmma_linear(stream, n, m, w.rows, x, out, wide, stride);
+    return code != cudaErrorNotSupported ? code : packed_many_linear(stream, n, m, w.rows, x, out, wide, stride);
 }

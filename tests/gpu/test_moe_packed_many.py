@@ -17,6 +17,8 @@ MIXED = [
     (FP8, BF16, BF16, ("int4_f16", 32, True)),
 ]
 
+ROW_TOLERANCE = 6e-3  # the terms of a row, each rounded to bf16, may cancel
+
 
 class Many(Block):
     def tokens(self, n, *, seed=1):
@@ -38,7 +40,7 @@ class Many(Block):
         assert sure.sum() >= len(x) - 2 - len(x) // 50
         assert error(out[sure], want[sure]) < TOLERANCE
         rows = (out.double() - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-3)
-        assert (rows[sure] < TOLERANCE).all(), "one token is off"
+        assert (rows[sure] < ROW_TOLERANCE).all(), "one token is off"
         return out
 
     def check_norm(self, x, out):

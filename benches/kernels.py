@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+from kernel_table import BF16, F32, Clock, Table, random, weights
+from kernels_packed import packed_chains, packed_experts, packed_experts_many, packed_linears, packed_many
 from launch import (
     AttentionDims,
     Batch,
@@ -28,86 +28,11 @@ from launch import (
     Edit,
     MoeDims,
     MoeWeights,
-    PackedMatrix,
-    PackedMoe,
     Sampled,
     Sampling,
     call,
     structs,
 )
-
-BF16, F32 = torch.bfloat16, torch.float32
-
-
-def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return (torch.randn(shape, device="cuda", dtype=torch.float32) * scale).to(dtype)
-
-
-def weights(*shape: int) -> torch.Tensor:
-    """Without an f32 copy: they may be large."""
-    return torch.empty(shape, device="cuda", dtype=BF16).normal_(std=shape[-1] ** -0.5)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def seconds(self, work: Callable[[], object], repeats: int = 20) -> float:
-        for _ in range(3):
-            work()
-        times = []
-        for _ in range(repeats):
-            self.flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times)
-
-
-class Table:
-    def __init__(self, clock: Clock, only: str) -> None:
-        self.clock, self.only, self.rows = clock, only, []
-        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-        target = torch.empty_like(source)
-        self.bandwidth = 2 * len(source) / clock.seconds(lambda: target.copy_(source))
-        a, b = random(8192, 8192), random(8192, 8192)
-        self.rate = 2 * 8192**3 / clock.seconds(lambda: a @ b, 8)
-        print(
-            f"copy {self.bandwidth / 1e12:.2f} TB/s, bf16 product {self.rate / 1e12:.0f} TFLOP/s", flush=True
-        )
-
-    def add(
-        self, name: str, work: Callable[[], object], *, num_bytes: float = 0.0, flops: float = 0.0
-    ) -> None:
-        """`num_bytes` that must be read and written, `flops` that must be done: the larger floor counts."""
-        if self.only not in name:
-            return
-        try:
-            seconds = self.clock.seconds(work)
-        except (AssertionError, AttributeError) as error:
-            print(f"{name:<58} {error}", flush=True)
-            return
-        floor = max(num_bytes / self.bandwidth, flops / self.rate)
-        row = {
-            "name": name,
-            "us": seconds * 1e6,
-            "gb_per_s": num_bytes / seconds / 1e9,
-            "tflops": flops / seconds / 1e12,
-            "share_of_floor": floor / seconds,
-        }
-        self.rows.append(row)
-        shown = (
-            f"{row['tflops']:8.1f} TFLOP/s"
-            if flops / self.rate > num_bytes / self.bandwidth
-            else f"{row['gb_per_s']:8.0f} GB/s"
-        )
-        print(
-            f"{name:<58} {row['us']:10.1f} us {shown} {100 * row['share_of_floor']:5.1f} % of the floor",
-            flush=True,
-        )
 
 
 def norms(table: Table) -> None:
@@ -183,86 +108,6 @@ def chains(table: Table) -> None:
         del layers
 
 
-def packed(kind: int, rows: int, k: int, group: int = 128) -> tuple[PackedMatrix, int, list[torch.Tensor]]:
-    """A matrix of random codes: its struct, the bytes of codes and scales, and the tensors that hold them."""
-    int4 = kind <= 2
-    codes = torch.empty(rows * k // (2 if int4 else 1), device="cuda", dtype=torch.uint8).random_(0, 256)
-    codes.bitwise_and_(255 if int4 else 0xF7)  # no NaN
-    entries = rows // 16 * (1 if kind == 4 else -(-k // group)) * (1 if kind == 3 else 16)
-    scales = torch.full((entries,), 0.01, device="cuda", dtype=torch.float16 if kind == 1 else F32)
-    struct = PackedMatrix(codes.data_ptr(), scales.data_ptr(), None, rows, k, group, kind)
-    return struct, codes.numel() + scales.numel() * scales.element_size(), [codes, scales]
-
-
-def packed_linears(table: Table) -> None:
-    family = (
-        *((20608, 3072), (3072, 8192), (17408, 3072), (2048, 3072), (3072, 1024), (248320, 3072)),
-        *((12352, 2048), (2048, 4096), (9216, 2048), (248320, 2048)),
-    )
-    forms = (("int4 g128", 1, 128), ("int4 g32", 1, 32), ("fp8 blocks", 3, 128), ("fp8 rows", 4, 128))
-    for name, kind, group in forms:
-        for rows, k in family:
-            struct, num_bytes, kept = packed(kind, rows, k, group)
-            for n in (1, 4, 16):
-                x, out = random(n, k), torch.empty(n, rows, device="cuda", dtype=BF16)
-                table.add(
-                    f"packed linear {name} {n} x {k} -> {rows}",
-                    lambda n=n, w=struct, x=x, o=out: call("q35_packed_linear", n, w, x, o, 0, w.rows),
-                    num_bytes=num_bytes + 2 * (x.numel() + out.numel()),
-                    flops=2 * n * rows * k,
-                )
-            del kept
-
-
-def packed_many(table: Table) -> None:
-    """Packed weights with many rows of tokens."""
-    rows, k = 16384, 3072
-    for name, kind in (("int4", 1), ("fp8", 3)):
-        struct, num_bytes, kept = packed(kind, rows, k)
-        for n in (17, 64, 8192):
-            x, out = random(n, k), torch.empty(n, rows, device="cuda", dtype=BF16)
-            table.add(
-                f"packed linear {name} {n} x {k} -> {rows}",
-                lambda n=n, w=struct, x=x, o=out: call("q35_packed_linear", n, w, x, o, 0, w.rows),
-                num_bytes=num_bytes + 2 * (x.numel() + out.numel()),
-                flops=2 * n * rows * k,
-            )
-        del kept
-
-
-def packed_chains(table: Table) -> None:
-    """`chains` with packed weights, of so many layers that they are past L2."""
-    for name, hidden, projected, inner in (("35B", 2048, 12352, 4096), ("122B", 3072, 20608, 8192)):
-        for form, kind in (("int4", 1), ("fp8", 3)):
-            num_layers = 24
-            layers = [
-                (packed(kind, projected, hidden), packed(kind, hidden, inner)) for _ in range(num_layers)
-            ]
-            norm = random(hidden, dtype=F32)
-            for n in (1, 4, 8, 16):
-                delta, residual, x = random(n, hidden), random(n, hidden, dtype=F32), random(n, hidden)
-                wide = random(n, projected)
-
-                def run(n=n, h=hidden, d=delta, r=residual, x=x, y=wide, w=norm, every=layers) -> None:
-                    for first, second in every:
-                        call("q35_rmsnorm_residual", n, h, d, r, w, 1e-6, x)
-                        call("q35_packed_linear", n, first[0], x, y, 0, first[0].rows)
-                        # The rows are not those of y, but as many numbers of it.
-                        call("q35_packed_linear", n, second[0], y, d, 0, second[0].rows)
-
-                run()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    run()
-                table.add(
-                    f"norm, packed linear, packed linear {form} {name}, {n} rows, {num_layers} layers",
-                    graph.replay,
-                    num_bytes=sum(a[1] + b[1] for a, b in layers)
-                    + num_layers * 2 * n * (6 * hidden + 2 * projected),
-                )
-            del layers
-
-
 def experts(table: Table) -> None:
     for name, hidden, width, shared in (("35B", 2048, 512, 512), ("122B", 3072, 1024, 1024)):
         dims = MoeDims(hidden, 256, 8, width, shared)
@@ -325,115 +170,6 @@ def experts(table: Table) -> None:
                 f"norm moe {name} {n} tokens, {layers} layers in a graph", graph.replay, num_bytes=num_bytes
             )
         del parts
-
-
-def packed_experts(table: Table) -> None:
-    """Experts in 4 and 8 bits, layer after layer in a graph, as in `experts`."""
-    for name, hidden, num_experts, top_k, width in (
-        ("35B", 2048, 256, 8, 512),
-        ("122B", 3072, 256, 8, 1024),
-        ("397B", 4096, 512, 10, 1024),
-    ):
-        dims = MoeDims(hidden, num_experts, top_k, width, width)
-        for what, kind, bytes_each in (("int4", 1, 0.5 + 2 / 128), ("fp8", 3, 1 + 4 / 2048)):
-
-            def draw(rows: int, k: int, kind: int = kind) -> tuple[PackedMatrix, Any]:
-                codes = torch.empty(
-                    rows * k // (2 if kind == 1 else 1), device="cuda", dtype=torch.uint8
-                ).random_()
-                if kind == 1:
-                    scales = torch.rand(rows * k // 128, device="cuda").mul_(k**-0.5).half()
-                else:
-                    codes.bitwise_and_(0xBF)  # no NaN
-                    scales = torch.rand(rows * k // 2048, device="cuda").mul_(k**-0.5)
-                return PackedMatrix(codes.data_ptr(), scales.data_ptr(), None, rows, k, 128, kind), (
-                    codes,
-                    scales,
-                )
-
-            (gate_up, kept_up), (down, kept_down) = (
-                draw(num_experts * 2 * width, hidden),
-                draw(num_experts * hidden, width),
-            )
-            shared_gate = weights(1, hidden)
-            for n in (1, 4, 16):
-                x, out = random(n, hidden), torch.empty(n, hidden, device="cuda", dtype=BF16)
-                space = torch.empty(call("q35_moe_workspace", n, dims), device="cuda", dtype=torch.uint8)
-                few = min(num_experts, n * top_k)
-                layers = max(2, int((1 << 30) / (3 * hidden * width * (few + 1) * bytes_each)) + 1)
-                residual, norm = random(n, hidden, dtype=F32), random(hidden, dtype=F32)
-                deltas = [random(n, hidden, scale=1e-3) for _ in range(layers)]
-                routers = [weights(num_experts, hidden) for _ in range(layers)]
-                shared = [(draw(2 * width, hidden), draw(hidden, width)) for _ in range(layers)]
-                structs = [
-                    PackedMoe(gate_up, down, a[0], b[0], router.data_ptr(), shared_gate.data_ptr())
-                    for router, (a, b) in zip(routers, shared, strict=True)
-                ]
-
-                def step(n=n, h=x, o=out, s=space, d=dims, r=residual, g=norm, de=deltas, st=structs):
-                    for delta, struct in zip(de, st, strict=True):
-                        call("q35_packed_norm_moe", n, d, struct, delta, r, g, 1e-6, h, s, o)
-
-                step()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
-                # What the layers hit, from the x of each.
-                num_bytes = 0.0
-                for delta, router, struct in zip(deltas, routers, structs, strict=True):
-                    call("q35_packed_norm_moe", n, dims, struct, delta, residual, norm, 1e-6, x, space, out)
-                    hit = (x.float() @ router.float().T).topk(top_k).indices.unique().numel()
-                    num_bytes += 3 * hidden * width * (hit + 1) * bytes_each
-                    num_bytes += 2 * num_experts * hidden + 14 * n * hidden
-                table.add(
-                    f"norm moe {what} {name} {n} tokens, {layers} layers in a graph",
-                    graph.replay,
-                    num_bytes=num_bytes,
-                )
-            del kept_up, kept_down
-
-
-def packed_experts_many(table: Table) -> None:
-    """Experts in 4 and 8 bits with many tokens, as the rows of `experts` of bf16."""
-    for name, hidden, width in (("35B", 2048, 512), ("122B", 3072, 1024)):
-        dims = MoeDims(hidden, 256, 8, width, width)
-        for what, kind in (("int4", 1), ("fp8", 3)):
-            parts = [
-                packed(kind, rows, k)
-                for rows, k in (
-                    *((256 * 2 * width, hidden), (256 * hidden, width)),
-                    *((2 * width, hidden), (hidden, width)),
-                )
-            ]
-            for _, _, (_, scales) in parts:
-                scales.fill_(1e-3)
-            router, shared_gate = weights(256, hidden), weights(1, hidden)
-            struct = PackedMoe(*(part[0] for part in parts), router.data_ptr(), shared_gate.data_ptr())
-            for n in (64, 8192):
-                x, out = random(n, hidden), torch.empty(n, hidden, device="cuda", dtype=BF16)
-                residual, norm = random(n, hidden, dtype=F32), random(hidden, dtype=F32)
-                space = torch.empty(call("q35_moe_workspace", n, dims), device="cuda", dtype=torch.uint8)
-                hit = (x.float() @ router.float().T).topk(8).indices.unique().numel()
-                routed, shared = (sum(part[1] for part in half) for half in (parts[:2], parts[2:]))
-                num_bytes = routed * hit / 256 + shared + 2 * 256 * hidden + 4 * n * hidden
-                flops = 6 * n * hidden * 9 * width
-                table.add(
-                    f"moe {what} {name} {n} tokens, {hit} experts hit",
-                    lambda n=n, x=x, o=out, s=space, d=dims, w=struct: call(
-                        "q35_packed_moe", n, d, w, x, s, o
-                    ),
-                    num_bytes=num_bytes,
-                    flops=flops,
-                )
-                table.add(
-                    f"moe then norm {what} {name} {n} tokens, {hit} experts hit",
-                    lambda n=n, x=x, o=out, s=space, d=dims, w=struct, r=residual, g=norm: call(
-                        "q35_packed_moe_then_norm", n, d, w, x, s, r, g, 1e-6, o
-                    ),
-                    num_bytes=num_bytes + 8 * n * hidden,
-                    flops=flops,
-                )
-            del parts
 
 
 def delta_rule(table: Table) -> None:

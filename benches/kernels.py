@@ -14,7 +14,7 @@ import ctypes
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -622,7 +622,7 @@ def samplers(table: Table) -> None:
             table.add(f"sample {n} x {vocab}, {what}", graph.replay, num_bytes=4 * n * vocab)
 
 
-def main() -> None:
+def main(parts: Sequence[Callable[[Table], None]]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -631,20 +631,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     table = Table(Clock(), args.only)
-    for part in (
-        norms,
-        linears,
-        chains,
-        packed_linears,
-        packed_many,
-        packed_chains,
-        experts,
-        packed_experts,
-        packed_experts_many,
-        delta_rule,
-        attention,
-        samplers,
-    ):
+    for part in parts:
         part(table)
         torch.cuda.empty_cache()
     if args.json:
@@ -658,4 +645,19 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        (
+            norms,
+            linears,
+            chains,
+            packed_linears,
+            packed_many,
+            packed_chains,
+            experts,
+            packed_experts,
+            packed_experts_many,
+            delta_rule,
+            attention,
+            samplers,
+        )
+    )

@@ -11,6 +11,7 @@ use super::{enter, to_py};
 use crate::config::ModelConfig;
 #[cfg(feature = "cuda")]
 use crate::engine::EngineLimits;
+use crate::gguf;
 use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
 use crate::tokenizer::chat::ChatTemplate;
@@ -93,9 +94,9 @@ struct ModelPlan {
     plan: plan::Plan,
 }
 
-/// The configuration of a directory, of a `config.json`, or of a size of the family by its name.
+/// The configuration of a directory, of a GGUF file, of a `config.json`, or of a size of the family by its name.
 pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
-    if model.is_dir() {
+    if model.is_dir() || model.is_file() && gguf::find(model)?.is_some() {
         ModelConfig::from_dir(model)
     } else if model.is_file() {
         let text = std::fs::read_to_string(model).map_err(|e| Error::io(model, e))?;
@@ -105,7 +106,7 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
     }
 }
 
-/// JSON plan of a model, named by a family name or by the path of a `config.json` or its directory.
+/// JSON plan of a model, named by a family name or by the path of a checkpoint or of a `config.json`.
 #[pyfunction]
 #[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, with_vision, with_mtp))]
 #[allow(clippy::too_many_arguments)]

@@ -1,8 +1,9 @@
-//! Checkpoints: safetensors files, mapped and checked, and the map from their names to the net.
+//! Checkpoints: safetensors and GGUF files, mapped and checked, and the map from their names to the net.
 
 mod checkpoint;
 mod dtype;
 mod elements;
+mod gguf;
 mod hash;
 mod mtp;
 mod names;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use self::quant::Encoded;
+use crate::mapped;
 
 /// One tensor of a checkpoint, still in the mapped file, or of a model of random weights. Cloning copies no data.
 ///
@@ -28,7 +30,7 @@ use self::quant::Encoded;
 pub struct Tensor {
     /// The checkpoint's name.
     pub name: String,
-    /// Element type; F32 where the elements are encoded.
+    /// Element type; of codes F32.
     pub dtype: DType,
     /// Row-major shape, of the elements: `[out, in]` also where codes lie otherwise.
     pub shape: Vec<usize>,
@@ -40,6 +42,8 @@ enum Data {
     /// A file, and the tensor's bytes in it.
     Mapped(Arc<Mmap>, std::ops::Range<usize>),
     Random(Arc<Random>),
+    /// A small parameter that was stored as something else.
+    Owned(Arc<[u8]>),
     /// Codes, scales and zero points, tensors themselves.
     Encoded(Arc<Encoded>),
 }
@@ -51,6 +55,7 @@ impl Tensor {
         match &self.data {
             Data::Mapped(file, range) => Some(&file[range.clone()]),
             Data::Random(random) => Some(random.bytes()),
+            Data::Owned(bytes) => Some(bytes),
             Data::Encoded(_) => None,
         }
     }
@@ -76,7 +81,16 @@ impl Tensor {
         match &self.data {
             Data::Encoded(encoded) => encoded.parts().into_iter().map(Tensor::num_bytes).sum(),
             Data::Mapped(_, range) => range.len(),
+            Data::Owned(bytes) => bytes.len(),
             Data::Random(_) => self.num_elements() * self.dtype.size(),
+        }
+    }
+
+    /// What its elements are stored as, by the name that files have for it.
+    pub fn type_name(&self) -> &'static str {
+        match self.encoded() {
+            Some(Encoded::Gguf(gguf)) => gguf.kind.name(),
+            _ => self.dtype.name(),
         }
     }
 
@@ -84,8 +98,8 @@ impl Tensor {
     /// file if they are).
     pub fn release(&self) {
         match &self.data {
-            Data::Mapped(file, range) => safetensors::release(file, range.clone()),
-            Data::Random(_) => {}
+            Data::Mapped(file, range) => mapped::release(file, range.clone()),
+            Data::Random(_) | Data::Owned(_) => {}
             Data::Encoded(encoded) => encoded.parts().into_iter().for_each(Tensor::release),
         }
     }

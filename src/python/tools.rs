@@ -21,6 +21,7 @@ use crate::{Error, Result};
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyChatTemplate>()?;
     m.add_function(wrap_pyfunction!(inspect_checkpoint, m)?)?;
+    m.add_function(wrap_pyfunction!(find_tokenizer, m)?)?;
     m.add_function(wrap_pyfunction!(plan_model, m)?)?;
     m.add_function(wrap_pyfunction!(plan_memory, m)?)
 }
@@ -80,7 +81,13 @@ impl PyChatTemplate {
     }
 }
 
-/// JSON description of a checkpoint directory. `full` reads every byte for the fingerprint.
+/// Where the tokenizer of a checkpoint is, for `Tokenizer.from_directory`; None where it has none.
+#[pyfunction]
+fn find_tokenizer(py: Python<'_>, path: PathBuf) -> PyResult<Option<PathBuf>> {
+    enter(py, || crate::tokenizer::find_tokenizer(&path))
+}
+
+/// JSON description of a checkpoint directory, or of a GGUF file. `full` reads every byte for the fingerprint.
 #[pyfunction]
 fn inspect_checkpoint(py: Python<'_>, path: PathBuf, full: bool) -> PyResult<String> {
     let depth = if full { Depth::Full } else { Depth::Quick };

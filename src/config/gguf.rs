@@ -168,7 +168,9 @@ impl<'a> Reader<'a> {
                 Some(_) => false,
             };
             if !fine {
-                return Err(self.gguf.refuse(&key, format!("nothing, or {neutral}: what it asks for is not done")));
+                return Err(self
+                    .gguf
+                    .refuse(&key, format!("nothing, or {neutral}: what it asks for is not done")));
             }
         }
         Ok(())
@@ -222,7 +224,8 @@ impl<'a> Reader<'a> {
     }
 
     fn rope(&self, text: &mut Map<String, Json>) -> Result<()> {
-        let (head_dim, dims) = (self.required("attention.key_length")?, self.required("rope.dimension_count")?);
+        let (head_dim, dims) =
+            (self.required("attention.key_length")?, self.required("rope.dimension_count")?);
         // The share whose product with the head is a number of dimensions again.
         let mut share = dims as f64 / head_dim.max(1) as f64;
         if ((head_dim as f64 * share) as usize) < dims {

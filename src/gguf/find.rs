@@ -18,7 +18,8 @@ pub fn find(path: &Path) -> Result<Option<PathBuf>> {
     }
     // A directory that cannot be read is for the caller to find.
     let Ok(entries) = std::fs::read_dir(path) else { return Ok(None) };
-    let names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let names: Vec<String> =
+        entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
     if names.iter().any(|name| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")) {
         return Ok(None);
     }
@@ -37,7 +38,8 @@ pub fn find(path: &Path) -> Result<Option<PathBuf>> {
         [] => Ok(None),
         [one] => Ok(Some(path.join(one))),
         several => {
-            let what = format!("found {}; expected one model, or the path of one of them", several.join(", "));
+            let what =
+                format!("found {}; expected one model, or the path of one of them", several.join(", "));
             Err(Error::file(path, what))
         }
     }
@@ -79,7 +81,8 @@ pub(super) fn parts(path: &Path, count: usize) -> Result<Vec<PathBuf>> {
             Err(Error::file(path, format!("one of {count} parts; give the first, {first}")))
         }
         _ => {
-            let what = format!("the header says {count} parts; expected a name like X-00001-of-{count:05}.gguf");
+            let what =
+                format!("the header says {count} parts; expected a name like X-00001-of-{count:05}.gguf");
             Err(Error::file(path, what))
         }
     }

@@ -57,7 +57,8 @@ pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Header> {
     let mut cursor = Cursor { bytes, at: 0, path };
     let magic = cursor.take(4, "the magic number")?;
     if magic != b"GGUF" {
-        return cursor.fail(format!("it starts with {:?}, not with \"GGUF\"", magic.escape_ascii().to_string()));
+        return cursor
+            .fail(format!("it starts with {:?}, not with \"GGUF\"", magic.escape_ascii().to_string()));
     }
     match cursor.u32("the version")? {
         2 | 3 => {}
@@ -84,7 +85,11 @@ pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Header> {
             return Err(wrong(&tensor.name, "it twice", "it once"));
         }
         if offset % alignment != 0 {
-            return Err(wrong(&tensor.name, format!("offset {offset}"), format!("a multiple of {alignment}")));
+            return Err(wrong(
+                &tensor.name,
+                format!("offset {offset}"),
+                format!("a multiple of {alignment}"),
+            ));
         }
         found.push((offset, tensor));
     }
@@ -124,7 +129,11 @@ fn place(
         if offset != next {
             let what = if offset < next { "overlapping another tensor" } else { "after a gap" };
             let found = format!("bytes from {offset} on, {what}");
-            return Err(wrong(&tensor.name, found, format!("bytes from {next} on, after the tensor before it")));
+            return Err(wrong(
+                &tensor.name,
+                found,
+                format!("bytes from {next} on, after the tensor before it"),
+            ));
         }
         let len = tensor.range.end as u64;
         let room = file_len.saturating_sub(start).checked_sub(offset);
@@ -229,7 +238,8 @@ impl<'a> Cursor<'a> {
         let too_long = len.checked_mul(kind.size() as u64).is_none_or(|bytes| bytes > self.rest());
         if too_long {
             let rest = self.rest();
-            return self.fail(format!("truncated: {key} has {len} items of {kind:?}, and {rest} bytes follow"));
+            return self
+                .fail(format!("truncated: {key} has {len} items of {kind:?}, and {rest} bytes follow"));
         }
         let start = self.at;
         match kind {

@@ -60,7 +60,8 @@ impl Gguf {
     /// bad value; `Tensor` for a bad tensor, one of a type that is not read, or one in two parts.
     pub fn open(path: &Path) -> Result<Self> {
         let (map, header) = read(path)?;
-        let mut gguf = Gguf { files: Vec::new(), map: Arc::clone(&map), values: header.values, tensors: Vec::new() };
+        let mut gguf =
+            Gguf { files: Vec::new(), map: Arc::clone(&map), values: header.values, tensors: Vec::new() };
         let parts = match gguf.size(NUM_PARTS)? {
             None | Some(0 | 1) => vec![path.to_path_buf()],
             Some(count) => find::parts(path, count)?,

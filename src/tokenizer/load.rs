@@ -9,9 +9,7 @@ use super::Tokenizer;
 use super::added::Matcher;
 use super::bpe::{MAX_MERGES, Merges};
 use super::chars::CharTable;
-use super::file::{
-    Components, MergeEntries, TokenName, TokenizerConfig, TokenizerFile, VocabEntries, read,
-};
+use super::file::{Components, MergeEntries, TokenName, TokenizerConfig, TokenizerFile, VocabEntries, read};
 use super::gguf;
 use super::nfc::nfc;
 use super::pieces::PieceEncoder;

@@ -86,7 +86,12 @@ impl Checkpoint {
 
     /// Not a checkpoint: every tensor of whatever model, of random elements.
     pub fn random() -> Self {
-        Checkpoint { dir: PathBuf::new(), files: Vec::new(), tensors: BTreeMap::new(), source: Source::Random }
+        Checkpoint {
+            dir: PathBuf::new(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            source: Source::Random,
+        }
     }
 
     /// Whether it is [`Checkpoint::random`].

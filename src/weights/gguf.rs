@@ -160,7 +160,9 @@ impl Places {
             Change::Heads => Some(Moved::Rows(order(0, 1))),
             Change::HeadCols => Some(Moved::Cols(order(0, delta.v_dim))),
         };
-        let Some(moved) = moved.filter(|_| per_k_head > 1 && delta.num_k_heads > 1) else { return Ok(tensor) };
+        let Some(moved) = moved.filter(|_| per_k_head > 1 && delta.num_k_heads > 1) else {
+            return Ok(tensor);
+        };
         Ok(match moved {
             // Small parameters: `[heads]`, `[channels, 1, taps]`.
             Moved::Rows(order) if tensor.shape.len() != 2 => {
@@ -269,7 +271,8 @@ impl Resolver<'_> {
                 (both.clone(), both, [width, 2 * width])
             }
             false => {
-                let mut take = |name: &str| self.take(format!("{prefix}{name}"), &[num_experts, width, hidden]);
+                let mut take =
+                    |name: &str| self.take(format!("{prefix}{name}"), &[num_experts, width, hidden]);
                 (take("gate_proj"), take("up_proj"), [0, width])
             }
         };

@@ -159,3 +159,53 @@ fn six_bits(block: &[u8], out: &mut [f32]) {
         *out = scale * f32::from((code | upper << 4) as i8 - 32);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{Gguf, HeadOrder, Moved, TensorType};
+    use crate::weights::Checkpoint;
+
+    const KINDS: [TensorType; 5] =
+        [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_K, TensorType::Q5_K, TensorType::Q6_K];
+    const ORDER: HeadOrder = HeadOrder { start: 0, num_k_heads: 2, per_k_head: 4, head_dim: 64 };
+
+    #[test]
+    fn blocks_are_what_their_package_says() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf/blocks.safetensors");
+        let golden = Checkpoint::open(&path).unwrap();
+        for kind in KINDS {
+            let codes = golden.get(kind.name()).unwrap();
+            let expected = golden.get(&format!("expected.{kind}")).unwrap();
+            let (num_rows, num_cols) = (expected.num_rows(), expected.num_cols());
+            let expected = expected.to_f32();
+            let bits = |xs: &[f32]| xs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let mut gguf = Gguf { codes, kind, num_cols, moved: None };
+            let mut out = vec![0.0; expected.len()];
+            gguf.read_rows(0..num_rows, &mut out);
+            assert_eq!(bits(&out), bits(&expected), "{kind}");
+            // Rows of some, and heads that are parts of a block.
+            gguf.moved = Some(Moved::Cols(ORDER));
+            let mut last = vec![0.0; num_cols];
+            gguf.read_rows(num_rows - 1..num_rows, &mut last);
+            let row = &expected[(num_rows - 1) * num_cols..];
+            let moved: Vec<f32> = (0..num_cols).map(|i| row[ORDER.source(i)]).collect();
+            assert_eq!(bits(&last), bits(&moved), "{kind}");
+        }
+    }
+
+    #[test]
+    fn heads_are_where_the_converter_put_them() {
+        // As its text has it: of two key heads with three value heads each, 0 3 1 4 2 5.
+        let order = HeadOrder { start: 5, num_k_heads: 2, per_k_head: 3, head_dim: 2 };
+        let file: Vec<usize> =
+            [0, 3, 1, 4, 2, 5].into_iter().flat_map(|head| [2 * head, 2 * head + 1]).collect();
+        for i in 0..5 {
+            assert_eq!(order.source(i), i);
+        }
+        for i in 0..12 {
+            assert_eq!(file[order.source(5 + i) - 5], i);
+        }
+    }
+}

@@ -107,7 +107,7 @@ def write(path, values, tensors, alignment=32, version=3):
 
 def decode(kind, raw):
     """Rows of blocks, uint8 ``[rows, bytes]``, as float32 ``[rows, elements]``."""
-    _, block, size = TYPES[kind]
+    size = TYPES[kind][2]
     rows = raw.shape[0]
     b = np.ascontiguousarray(raw).reshape(-1, size)
     half = lambda at: np.ascontiguousarray(b[:, at : at + 2]).view(np.float16).astype(np.float32)

@@ -270,7 +270,9 @@ def test_directories_and_parts(tmp_path):
     shutil.copy(first, tmp_path / "parts" / "renamed.gguf")
     with pytest.raises(ConfigError, match="says 3 parts; expected a name like X-00001-of-00003.gguf"):
         LLM(tmp_path / "parts" / "renamed.gguf")
-    with pytest.raises(ConfigError, match="found model-00001-of-00003.gguf, renamed.gguf; expected one model"):
+    with pytest.raises(
+        ConfigError, match="found model-00001-of-00003.gguf, renamed.gguf; expected one model"
+    ):
         LLM(tmp_path / "parts")
     second, third = (tmp_path / "parts" / f"model-0000{i}-of-00003.gguf" for i in (2, 3))
     kept = second.read_bytes()
@@ -303,7 +305,9 @@ def test_tokenizer_files_beside_it(tmp_path):
     file = json.loads((tmp_path / "tokenizer.json").read_text())
     file["added_tokens"][1]["content"] = "<|other|>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    with pytest.raises(ConfigError, match=r'tokenizer.json: token 269 is "<\|other\|>"; in .*model.gguf it is'):
+    with pytest.raises(
+        ConfigError, match=r'tokenizer.json: token 269 is "<\|other\|>"; in .*model.gguf it is'
+    ):
         LLM(path)
 
 
@@ -345,29 +349,53 @@ def renamed_type(number, name):
 
 A = "qwen35."
 REFUSED = [
-    (without("general.architecture"), "general.architecture: found nothing; allowed: \"qwen35\", \"qwen35moe\""),
+    (without("general.architecture"), 'general.architecture: found nothing; allowed: "qwen35", "qwen35moe"'),
     (valued("general.architecture", g.TEXT, "clip"), 'general.architecture: found "clip"; allowed'),
     (without(A + "embedding_length"), "qwen35.embedding_length: found nothing"),
-    (valued(A + "embedding_length", g.U32, 0), "qwen35.embedding_length: found 0; allowed: an integer from 1"),
+    (
+        valued(A + "embedding_length", g.U32, 0),
+        "qwen35.embedding_length: found 0; allowed: an integer from 1",
+    ),
     (valued(A + "embedding_length", g.TEXT, "x"), 'qwen35.embedding_length: found "x"; allowed: a number'),
     (valued(A + "block_count", g.U32, 1 << 31), "qwen35.block_count: found 2147483648"),
-    (valued(A + "block_count", g.U32, 3), "attention.recurrent_layers: found a list of 2 items .*; allowed: 3 bools"),
+    (
+        valued(A + "block_count", g.U32, 3),
+        "attention.recurrent_layers: found a list of 2 items .*; allowed: 3 bools",
+    ),
     (valued(A + "ssm.inner_size", g.U32, 73), "ssm.inner_size: found 73; allowed: a multiple of"),
     (valued(A + "ssm.group_count", g.U32, 4), "ssm.time_step_rank: found 6; allowed: a multiple of"),
-    (valued(A + "attention.value_length", g.U32, 8), "attention.value_length: found 8; allowed: .*key_length, 16"),
-    (valued(A + "attention.head_count_kv", (g.LIST, g.U32), [1, 2]), "head_count_kv: .*one number for all layers"),
-    (valued(A + "rope.dimension_sections", (g.LIST, 5), [9, 1, 1, 0]), "rope.dimension_sections: found .*sum to 4"),
-    (valued(A + "rope.scaling.type", g.TEXT, "linear"), 'rope.scaling.type: found "linear"; allowed: "none", "yarn"'),
+    (
+        valued(A + "attention.value_length", g.U32, 8),
+        "attention.value_length: found 8; allowed: .*key_length, 16",
+    ),
+    (
+        valued(A + "attention.head_count_kv", (g.LIST, g.U32), [1, 2]),
+        "head_count_kv: .*one number for all layers",
+    ),
+    (
+        valued(A + "rope.dimension_sections", (g.LIST, 5), [9, 1, 1, 0]),
+        "rope.dimension_sections: found .*sum to 4",
+    ),
+    (
+        valued(A + "rope.scaling.type", g.TEXT, "linear"),
+        'rope.scaling.type: found "linear"; allowed: "none", "yarn"',
+    ),
     (valued(A + "attention.causal", g.BOOL, False), "qwen35.attention.causal: found false"),
     (valued(A + "attention.sliding_window", g.U32, 64), "qwen35.attention.sliding_window: found 64"),
     (valued(A + "nextn_predict_layers", g.U32, 2), "qwen35.block_count: found 2; allowed: more than"),
     (valued("tokenizer.ggml.model", g.TEXT, "llama"), 'tokenizer.ggml.model: found "llama"; allowed: "gpt2"'),
-    (valued("tokenizer.ggml.pre", g.TEXT, "default"), 'tokenizer.ggml.pre: found "default"; allowed: "qwen35"'),
+    (
+        valued("tokenizer.ggml.pre", g.TEXT, "default"),
+        'tokenizer.ggml.pre: found "default"; allowed: "qwen35"',
+    ),
     (valued("tokenizer.ggml.add_bos_token", g.BOOL, True), "add_bos_token: found true; allowed: false"),
     (valued("tokenizer.ggml.eos_token_id", g.U32, 999), "tokenizer.ggml.eos_token_id: found 999"),
     (valued("tokenizer.ggml.token_type", (g.LIST, 5), [1]), "token_type: .*a type for each of 280 tokens"),
     (valued("tokenizer.ggml.token_type", (g.LIST, 5), [2] * 280), r"token_type\[0\]: found 2; allowed: 1"),
-    (valued("tokenizer.ggml.merges", (g.LIST, g.TEXT), ["abc"]), r"tokenizer.ggml.merges\[0\]: found \"abc\""),
+    (
+        valued("tokenizer.ggml.merges", (g.LIST, g.TEXT), ["abc"]),
+        r"tokenizer.ggml.merges\[0\]: found \"abc\"",
+    ),
     (valued("tokenizer.chat_template", g.TEXT, "{% if %}"), "the chat template does not compile"),
     (valued("general.alignment", g.U32, 48), "general.alignment: found 48; allowed: a power of two"),
     (valued("general.sampling.top_p", g.F32, 2.0), "general.sampling.top_p: found 2"),
@@ -375,8 +403,14 @@ REFUSED = [
     (lambda v, t: t.pop("token_embd.weight"), "tensor token_embd.weight: found nothing"),
     (lambda v, t: t.pop("blk.0.ssm_a"), r"tensor blk.0.ssm_a: found nothing; expected shape \[6\]"),
     (with_tensor("blk.0.ssm_a", "F32", [5]), r"tensor blk.0.ssm_a: found shape \[5\]; expected shape \[6\]"),
-    (with_tensor("blk.0.extra.weight", "F32", [5]), r"tensor blk.0.extra.weight: found F32 \[5\]; expected no such"),
-    (with_tensor("blk.2.nextn.enorm.weight", "F32", [32]), "tensor blk.2.nextn.enorm.weight: found .*no such tensor"),
+    (
+        with_tensor("blk.0.extra.weight", "F32", [5]),
+        r"tensor blk.0.extra.weight: found F32 \[5\]; expected no such",
+    ),
+    (
+        with_tensor("blk.2.nextn.enorm.weight", "F32", [32]),
+        "tensor blk.2.nextn.enorm.weight: found .*no such tensor",
+    ),
     (
         lambda v, t: t.update({"blk.0.ssm_a": q.tensor("F32", np.ones(6))}),
         "tensor blk.0.ssm_a: found 1 for head 0; expected numbers of at most 0",
@@ -410,9 +444,14 @@ def test_types_that_are_not_read(number, found, tmp_path):
 
 def test_the_command_line():
     path = GOLDEN / "moe-q8_0.gguf"
-    run = lambda *words: subprocess.run(
-        [sys.executable, "-m", "qwen35rs", *map(str, words), "--json"], check=True, capture_output=True, timeout=60
-    ).stdout
+    run = lambda *words: (
+        subprocess.run(
+            [sys.executable, "-m", "qwen35rs", *map(str, words), "--json"],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        ).stdout
+    )
     assert json.loads(run("inspect", path))["num_tensors"] == 58
     assert json.loads(run("plan", path, "--gpu", "h100"))["config"]["model_type"] == "qwen3_5_moe"
     tokens = json.loads(run("tokenize", "--model", path, "the in"))

@@ -98,20 +98,33 @@ def layer(c, kind):
     out |= {f"{name}.weight": norm(hidden) for name in ("input_layernorm", "post_attention_layernorm")}
     if kind == "full_attention":
         q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
-        shapes = {"q_proj": (2 * q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+        shapes = {
+            "q_proj": (2 * q, hidden),
+            "k_proj": (kv, hidden),
+            "v_proj": (kv, hidden),
+            "o_proj": (hidden, q),
+        }
         out |= {f"self_attn.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
         out |= {f"self_attn.{name}.weight": norm(c["head_dim"]) for name in ("q_norm", "k_norm")}
     else:
         heads, v_dim = c["linear_num_value_heads"], c["linear_value_head_dim"]
         channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + heads * v_dim
         shapes = {"in_proj_qkv": (channels, hidden), "in_proj_z": (heads * v_dim, hidden)}
-        shapes |= {"in_proj_b": (heads, hidden), "in_proj_a": (heads, hidden), "out_proj": (hidden, heads * v_dim)}
+        shapes |= {
+            "in_proj_b": (heads, hidden),
+            "in_proj_a": (heads, hidden),
+            "out_proj": (hidden, heads * v_dim),
+        }
         out |= {f"linear_attn.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
         out["linear_attn.conv1d.weight"] = normal(channels, 1, c["linear_conv_kernel_dim"], scale=0.5)
         out["linear_attn.A_log"] = torch.from_numpy(np.log(RNG.uniform(0.5, 8, heads)).astype(np.float32))
         out["linear_attn.dt_bias"] = normal(heads, scale=1.0)
         out["linear_attn.norm.weight"] = 1 + norm(v_dim)
-    triple = lambda width: {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+    triple = lambda width: {
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "down_proj": (hidden, width),
+    }
     if "num_experts" not in c:
         return out | {f"mlp.{n}.weight": matrix(*s) for n, s in triple(c["intermediate_size"]).items()}
     experts, width = c["num_experts"], c["moe_intermediate_size"]
@@ -162,7 +175,18 @@ convert_hf_to_gguf.main()
 
 def convert(llama_cpp, folder, kind, out, *options):
     """By the converter's own `main`, with the `gguf` package of its tree."""
-    command = [sys.executable, "-c", CONVERT, llama_cpp, folder, "--outtype", kind, "--outfile", out, *options]
+    command = [
+        sys.executable,
+        "-c",
+        CONVERT,
+        llama_cpp,
+        folder,
+        "--outtype",
+        kind,
+        "--outfile",
+        out,
+        *options,
+    ]
     subprocess.run([str(word) for word in command], check=True)
 
 

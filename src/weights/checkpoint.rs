@@ -75,9 +75,7 @@ impl Checkpoint {
         let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
         let others = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
         let mut others: Vec<_> = others
-            .filter(|name| {
-                [".safetensors", ".gguf", ".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end))
-            })
+            .filter(|name| [".safetensors", ".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end)))
             .collect();
         others.sort();
         let found = if others.is_empty() { "no weights".to_string() } else { others.join(", ") };

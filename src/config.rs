@@ -7,6 +7,7 @@
 
 mod fields;
 mod generation;
+mod gguf;
 mod parse;
 mod quant;
 mod rope;
@@ -19,6 +20,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::gguf::Gguf;
 use crate::{Error, Result};
 
 /// What some exports write in place of `quantization_config`.
@@ -208,12 +210,15 @@ impl AttentionConfig {
 
 impl ModelConfig {
     /// Reads and checks `config.json` of a checkpoint directory, and `hf_quant_config.json` where that alone says how
-    /// the weights are quantised.
+    /// the weights are quantised; or the metadata of a GGUF file, where `dir` means one ([`crate::gguf::find`]).
     ///
     /// # Errors
-    /// `Io` if the file cannot be read, `File` if it is not JSON, `Config` for the first value that cannot
-    /// be run.
+    /// `Io` if the file cannot be read, `File` if it is not JSON or not GGUF, `Config` for the first value that
+    /// cannot be run.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        if let Some(file) = crate::gguf::find(dir)? {
+            return Self::from_gguf(&Gguf::open(&file)?);
+        }
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| read_error(&path, e))?;
         let mut value = parse_json(&text, &path)?;
@@ -223,6 +228,14 @@ impl ModelConfig {
             quant::with_file(&mut value, parse_json(&text, &beside)?, &beside)?;
         }
         Self::from_value(&value)
+    }
+
+    /// Checks the metadata of a GGUF file.
+    ///
+    /// # Errors
+    /// `Config` for the first value that is missing or cannot be run, by its key.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        gguf::model_config(gguf)
     }
 
     /// Checks the text of a `config.json`. `origin` is the file that errors name.

@@ -1,4 +1,4 @@
-//! What a checkpoint directory holds: geometry, counts, formats, and a name for its content. Reads headers
+//! What a checkpoint holds: geometry, counts, formats, and a name for its content. Reads headers
 //! and, for a fingerprint, data; loads nothing.
 
 use std::collections::BTreeMap;
@@ -43,7 +43,7 @@ pub struct Inspection {
     pub num_mtp_tensors: usize,
     /// Why `mtp=True` is refused; absent if it is not.
     pub mtp_refused: Option<String>,
-    /// `fused`, `per_expert` or `mixed`; absent in a dense model or where the tensors do not match.
+    /// `fused`, `per_expert` or `mixed`, or `stacked` by projection in a GGUF file; absent in a dense model or where the tensors do not match.
     pub expert_layout: Option<&'static str>,
     /// Bytes of weights read for one token, as stored. Absent where the tensors do not match.
     pub weight_bytes_per_token: Option<u64>,
@@ -115,8 +115,8 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
     let quantized = quantized(places);
     let mut dtypes: BTreeMap<_, DTypeShare> = BTreeMap::new();
     for tensor in checkpoint.iter() {
-        let empty = DTypeShare { dtype: tensor.dtype.name(), num_tensors: 0, num_elements: 0, bytes: 0 };
-        let share = dtypes.entry(tensor.dtype).or_insert(empty);
+        let empty = DTypeShare { dtype: tensor.type_name(), num_tensors: 0, num_elements: 0, bytes: 0 };
+        let share = dtypes.entry(tensor.type_name()).or_insert(empty);
         share.num_tensors += 1;
         share.num_elements += tensor.num_elements() as u64;
         share.bytes += tensor.num_bytes() as u64;
@@ -144,9 +144,13 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
         dtypes,
         quantized,
         num_vision_tensors: starting(&["model.visual.", "visual."]),
-        num_mtp_tensors: starting(&["mtp."]),
+        num_mtp_tensors: checkpoint.iter().filter(|t| checkpoint.is_of_mtp(t)).count(),
         mtp_refused,
-        expert_layout: tensors.as_ref().and_then(expert_layout),
+        // In GGUF an expert is a slice of a stack, by itself in its place only.
+        expert_layout: match tensors.as_ref().and_then(expert_layout) {
+            Some("per_expert") if checkpoint.is_gguf() => Some("stacked"),
+            layout => layout,
+        },
         weight_bytes_per_token: tensors.as_ref().zip(config.as_ref()).map(|(t, c)| t.bytes_per_token(c)),
         fingerprint: checkpoint.fingerprint(depth),
         config,
@@ -170,7 +174,7 @@ fn unless_refused<T>(found: Result<T>, refused: &mut Option<String>) -> Result<O
 fn quantized<'a>(places: impl Iterator<Item = &'a Tensor>) -> Vec<QuantShare> {
     let mut shares: BTreeMap<String, QuantShare> = BTreeMap::new();
     for tensor in places {
-        let Some(encoded) = tensor.encoded() else { continue };
+        let Some(encoded) = tensor.encoded().filter(|encoded| encoded.is_quantised()) else { continue };
         let format = encoded.format();
         let empty = QuantShare { format: format.clone(), num_matrices: 0, num_elements: 0, bytes: 0 };
         let share = shares.entry(format).or_insert(empty);

@@ -16,8 +16,10 @@ pub mod cache;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod gguf;
 pub mod inspect;
 pub mod lend;
+pub mod mapped;
 pub mod model;
 pub mod plan;
 #[cfg(feature = "python")]

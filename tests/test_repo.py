@@ -14,7 +14,7 @@ LONG = {"src/tokenizer/unicode.rs"}  # generated tables
 UNSAFE = (
     "src/backend/cpu/",
     "src/backend/cuda/",
-    "src/weights/safetensors.rs",
+    "src/mapped.rs",
     "src/tokenizer/window.rs",
     "src/tokenizer/pieces.rs",
     "src/tokenizer/vocab.rs",

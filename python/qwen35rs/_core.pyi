@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "check_sampling_params",
     "find_device",
+    "find_tokenizer",
     "inspect_checkpoint",
     "ops_attention",
     "ops_causal_conv1d",
@@ -290,6 +292,7 @@ class CudaOps:
 
 # tools of the command line: JSON text
 
+def find_tokenizer(path: str | PathLike[str]) -> Path | None: ...
 def inspect_checkpoint(path: str | PathLike[str], full: bool) -> str: ...
 def plan_memory(
     model: str,

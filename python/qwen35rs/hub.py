@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, a name on the Hugging Face hub, or here."""
+"""Where a model's files are: a directory, a GGUF file, a name on the Hugging Face hub, or here."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def resolve(
     token: str | bool | None = None,
     patterns: list[str] | None = None,
 ) -> Path:
-    """The directory of a model: itself, or the hub's snapshot of that name (downloaded where needed); of none, the
-    embedded model's.
+    """The directory of a model, or its GGUF file: itself, or the hub's snapshot of that name (downloaded where needed);
+    of none, the embedded model's.
 
     Downloads show huggingface_hub's progress bar, use its cache and its token, and honour HF_HUB_OFFLINE.
 
@@ -36,7 +36,7 @@ def resolve(
     if model is None:
         return EMBEDDED
     path, name = Path(model), os.fspath(model)
-    if path.is_dir() and name:
+    if name and (path.is_dir() or path.is_file() and is_gguf(path)):
         return path
     if not isinstance(model, str) or path.exists() or not _is_hub_id(name):
         what = "is a file" if path.is_file() else "does not exist"
@@ -45,7 +45,7 @@ def resolve(
         )
         raise FileNotFoundError(
             f"{name or 'an empty name'}: {what}; give the directory of a checkpoint (with config.json and *.safetensors), "
-            f"or a name on the Hugging Face hub like Qwen/Qwen3.5-35B-A3B{size}"
+            f"a GGUF file, or a name on the Hugging Face hub like Qwen/Qwen3.5-35B-A3B{size}"
         )
     import huggingface_hub
 
@@ -65,6 +65,11 @@ def resolve(
             "(config.json, *.safetensors, tokenizer.json), for example one made by "
             f"`hf download {name} --local-dir DIR` on a machine that has it."
         ) from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path's name is that of a GGUF file."""
+    return path.suffix.lower() == ".gguf"
 
 
 def _is_hub_id(name: str) -> bool:

@@ -37,8 +37,9 @@ class LLM:
     changes what another gets.
 
     Args:
-        model: directory of a checkpoint as Hugging Face stores it, or a name on the hub. None, the default, is
-            the small demonstration model that comes with the package; a line on stderr says so.
+        model: directory of a checkpoint as Hugging Face stores it, a GGUF file (of a model in parts, the first), or
+            a name on the hub. None, the default, is the small demonstration model that comes with the package; a line
+            on stderr says so.
         tokenizer: another directory or hub name for the tokenizer; the model's own by default. A model
             without one runs on token ids.
         load_format: ``"auto"`` reads the checkpoint. ``"dummy"`` takes random weights of the model's sizes instead, made
@@ -116,8 +117,8 @@ class LLM:
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None:
             self._tokenizer = Tokenizer.from_pretrained(tokenizer, revision=revision, token=token)
-        elif ((folder := path.parent if path.is_file() else path) / "tokenizer.json").exists():
-            self._tokenizer = Tokenizer.from_pretrained(folder)
+        elif (place := _core.find_tokenizer(path)) is not None:
+            self._tokenizer = Tokenizer.from_pretrained(place)
         limits = {
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,

@@ -16,20 +16,22 @@ from ._core import RequestError
 
 
 class Tokenizer:
-    """Text to token ids and back, exactly as the checkpoint's ``tokenizer.json`` says, and its chat template.
+    """Text to token ids and back, exactly as the checkpoint's ``tokenizer.json`` says, and its chat template. Of a
+    GGUF file: those beside it, or what its metadata say.
 
     Immutable; any number of threads may use one.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Reads the directory of a checkpoint, or a ``tokenizer.json``.
+        """Reads the directory of a checkpoint, a GGUF file, or a ``tokenizer.json``.
 
         Raises FileNotFoundError and kin for a file that cannot be read, ConfigError for one that is malformed
         or asks for something that is not done exactly here.
         """
         path = Path(path)
-        self._directory = path if path.is_dir() else path.parent
-        make = _core.Tokenizer.from_directory if path.is_dir() else _core.Tokenizer.from_file
+        is_checkpoint = path.is_dir() or hub.is_gguf(path)
+        self._directory = path if is_checkpoint else path.parent
+        make = _core.Tokenizer.from_directory if is_checkpoint else _core.Tokenizer.from_file
         self._core = make(path)
         self._template: _core.ChatTemplate | None = None
 
@@ -41,7 +43,7 @@ class Tokenizer:
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> Tokenizer:
-        """The tokenizer of a checkpoint directory or of a name on the Hugging Face hub."""
+        """The tokenizer of a checkpoint directory, of a GGUF file or of a name on the Hugging Face hub."""
         return cls(hub.resolve(model, revision=revision, token=token, patterns=hub.TOKENIZER_FILES))
 
     def encode(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
@@ -139,12 +141,12 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """``eos_token`` of ``tokenizer_config.json``."""
+        """``eos_token`` of ``tokenizer_config.json``, or of a GGUF file."""
         return self._core.eos_token_id
 
     @property
     def pad_token_id(self) -> int | None:
-        """``pad_token`` of ``tokenizer_config.json``."""
+        """``pad_token`` of ``tokenizer_config.json``, or of a GGUF file."""
         return self._core.pad_token_id
 
     @property

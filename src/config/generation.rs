@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::fields::Fields;
 use super::{ModelConfig, read_error};
+use crate::gguf::Gguf;
 use crate::{Error, Result};
 
 /// What a checkpoint says about generation. Absent keys stay `None`, and the caller's defaults apply.
@@ -113,13 +114,18 @@ impl Neutral {
 }
 
 impl GenerationConfig {
-    /// Reads `generation_config.json` of a checkpoint directory. A missing file gives the default.
+    /// Reads `generation_config.json` of a checkpoint directory. A missing file gives the default. Of a GGUF file: the
+    /// one beside it, else what its metadata say.
     ///
     /// # Errors
     /// `Io` if the file is there and cannot be read, `File` if it is not JSON, `Config` for a value of a
     /// wrong type or out of range, or one that asks for what is not implemented.
     pub fn from_dir(dir: &Path) -> Result<Self> {
-        let path = dir.join("generation_config.json");
+        let found = crate::gguf::find(dir)?;
+        let path = found.as_deref().and_then(Path::parent).unwrap_or(dir).join("generation_config.json");
+        if let Some(file) = found.filter(|_| !path.exists()) {
+            return super::gguf::generation_config(&Gguf::open(&file)?);
+        }
         match std::fs::read_to_string(&path) {
             Ok(text) => Self::from_json(&text, &path),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),

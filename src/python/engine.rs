@@ -18,6 +18,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Caches, Device};
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, EngineLimits, StepOutput};
+use crate::gguf;
 use crate::model::Model;
 use crate::plan::{self, Scheme};
 use crate::request::{FinishReason, SamplingParams, Wanted};
@@ -25,7 +26,7 @@ use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
 use crate::weights::quant::Quantization;
-use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors};
+use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, Tensor};
 use crate::{Error, Result};
 
 /// Most samples of one prompt.
@@ -327,8 +328,10 @@ impl PyEngine {
         let folders = py.import("sys")?.getattr("path")?.extract::<Vec<PathBuf>>().unwrap_or_default();
         enter(py, move || {
             let config = if dummy { model_config(&path)? } else { ModelConfig::from_dir(&path)? };
-            let defaults =
-                if path.is_dir() { GenerationConfig::from_dir(&path)? } else { GenerationConfig::default() };
+            let defaults = match path.is_dir() || gguf::find(&path)?.is_some() {
+                true => GenerationConfig::from_dir(&path)?,
+                false => GenerationConfig::default(),
+            };
             defaults.check(&config)?;
             let eos_token_ids = stop_tokens(&defaults, text.as_deref(), config.vocab);
             let num_tokens = text.map_or(config.vocab, |t| t.len());
@@ -486,9 +489,10 @@ fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
 /// Refuses quantised matrices that are more than there is room for once they are decoded: a file's pages can be given
 /// back, those cannot.
 fn check_decoded(tensors: &ModelTensors, dtype: Option<DType>, room: Option<u64>) -> Result<()> {
-    let size = dtype.unwrap_or(DType::F32).size() as u64;
+    let size = dtype.unwrap_or(DType::F32).size();
     let encoded = tensors.tensors().filter(|t| t.encoded().is_some() || t.scheme().is_some());
-    let bytes: u64 = encoded.map(|tensor| size * tensor.num_elements() as u64).sum();
+    let bytes = |tensor: &Tensor| (dtype.unwrap_or(tensor.dtype).size() * tensor.num_elements()) as u64;
+    let bytes: u64 = encoded.map(bytes).sum();
     match room {
         Some(room) if bytes > room => Err(Error::OutOfMemory {
             what: format!("decoded matrices ({bytes} bytes; the machine has {room} available)"),

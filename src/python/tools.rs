@@ -11,6 +11,7 @@ use super::{enter, to_py};
 use crate::config::ModelConfig;
 #[cfg(feature = "cuda")]
 use crate::engine::EngineLimits;
+use crate::gguf;
 use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
 use crate::tokenizer::chat::ChatTemplate;
@@ -21,6 +22,7 @@ use crate::{Error, Result};
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyChatTemplate>()?;
     m.add_function(wrap_pyfunction!(inspect_checkpoint, m)?)?;
+    m.add_function(wrap_pyfunction!(find_tokenizer, m)?)?;
     m.add_function(wrap_pyfunction!(plan_model, m)?)?;
     m.add_function(wrap_pyfunction!(plan_memory, m)?)
 }
@@ -85,7 +87,13 @@ impl PyChatTemplate {
     }
 }
 
-/// JSON description of a checkpoint directory. `full` reads every byte for the fingerprint.
+/// Where the tokenizer of a checkpoint is, for `Tokenizer.from_directory`; None where it has none.
+#[pyfunction]
+fn find_tokenizer(py: Python<'_>, path: PathBuf) -> PyResult<Option<PathBuf>> {
+    enter(py, || crate::tokenizer::find_tokenizer(&path))
+}
+
+/// JSON description of a checkpoint directory, or of a GGUF file. `full` reads every byte for the fingerprint.
 #[pyfunction]
 fn inspect_checkpoint(py: Python<'_>, path: PathBuf, full: bool) -> PyResult<String> {
     let depth = if full { Depth::Full } else { Depth::Quick };
@@ -99,9 +107,9 @@ struct ModelPlan {
     plan: plan::Plan,
 }
 
-/// The configuration of a directory, of a `config.json`, or of a size of the family by its name.
+/// The configuration of a directory, of a GGUF file, of a `config.json`, or of a size of the family by its name.
 pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
-    if model.is_dir() {
+    if model.is_dir() || model.is_file() && gguf::find(model)?.is_some() {
         ModelConfig::from_dir(model)
     } else if model.is_file() {
         let text = std::fs::read_to_string(model).map_err(|e| Error::io(model, e))?;
@@ -111,7 +119,7 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
     }
 }
 
-/// JSON plan of a model, named by a family name or by the path of a `config.json` or its directory.
+/// JSON plan of a model, named by a family name or by the path of a checkpoint or of a `config.json`.
 #[pyfunction]
 #[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, f16_state, with_vision, with_mtp))]
 #[allow(clippy::too_many_arguments)]

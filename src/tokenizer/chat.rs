@@ -12,6 +12,8 @@ use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, ErrorKind, State};
 use serde_json::{Map, Value as Json};
 
+use super::gguf;
+use crate::gguf::Gguf;
 use crate::{Error, Result};
 
 /// The family's template as published with Qwen3.5-4B, -9B and -35B-A3B (Apache-2.0, see NOTICE).
@@ -31,12 +33,19 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// The template of a checkpoint directory: `chat_template.jinja`, else the `chat_template` entry of
-    /// `tokenizer_config.json` (of several, the one named `default`), else the built-in one.
+    /// `tokenizer_config.json` (of several, the one named `default`), else the built-in one. Of a GGUF file without a
+    /// `tokenizer.json` beside it: that of its metadata, else the built-in one.
     ///
     /// # Errors
     /// `Io` if a file is there and cannot be read, `File` if it is not what its name says or if its template does
     /// not compile.
     pub fn from_dir(dir: &Path) -> Result<Self> {
+        let file = crate::gguf::find(dir)?;
+        let dir = match &file {
+            Some(file) if !file.with_file_name("tokenizer.json").exists() => return Self::from_gguf(file),
+            Some(file) => file.parent().unwrap_or(dir),
+            None => dir,
+        };
         let config_path = dir.join("tokenizer_config.json");
         let config = match read_if_there(&config_path)? {
             Some(text) => serde_json::from_str::<Json>(&text)
@@ -51,6 +60,14 @@ impl ChatTemplate {
         let mut template = Self::compile(source.as_deref().unwrap_or(QWEN3_5))
             .map_err(|e| Error::file(path, format!("the chat template does not compile: {e}")))?;
         template.special_tokens = special_tokens(&config);
+        Ok(template)
+    }
+
+    fn from_gguf(path: &Path) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        let mut template = Self::compile(gguf::chat_template(&gguf)?.unwrap_or(QWEN3_5))
+            .map_err(|e| Error::file(path, format!("the chat template does not compile: {e}")))?;
+        template.special_tokens = gguf::special_tokens(&gguf)?.into();
         Ok(template)
     }
 

@@ -198,18 +198,38 @@ impl<'de> Visitor<'de> for VocabEntries {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
-        while let Some(start) = map.next_key_seed(PushBytes(&mut self.bytes))? {
+        while let Some(token) = map.next_key_seed(PushBytes(&mut self.bytes))? {
             let id = map.next_value()?;
-            match start {
-                Pushed::Bytes(start, len) => self.entries.push((id, start, len)),
-                Pushed::Raw(text) => {
-                    if self.raw.insert(text.clone(), id).is_some() {
-                        return Err(A::Error::custom(format!("token {text:?} is listed twice")));
-                    }
+            self.place(token, id)?;
+        }
+        Ok(self)
+    }
+}
+
+impl VocabEntries {
+    /// Adds a token by its printable form.
+    pub(super) fn push<E: serde::de::Error>(&mut self, text: &str, id: u32) -> Result<(), E> {
+        let token = PushBytes(&mut self.bytes).visit_str(text)?;
+        self.place(token, id)
+    }
+
+    fn place<E: serde::de::Error>(&mut self, token: Pushed, id: u32) -> Result<(), E> {
+        match token {
+            Pushed::Bytes(start, len) => self.entries.push((id, start, len)),
+            Pushed::Raw(text) => {
+                if self.raw.insert(text.clone(), id).is_some() {
+                    return Err(E::custom(format!("token {text:?} is listed twice")));
                 }
             }
         }
-        Ok(self)
+        Ok(())
+    }
+}
+
+impl MergeEntries {
+    /// Adds a merge, two tokens with a space between them.
+    pub(super) fn push<E: serde::de::Error>(&mut self, text: &str) -> Result<(), E> {
+        PushMerge(self).visit_str(text)
     }
 }
 

@@ -1,6 +1,6 @@
-//! From the files of a checkpoint to a [`Tokenizer`].
+//! From the files of a checkpoint, or the metadata of a GGUF file, to a [`Tokenizer`].
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use serde::Deserialize;
@@ -9,10 +9,12 @@ use super::Tokenizer;
 use super::added::Matcher;
 use super::bpe::{MAX_MERGES, Merges};
 use super::chars::CharTable;
-use super::file::{Model, TokenName, TokenizerConfig, TokenizerFile, read};
+use super::file::{Components, MergeEntries, TokenName, TokenizerConfig, TokenizerFile, VocabEntries, read};
+use super::gguf;
 use super::nfc::nfc;
 use super::pieces::PieceEncoder;
 use super::vocab::{ID_BITS, Vocab};
+use crate::gguf::Gguf;
 use crate::{Error, Result};
 
 /// A token that is looked for in the text before anything else.
@@ -40,14 +42,26 @@ pub struct AddedToken {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a checkpoint directory, and `tokenizer_config.json` where there is one.
+    /// Reads `tokenizer.json` of a checkpoint directory, and `tokenizer_config.json` where there is one. Of a GGUF file
+    /// ([`crate::gguf::find`]): those beside it, whose tokens must be the file's own; where there are none, its metadata.
     ///
     /// Errors: [`Error::Io`] for a file that cannot be read, [`Error::File`] for a malformed one, [`Error::Config`]
     /// for a component that this crate does not implement exactly.
     pub fn from_directory(directory: impl AsRef<Path>) -> Result<Self> {
-        let path = directory.as_ref().join("tokenizer_config.json");
-        let config = if path.exists() { read(&path)? } else { TokenizerConfig::default() };
-        load(&directory.as_ref().join("tokenizer.json"), config)
+        let directory = directory.as_ref();
+        let Some(file) = crate::gguf::find(directory)? else { return beside(directory) };
+        let gguf = Gguf::open(&file)?;
+        match file.parent().filter(|folder| folder.join(TOKENIZER).exists()) {
+            Some(folder) => {
+                let tokenizer = beside(folder)?;
+                gguf::check_tokens(&gguf, &tokenizer, &folder.join(TOKENIZER))?;
+                Ok(tokenizer)
+            }
+            None => {
+                let (parts, config) = gguf::parts(&gguf)?;
+                build(parts, config, &file)
+            }
+        }
     }
 
     /// Reads a `tokenizer.json` alone. Errors as for [`Tokenizer::from_directory`].
@@ -56,21 +70,60 @@ impl Tokenizer {
     }
 }
 
-fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
-    let bad = |what: String| Error::file(path, what);
-    let mut file: TokenizerFile = read(path)?;
-    let components = file.components()?;
+/// The place that has the tokenizer of a checkpoint, for [`Tokenizer::from_directory`]: a GGUF file or a directory;
+/// `None` where its files hold no tokenizer. Of a `config.json`, those beside it count.
+///
+/// # Errors
+/// As for [`Gguf::open`].
+pub fn find_tokenizer(path: &Path) -> Result<Option<PathBuf>> {
+    if let Some(file) = crate::gguf::find(path)? {
+        let has = file.with_file_name(TOKENIZER).exists() || gguf::has_tokens(&Gguf::open(&file)?);
+        return Ok(has.then_some(file));
+    }
+    let folder = if path.is_file() { path.parent().unwrap_or(path) } else { path };
+    Ok(folder.join(TOKENIZER).exists().then(|| folder.to_path_buf()))
+}
 
-    let max_id =
-        file.model.vocab.entries.iter().map(|entry| entry.0).chain(file.model.vocab.raw.values().copied());
-    if let Some(id) =
-        max_id.chain(file.added_tokens.iter().map(|token| token.id)).find(|&id| id >> ID_BITS != 0)
-    {
+const TOKENIZER: &str = "tokenizer.json";
+
+/// What shapes a tokenizer, checked, whatever file says it.
+pub(super) struct Parts {
+    pub(super) components: Components,
+    pub(super) vocab: VocabEntries,
+    pub(super) merges: MergeEntries,
+    pub(super) added: Vec<AddedToken>,
+    /// What errors call the list of added tokens.
+    pub(super) added_field: &'static str,
+}
+
+fn beside(folder: &Path) -> Result<Tokenizer> {
+    let path = folder.join("tokenizer_config.json");
+    let config = if path.exists() { read(&path)? } else { TokenizerConfig::default() };
+    load(&folder.join(TOKENIZER), config)
+}
+
+fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
+    let file: TokenizerFile = read(path)?;
+    let parts = Parts {
+        components: file.components()?,
+        vocab: file.model.vocab,
+        merges: file.model.merges,
+        added: file.added_tokens,
+        added_field: "tokenizer.json: added_tokens",
+    };
+    build(parts, config, path)
+}
+
+fn build(parts: Parts, config: TokenizerConfig, path: &Path) -> Result<Tokenizer> {
+    let bad = |what: String| Error::file(path, what);
+    let Parts { components, vocab: entries, merges: merge_entries, added: added_tokens, added_field } = parts;
+
+    let max_id = entries.entries.iter().map(|entry| entry.0).chain(entries.raw.values().copied());
+    if let Some(id) = max_id.chain(added_tokens.iter().map(|token| token.id)).find(|&id| id >> ID_BITS != 0) {
         return Err(bad(format!("token id {id}: ids must be below {}", 1 << ID_BITS)));
     }
-    let entries = std::mem::take(&mut file.model.vocab);
     let mut vocab = Vocab::new(entries.bytes, &entries.entries, entries.raw).map_err(bad)?;
-    let merges = merges(&file.model, &vocab).map_err(bad)?;
+    let merges = merges(&merge_entries, &vocab).map_err(bad)?;
 
     let chars = CharTable::new(components.marks_join);
     // The reference keeps the text of such a token as the normalizer leaves it.
@@ -81,8 +134,8 @@ fn load(path: &Path, config: TokenizerConfig) -> Result<Tokenizer> {
         token
     };
     let mut added = Vec::new();
-    for token in file.added_tokens.into_iter().map(normalize) {
-        add(&mut added, token, &mut vocab, "tokenizer.json: added_tokens")?;
+    for token in added_tokens.into_iter().map(normalize) {
+        add(&mut added, token, &mut vocab, added_field)?;
     }
     let mut more: Vec<AddedToken> = Vec::new();
     for (id, token) in config.added_tokens_decoder {
@@ -189,20 +242,20 @@ fn add(added: &mut Vec<AddedToken>, token: AddedToken, vocab: &mut Vocab, list: 
 }
 
 /// The merges by id, and the tokens of the single bytes.
-fn merges(model: &Model, vocab: &Vocab) -> std::result::Result<Merges, String> {
+fn merges(entries: &MergeEntries, vocab: &Vocab) -> std::result::Result<Merges, String> {
     let mut byte_ids = [0; 256];
     for (byte, id) in (0..=255).zip(&mut byte_ids) {
         *id = vocab
             .id(&[byte])
             .ok_or_else(|| format!("model.vocab has no token for the single byte {byte}"))?;
     }
-    let bytes = &model.merges.bytes;
-    if model.merges.ends.len() > MAX_MERGES {
-        return Err(format!("model.merges: {} merges; at most {MAX_MERGES}", model.merges.ends.len()));
+    let bytes = &entries.bytes;
+    if entries.ends.len() > MAX_MERGES {
+        return Err(format!("model.merges: {} merges; at most {MAX_MERGES}", entries.ends.len()));
     }
-    let mut merges = Vec::with_capacity(model.merges.ends.len());
+    let mut merges = Vec::with_capacity(entries.ends.len());
     let mut start = 0;
-    for (rank, &(middle, end)) in model.merges.ends.iter().enumerate() {
+    for (rank, &(middle, end)) in entries.ends.iter().enumerate() {
         let token = |start: u32, end: u32| {
             let part = &bytes[start as usize..end as usize];
             vocab.id(part).ok_or_else(|| {

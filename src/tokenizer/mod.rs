@@ -1,4 +1,4 @@
-//! Text to token ids and back, exactly as the checkpoint's own `tokenizer.json` says; and the chat template.
+//! Text to token ids and back, exactly as the checkpoint's own `tokenizer.json` says, or a GGUF file's metadata; and the chat template.
 //!
 //! ```text
 //! text -> added tokens cut out (added) -> NFC (nfc) -> pieces (split, window) -> ids (pieces, bpe)
@@ -12,6 +12,7 @@ mod bpe;
 mod chars;
 pub mod chat;
 mod file;
+mod gguf;
 mod load;
 mod memo;
 mod nfc;
@@ -27,7 +28,7 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-pub use load::AddedToken;
+pub use load::{AddedToken, find_tokenizer};
 pub use stream::TextStream;
 
 use crate::{Error, Result};
@@ -182,12 +183,12 @@ impl Tokenizer {
         self.special.get(id as usize) == Some(&true)
     }
 
-    /// `eos_token` of `tokenizer_config.json`.
+    /// `eos_token` of `tokenizer_config.json`, or what GGUF's metadata name.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos
     }
 
-    /// `pad_token` of `tokenizer_config.json`.
+    /// `pad_token` of `tokenizer_config.json`, or what GGUF's metadata name.
     pub fn pad_id(&self) -> Option<u32> {
         self.pad
     }

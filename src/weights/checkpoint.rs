@@ -1,4 +1,4 @@
-//! A checkpoint directory: one safetensors file, or the shards that an index names.
+//! A checkpoint directory: one safetensors file, or the shards that an index names; or a GGUF file.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +10,10 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use super::hash::Xxh64;
-use super::{Tensor, safetensors};
+use super::names::MTP_PREFIX;
+use super::{Tensor, gguf, safetensors};
+use crate::config::ModelConfig;
+use crate::gguf::Gguf;
 use crate::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -24,8 +27,17 @@ pub struct Checkpoint {
     dir: PathBuf,
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, Tensor>,
-    /// Whether it has every tensor that is asked for.
-    random: bool,
+    source: Source,
+}
+
+/// Where the tensors are from.
+#[derive(Debug, Clone, PartialEq)]
+enum Source {
+    Safetensors,
+    /// With what the names of its MTP module begin with, where it has one.
+    Gguf(Option<String>),
+    /// Nowhere: it has every tensor that is asked for.
+    Random,
 }
 
 /// How much of a checkpoint a fingerprint looks at.
@@ -39,13 +51,17 @@ pub enum Depth {
 
 impl Checkpoint {
     /// Opens a directory that holds `model.safetensors`, or else `model.safetensors.index.json` and its
-    /// shards; or one `.safetensors` file. Maps every file and checks every header.
+    /// shards; or one `.safetensors` file; or what [`crate::gguf::find`] finds. Maps every file and checks every
+    /// header.
     ///
     /// # Errors
     /// `Io` if a file cannot be opened; `File` for a directory without weights, a bad index, or a bad
     /// header; `Tensor` for a bad entry of a header, a tensor in two shards, or a tensor that is not in
     /// the shard the index says.
     pub fn open(dir: &Path) -> Result<Self> {
+        if let Some(file) = crate::gguf::find(dir)? {
+            return Self::open_gguf(dir, &file);
+        }
         if dir.is_file() {
             return Self::open_single(dir, dir.to_path_buf());
         }
@@ -59,9 +75,7 @@ impl Checkpoint {
         let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
         let others = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
         let mut others: Vec<_> = others
-            .filter(|name| {
-                [".safetensors", ".gguf", ".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end))
-            })
+            .filter(|name| [".safetensors", ".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end)))
             .collect();
         others.sort();
         let found = if others.is_empty() { "no weights".to_string() } else { others.join(", ") };
@@ -70,17 +84,46 @@ impl Checkpoint {
 
     /// Not a checkpoint: every tensor of whatever model, of random elements.
     pub fn random() -> Self {
-        Checkpoint { dir: PathBuf::new(), files: Vec::new(), tensors: BTreeMap::new(), random: true }
+        Checkpoint {
+            dir: PathBuf::new(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            source: Source::Random,
+        }
     }
 
     /// Whether it is [`Checkpoint::random`].
     pub fn is_random(&self) -> bool {
-        self.random
+        self.source == Source::Random
+    }
+
+    /// Whether it is a GGUF file, with names and numbers of its own.
+    pub fn is_gguf(&self) -> bool {
+        matches!(self.source, Source::Gguf(_))
+    }
+
+    /// Whether a tensor is of the multi-token-prediction module, by its name.
+    pub fn is_of_mtp(&self, tensor: &Tensor) -> bool {
+        let prefix = match &self.source {
+            Source::Gguf(prefix) => prefix.as_deref(),
+            Source::Safetensors | Source::Random => Some(MTP_PREFIX),
+        };
+        prefix.is_some_and(|prefix| tensor.name.starts_with(prefix))
     }
 
     fn open_single(dir: &Path, file: PathBuf) -> Result<Self> {
         let tensors = safetensors::open(&file)?.into_iter().map(|t| (t.name.clone(), t)).collect();
-        Ok(Checkpoint { dir: dir.to_path_buf(), files: vec![file], tensors, random: false })
+        Ok(Checkpoint { dir: dir.to_path_buf(), files: vec![file], tensors, source: Source::Safetensors })
+    }
+
+    fn open_gguf(dir: &Path, file: &Path) -> Result<Self> {
+        let found = Gguf::open(file)?;
+        let tensors = found.tensors().iter().map(|t| (t.name.clone(), gguf::stored(t))).collect();
+        // A configuration that cannot be run is for others to refuse.
+        let config = ModelConfig::from_gguf(&found).ok().filter(|config| config.num_mtp_layers > 0);
+        let mtp = config.map(|config| gguf::block_prefix(config.layers.len()));
+        let files = found.files().to_vec();
+        Ok(Checkpoint { dir: dir.to_path_buf(), files, tensors, source: Source::Gguf(mtp) })
     }
 
     fn open_shards(dir: &Path, index: &Path) -> Result<Self> {
@@ -117,7 +160,7 @@ impl Checkpoint {
                 expected: format!("it in {shard}, as {INDEX} says"),
             });
         }
-        Ok(Checkpoint { dir: dir.to_path_buf(), files, tensors, random: false })
+        Ok(Checkpoint { dir: dir.to_path_buf(), files, tensors, source: Source::Safetensors })
     }
 
     /// The directory (or file) that was opened.
@@ -125,7 +168,7 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The safetensors files, by name.
+    /// The files, by name.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
@@ -137,7 +180,7 @@ impl Checkpoint {
 
     /// A tensor that a model wants; of random elements it has this shape, otherwise the checkpoint's own.
     pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Option<Tensor> {
-        if self.random { Some(Tensor::random(name.into(), shape)) } else { self.get(name) }
+        if self.is_random() { Some(Tensor::random(name.into(), shape)) } else { self.get(name) }
     }
 
     /// Whether the checkpoint has a tensor of this name.
@@ -182,14 +225,18 @@ impl Checkpoint {
     /// Written as `quick:` or `full:` and 16 hexadecimal digits.
     pub fn fingerprint(&self, depth: Depth) -> String {
         let tensors: Vec<&Tensor> = self.iter().collect();
-        // What a file holds is never encoded: only places in a model are.
-        let data = |t: &&Tensor| hash_data(t.bytes().unwrap_or_default(), depth);
+        // Of what a file holds only GGUF's blocks are encoded, each tensor in one part.
+        let stored = |t: &&Tensor| t.encoded().and_then(|encoded| encoded.parts().first().copied()).cloned();
+        let data = |t: &&Tensor| match stored(t) {
+            Some(codes) => hash_data(codes.bytes().unwrap_or_default(), depth),
+            None => hash_data(t.bytes().unwrap_or_default(), depth),
+        };
         let data_hashes: Vec<u64> = tensors.par_iter().map(data).collect();
         let mut hash = Xxh64::default();
         for (tensor, data_hash) in tensors.iter().zip(data_hashes) {
             hash.update(tensor.name.as_bytes());
             hash.update(&[0]);
-            hash.update(tensor.dtype.name().as_bytes());
+            hash.update(tensor.type_name().as_bytes());
             hash.update(&[0]);
             hash.update(&(tensor.shape.len() as u64).to_le_bytes());
             for &dim in &tensor.shape {

@@ -23,7 +23,7 @@ pub(super) fn float_at(bytes: &[u8], dtype: DType, index: usize) -> f32 {
 }
 
 /// Plain floats, widened.
-fn widen(bytes: &[u8], dtype: DType, out: &mut [f32]) {
+pub(super) fn widen(bytes: &[u8], dtype: DType, out: &mut [f32]) {
     match dtype {
         DType::F32 => {
             out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &x)| *out = f32::from_le_bytes(x));
@@ -85,6 +85,7 @@ impl Tensor {
         match &self.data {
             Data::Mapped(file, range) => plain(&file[range.clone()], out),
             Data::Random(random) => plain(random.bytes(), out),
+            Data::Owned(bytes) => plain(bytes, out),
             Data::Encoded(encoded) => encoded.read_rows(rows, out),
             Data::Requantised(requantised) => requantised.read_rows(rows, out),
         }

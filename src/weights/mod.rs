@@ -1,8 +1,9 @@
-//! Checkpoints: safetensors files, mapped and checked, and the map from their names to the net.
+//! Checkpoints: safetensors and GGUF files, mapped and checked, and the map from their names to the net.
 
 mod checkpoint;
 mod dtype;
 mod elements;
+mod gguf;
 mod hash;
 mod mtp;
 mod names;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use self::quant::{Encoded, Requantised};
+use crate::mapped;
 
 /// One tensor of a checkpoint, still in the mapped file, or of a model of random weights. Cloning copies no data.
 ///
@@ -41,6 +43,8 @@ enum Data {
     /// A file, and the tensor's bytes in it.
     Mapped(Arc<Mmap>, std::ops::Range<usize>),
     Random(Arc<Random>),
+    /// A small parameter that was stored as something else.
+    Owned(Arc<[u8]>),
     /// Codes, scales and zero points, tensors themselves.
     Encoded(Arc<Encoded>),
     /// Another tensor, quantised when it is read.
@@ -54,6 +58,7 @@ impl Tensor {
         match &self.data {
             Data::Mapped(file, range) => Some(&file[range.clone()]),
             Data::Random(random) => Some(random.bytes()),
+            Data::Owned(bytes) => Some(bytes),
             Data::Encoded(_) | Data::Requantised(_) => None,
         }
     }
@@ -80,8 +85,17 @@ impl Tensor {
         match &self.data {
             Data::Encoded(encoded) => encoded.parts().into_iter().map(Tensor::num_bytes).sum(),
             Data::Mapped(_, range) => range.len(),
+            Data::Owned(bytes) => bytes.len(),
             Data::Random(_) => self.num_elements() * self.dtype.size(),
             Data::Requantised(requantised) => requantised.num_bytes(),
+        }
+    }
+
+    /// What its elements are stored as, by the name that files have for it.
+    pub fn type_name(&self) -> &'static str {
+        match self.encoded() {
+            Some(Encoded::Gguf(gguf)) => gguf.kind.name(),
+            _ => self.dtype.name(),
         }
     }
 
@@ -89,8 +103,8 @@ impl Tensor {
     /// file if they are).
     pub fn release(&self) {
         match &self.data {
-            Data::Mapped(file, range) => safetensors::release(file, range.clone()),
-            Data::Random(_) => {}
+            Data::Mapped(file, range) => mapped::release(file, range.clone()),
+            Data::Random(_) | Data::Owned(_) => {}
             Data::Encoded(encoded) => encoded.parts().into_iter().for_each(Tensor::release),
             Data::Requantised(requantised) => requantised.source().release(),
         }

@@ -16,9 +16,10 @@ impl MtpTensors {
     /// there are.
     pub fn resolve(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Self> {
         if config.num_mtp_layers == 0 {
-            return Err(Error::config("mtp_num_hidden_layers", 0, "1, where the MTP module is wanted"));
+            let field = if checkpoint.is_gguf() { "nextn_predict_layers" } else { "mtp_num_hidden_layers" };
+            return Err(Error::config(field, 0, "1, where the MTP module is wanted"));
         }
-        let of_module = || checkpoint.iter().filter(|tensor| tensor.name.starts_with(MTP_PREFIX));
+        let of_module = || checkpoint.iter().filter(|tensor| checkpoint.is_of_mtp(tensor));
         if of_module().next().is_none() && !checkpoint.is_random() {
             return Err(Error::Tensor {
                 name: format!("{MTP_PREFIX}*"),

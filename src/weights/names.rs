@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::gguf::Places;
 use super::quant::{self, Problem};
 use super::{
     Checkpoint, ExpertTensors, ExpertTriple, FfnTensors, LayerTensors, MixerTensors, ModelTensors, Tensor,
@@ -32,7 +33,9 @@ impl ModelTensors {
     pub fn resolve(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Self> {
         let has_embedding =
             |prefix: &&&str| checkpoint.starting(&format!("{prefix}embed_tokens.")).next().is_some();
-        let prefix = PREFIXES.iter().find(has_embedding).unwrap_or(&PREFIXES[0]);
+        // GGUF has names of its own for the places of a text model.
+        let default = if checkpoint.is_gguf() { &PREFIXES[1] } else { &PREFIXES[0] };
+        let prefix = PREFIXES.iter().find(has_embedding).unwrap_or(default);
         let mut resolver = Resolver::new(checkpoint, config);
         let tensors = resolver.model(config, prefix);
         let (vision, mtp) = resolver.leftovers();
@@ -122,6 +125,8 @@ impl MixerTensors {
 pub(super) struct Resolver<'a> {
     checkpoint: &'a Checkpoint,
     quantization: Option<&'a QuantConfig>,
+    /// The places of a GGUF file.
+    places: Option<Places>,
     /// Tensors of the file that have a place, and the names of all places.
     taken: HashSet<String>,
     problems: Vec<Problem>,
@@ -130,7 +135,14 @@ pub(super) struct Resolver<'a> {
 impl<'a> Resolver<'a> {
     pub(super) fn new(checkpoint: &'a Checkpoint, config: &'a ModelConfig) -> Self {
         let quantization = config.quantization.as_ref();
-        Self { checkpoint, quantization, taken: HashSet::new(), problems: Vec::new() }
+        let places = checkpoint.is_gguf().then(|| Places::new(config));
+        Self { checkpoint, quantization, places, taken: HashSet::new(), problems: Vec::new() }
+    }
+
+    /// Whether the file has a tensor for a place of GGUF.
+    pub(super) fn has(&self, place: &str) -> bool {
+        let name = self.places.as_ref().and_then(|places| places.name(place));
+        name.is_some_and(|name| self.checkpoint.contains(&name))
     }
 
     fn note(&mut self, name: String, found: impl Into<String>, expected: impl Into<String>) {
@@ -139,6 +151,11 @@ impl<'a> Resolver<'a> {
 
     /// The tensor of this name, if it is there with this shape, plain or encoded.
     pub(super) fn take(&mut self, name: String, shape: &[usize]) -> Option<Tensor> {
+        if let Some(places) = &self.places {
+            self.taken.extend(places.name(&name));
+            let found = places.find(self.checkpoint, &name, shape);
+            return found.map_err(|problem| self.problems.push(problem)).ok();
+        }
         self.taken.insert(name.clone());
         match quant::find(self.checkpoint, self.quantization, &name, shape) {
             Ok(None) => self.take_plain(name, shape),
@@ -308,6 +325,9 @@ impl<'a> Resolver<'a> {
         width: usize,
         hidden: usize,
     ) -> Option<ExpertTensors> {
+        if self.places.is_some() {
+            return self.stacked_experts(prefix, num_experts, width, hidden);
+        }
         // Digits come before letters.
         let first =
             self.checkpoint.name_from(&format!("{prefix}0")).and_then(|name| name.strip_prefix(prefix));
@@ -336,7 +356,7 @@ impl<'a> Resolver<'a> {
         for tensor in self.checkpoint.iter() {
             if VISION_PREFIXES.iter().any(|prefix| tensor.name.starts_with(prefix)) {
                 vision.push(tensor.clone());
-            } else if tensor.name.starts_with(MTP_PREFIX) {
+            } else if self.checkpoint.is_of_mtp(tensor) {
                 mtp.push(tensor.clone());
             } else {
                 self.note_unless_taken(tensor);
@@ -348,7 +368,7 @@ impl<'a> Resolver<'a> {
     pub(super) fn note_unless_taken(&mut self, tensor: &Tensor) {
         let ignored = self.quantization.is_some() && quant::is_ignored(&tensor.name, &self.taken);
         if !self.taken.contains(&tensor.name) && !ignored {
-            let found = format!("{} {:?}", tensor.dtype, tensor.shape);
+            let found = format!("{} {:?}", tensor.type_name(), tensor.shape);
             self.note(tensor.name.clone(), found, "no such tensor in this model");
         }
     }

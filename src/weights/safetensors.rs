@@ -10,17 +10,15 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use super::{DType, Data, Tensor};
-use crate::{Error, Result};
+use crate::{Error, Result, mapped};
 
 /// The format's own limit of a header.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -43,16 +41,7 @@ pub struct TensorInfo {
 /// # Errors
 /// `Io` if the file cannot be opened or mapped, `File` or `Tensor` as in [`parse_header`].
 pub fn open(path: &Path) -> Result<Vec<Tensor>> {
-    // Asked before it is opened: opening a FIFO waits for a writer.
-    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-    if !meta.is_file() {
-        return Err(Error::file(path, "not a regular file"));
-    }
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // SAFETY: the map is read-only, and checkpoints are not written to while they are in use. Should
-    // another program shorten the file, reads past its new end raise SIGBUS; no memory is corrupted.
-    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-    let map = Arc::new(map);
+    let map = mapped::map(path)?;
     let tensors = parse_header(&map, path)?;
     let tensor = |info: TensorInfo| Tensor {
         name: info.name,
@@ -61,14 +50,6 @@ pub fn open(path: &Path) -> Result<Vec<Tensor>> {
         data: Data::Mapped(Arc::clone(&map), info.range),
     };
     Ok(tensors.into_iter().map(tensor).collect())
-}
-
-/// Lets the system drop a part of the map from memory: it comes back from the file when it is read again.
-pub(super) fn release(map: &Mmap, range: std::ops::Range<usize>) {
-    #[cfg(unix)]
-    // SAFETY: the map is read-only, so what is dropped comes back as it was. A refusal changes nothing.
-    let _ =
-        unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
 }
 
 /// The tensors of a safetensors file, in order of their bytes. `path` is for errors only.

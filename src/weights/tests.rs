@@ -317,8 +317,8 @@ fn shards_and_index_that_disagree() {
 
 #[test]
 fn directories_without_weights() {
-    let other = Checkpoint::open(dir(&[("model.gguf", vec![]), ("config.json", vec![])]).path()).unwrap_err();
-    assert!(matches!(&other, Error::File { what, .. } if what.starts_with("found model.gguf;")), "{other}");
+    let other = Checkpoint::open(dir(&[("model.bin", vec![]), ("config.json", vec![])]).path()).unwrap_err();
+    assert!(matches!(&other, Error::File { what, .. } if what.starts_with("found model.bin;")), "{other}");
     assert!(matches!(Checkpoint::open(dir(&[]).path()), Err(Error::File { .. })));
     assert!(matches!(Checkpoint::open(Path::new("/nonexistent/model")), Err(Error::Io { .. })));
     let empty = Checkpoint::open(dir(&[("model.safetensors", vec![])]).path()).unwrap_err();

@@ -22,7 +22,7 @@ def inspect(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Directory of a checkpoint, or a name on the hub; the embedded model by default.",
+            help="Directory of a checkpoint, a GGUF file, or a name on the hub; the embedded model by default.",
             show_default=False,
         ),
     ] = None,

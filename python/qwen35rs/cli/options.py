@@ -17,7 +17,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Directory of a checkpoint, or a name on the Hugging Face hub such as Qwen/Qwen3.5-35B-A3B; the "
+        help="Directory of a checkpoint, a GGUF file, or a name on the Hugging Face hub such as Qwen/Qwen3.5-35B-A3B; the "
         "embedded model by default.",
         show_default=False,
     ),

@@ -30,7 +30,7 @@ def plan(
         typer.Argument(
             metavar="MODEL",
             help="A size of the family (0.8b 2b 4b 9b 27b 35b-a3b 122b-a10b 397b-a17b), a config.json, "
-            "the directory of a checkpoint, or a name on the hub. No weights are needed.",
+            "the directory of a checkpoint, a GGUF file, or a name on the hub. No weights are needed.",
             show_default=False,
         ),
     ],

@@ -1,5 +1,5 @@
 //! Quantised matrices: codes, scales and zero points, each still in the mapped file, and what they mean. Three forms,
-//! whatever program wrote the file: FP8, 4-bit integers, NVFP4. A device that has kernels for a form takes it from
+//! whatever program wrote the file: FP8, 4-bit integers, NVFP4; and blocks as GGUF has them. A device that has kernels for a form takes it from
 //! [`Tensor::encoded`]; every other place reads numbers by [`Tensor::read_rows`].
 //!
 //! A decoded element is a product in f32 of exactly widened factors, in the order that each form states: nothing rounds
@@ -7,6 +7,7 @@
 
 mod find;
 mod fp8;
+mod gguf;
 mod int4;
 mod nvfp4;
 mod quantise;
@@ -14,6 +15,7 @@ mod scheme;
 
 pub(super) use find::{Problem, find, is_ignored};
 pub use fp8::{Fp8, decode_e4m3};
+pub use gguf::{Gguf, HeadOrder, Moved};
 pub use int4::{Int4, Layout};
 pub use nvfp4::{Nvfp4, decode_e2m1};
 pub use quantise::{BLOCK, encode_e4m3, quantise_fp8, quantise_int4};
@@ -32,6 +34,8 @@ pub enum Encoded {
     Int4(Int4),
     /// 4-bit floats with a scale per 16 inputs of a row, and one for all.
     Nvfp4(Nvfp4),
+    /// Blocks of codes and scales along a row; or floats, with heads in another order.
+    Gguf(Gguf),
 }
 
 impl Encoded {
@@ -41,6 +45,7 @@ impl Encoded {
             Encoded::Fp8(fp8) => fp8.format(),
             Encoded::Int4(int4) => int4.format(),
             Encoded::Nvfp4(nvfp4) => nvfp4.format(),
+            Encoded::Gguf(gguf) => gguf.format(),
         }
     }
 
@@ -52,7 +57,13 @@ impl Encoded {
                 [codes, scales].into_iter().chain(zeros).collect()
             }
             Encoded::Nvfp4(Nvfp4 { codes, scales, global, .. }) => vec![codes, scales, global],
+            Encoded::Gguf(Gguf { codes, .. }) => vec![codes],
         }
+    }
+
+    /// Whether its elements are codes: floats may be here for their order alone.
+    pub fn is_quantised(&self) -> bool {
+        !matches!(self, Encoded::Gguf(gguf) if !gguf.kind.is_quantised())
     }
 
     pub(super) fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
@@ -60,6 +71,7 @@ impl Encoded {
             Encoded::Fp8(fp8) => fp8.read_rows(rows, out),
             Encoded::Int4(int4) => int4.read_rows(rows, out),
             Encoded::Nvfp4(nvfp4) => nvfp4.read_rows(rows, out),
+            Encoded::Gguf(gguf) => gguf.read_rows(rows, out),
         }
     }
 }

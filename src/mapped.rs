@@ -1,0 +1,35 @@
+//! Files mapped into memory, read-only: the one place that does it.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::{Error, Result};
+
+/// Maps a regular file.
+///
+/// # Errors
+/// `Io` if it cannot be opened or mapped, `File` if it is not a regular file.
+pub fn map(path: &Path) -> Result<Arc<Mmap>> {
+    // Asked before it is opened: opening a FIFO waits for a writer.
+    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+    if !meta.is_file() {
+        return Err(Error::file(path, "not a regular file"));
+    }
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    // SAFETY: the map is read-only, and checkpoints are not written to while they are in use. Should
+    // another program shorten the file, reads past its new end raise SIGBUS; no memory is corrupted.
+    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+    Ok(Arc::new(map))
+}
+
+/// Lets the system drop a part of the map from memory: it comes back from the file when it is read again.
+pub fn release(map: &Mmap, range: Range<usize>) {
+    #[cfg(unix)]
+    // SAFETY: the map is read-only, so what is dropped comes back as it was. A refusal changes nothing.
+    let _ =
+        unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+}

@@ -1,0 +1,211 @@
+//! GGUF's blocks: rows of codes with their scales, as ggml's quantisations lay them out, some with heads in the order of
+//! llama.cpp. Also plain floats in such an order.
+//!
+//! ```text
+//! Q8_0   d f16, 32 x i8                                            code * d
+//! Q4_0   d f16, 16 bytes: elements 0 to 15 low, 16 to 31 high      (code - 8) * d
+//! Q4_K   d f16, m f16, 8 scales and minima in 12 bytes, 128 bytes  (d * scale) * code - (m * minimum), per 32
+//! Q5_K   the same, with 32 bytes of fifth bits before the codes
+//! Q6_K   128 bytes low, 64 bytes high, 16 scales i8, d f16         (d * scale) * (code - 32), per 16
+//! ```
+//!
+//! Each product and difference is rounded to f32, as in the package that defines them (`gguf`, quants.py).
+
+use std::ops::Range;
+
+use half::f16;
+
+use crate::gguf::TensorType;
+use crate::weights::elements::widen;
+use crate::weights::{DType, Tensor};
+
+/// A matrix `[out, in]`, or several of a shape, as rows of blocks.
+#[derive(Debug, Clone)]
+pub struct Gguf {
+    /// U8 `[rows, bytes of a row]`, in the order of the file.
+    pub codes: Tensor,
+    /// What a block is.
+    pub kind: TensorType,
+    /// `in`
+    pub num_cols: usize,
+    /// What the file has in another order.
+    pub moved: Option<Moved>,
+}
+
+/// Value heads in another order, along the rows or along the columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moved {
+    /// Whole rows: blocks stay together.
+    Rows(HeadOrder),
+    /// Columns of every row: a block may hold parts of several heads.
+    Cols(HeadOrder),
+}
+
+/// Value heads as llama.cpp's converter deals them out. A model has those of a key head side by side; its files have the
+/// first of each key head, then the second of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadOrder {
+    /// Rows or columns before those of the value heads.
+    pub start: usize,
+    /// Key heads.
+    pub num_k_heads: usize,
+    /// Value heads of a key head.
+    pub per_k_head: usize,
+    /// Rows or columns of a value head.
+    pub head_dim: usize,
+}
+
+impl HeadOrder {
+    /// Where the file has what the model has at `index`.
+    pub fn source(&self, index: usize) -> usize {
+        let Some(after) = index.checked_sub(self.start) else { return index };
+        let (head, element) = (after / self.head_dim, after % self.head_dim);
+        let (k_head, i) = (head / self.per_k_head, head % self.per_k_head);
+        self.start + (i * self.num_k_heads + k_head) * self.head_dim + element
+    }
+}
+
+impl Gguf {
+    pub(super) fn format(&self) -> String {
+        format!("gguf {}", self.kind)
+    }
+
+    /// The blocks of a row of the matrix.
+    pub fn row_codes(&self, row: usize) -> &[u8] {
+        let source = match self.moved {
+            Some(Moved::Rows(order)) => order.source(row),
+            _ => row,
+        };
+        let len = self.codes.num_cols();
+        &self.codes.bytes().unwrap_or_default()[source * len..(source + 1) * len]
+    }
+
+    pub(super) fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        let mut decoded = vec![0.0; self.num_cols];
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.num_cols.max(1))) {
+            let codes = self.row_codes(row);
+            match self.moved {
+                Some(Moved::Cols(order)) => {
+                    decode(self.kind, codes, &mut decoded);
+                    out.iter_mut().enumerate().for_each(|(i, out)| *out = decoded[order.source(i)]);
+                }
+                _ => decode(self.kind, codes, out),
+            }
+        }
+    }
+}
+
+/// Decodes whole blocks.
+fn decode(kind: TensorType, codes: &[u8], out: &mut [f32]) {
+    let blocks = codes.chunks_exact(kind.block_bytes()).zip(out.chunks_exact_mut(kind.block_len()));
+    match kind {
+        TensorType::F32 => widen(codes, DType::F32, out),
+        TensorType::F16 => widen(codes, DType::F16, out),
+        TensorType::BF16 => widen(codes, DType::BF16, out),
+        TensorType::Q8_0 => blocks.for_each(|(block, out)| {
+            let d = half_at(block, 0);
+            out.iter_mut().zip(&block[2..]).for_each(|(out, &code)| *out = f32::from(code as i8) * d);
+        }),
+        TensorType::Q4_0 => blocks.for_each(|(block, out)| {
+            let d = half_at(block, 0);
+            let (low, high) = out.split_at_mut(16);
+            for ((low, high), &byte) in low.iter_mut().zip(high).zip(&block[2..]) {
+                *low = d * f32::from((byte & 15) as i8 - 8);
+                *high = d * f32::from((byte >> 4) as i8 - 8);
+            }
+        }),
+        TensorType::Q4_K => blocks.for_each(|(block, out)| with_minima(block, &block[16..], None, out)),
+        TensorType::Q5_K => {
+            blocks.for_each(|(block, out)| with_minima(block, &block[48..], Some(&block[16..48]), out));
+        }
+        TensorType::Q6_K => blocks.for_each(|(block, out)| six_bits(block, out)),
+    }
+}
+
+fn half_at(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// Q4_K, and Q5_K with its `fifth` bits.
+fn with_minima(block: &[u8], codes: &[u8], fifth: Option<&[u8]>, out: &mut [f32]) {
+    let (d, m) = (half_at(block, 0), half_at(block, 2));
+    let packed = &block[4..16];
+    for (i, out) in out.chunks_exact_mut(32).enumerate() {
+        // Of eight pairs in 6 bits the last four have their upper bits over the first four.
+        let (scale, minimum) = match i {
+            0..4 => (packed[i] & 63, packed[i + 4] & 63),
+            _ => {
+                let both = packed[i + 4];
+                (both & 15 | packed[i - 4] >> 2 & 48, both >> 4 | packed[i] >> 2 & 48)
+            }
+        };
+        let (d, m) = (d * f32::from(scale), m * f32::from(minimum));
+        for (j, (out, &byte)) in out.iter_mut().zip(&codes[i / 2 * 32..]).enumerate() {
+            let code = byte >> (4 * (i % 2)) & 15;
+            let bit = fifth.map_or(0, |bits| bits[j] >> i & 1);
+            *out = d * f32::from(code | bit << 4) - m;
+        }
+    }
+}
+
+/// Q6_K.
+fn six_bits(block: &[u8], out: &mut [f32]) {
+    let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], half_at(block, 208));
+    for (i, out) in out.iter_mut().enumerate() {
+        let (half, quarter, j) = (i / 128, i % 128 / 32, i % 32);
+        let code = low[64 * half + 32 * (quarter % 2) + j] >> (4 * (quarter / 2)) & 15;
+        let upper = high[32 * half + j] >> (2 * quarter) & 3;
+        let scale = d * f32::from(scales[i / 16] as i8);
+        *out = scale * f32::from((code | upper << 4) as i8 - 32);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{Gguf, HeadOrder, Moved, TensorType};
+    use crate::weights::Checkpoint;
+
+    const KINDS: [TensorType; 5] =
+        [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_K, TensorType::Q5_K, TensorType::Q6_K];
+    const ORDER: HeadOrder = HeadOrder { start: 0, num_k_heads: 2, per_k_head: 4, head_dim: 64 };
+
+    #[test]
+    fn blocks_are_what_their_package_says() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf/blocks.safetensors");
+        let golden = Checkpoint::open(&path).unwrap();
+        for kind in KINDS {
+            let codes = golden.get(kind.name()).unwrap();
+            let expected = golden.get(&format!("expected.{kind}")).unwrap();
+            let (num_rows, num_cols) = (expected.num_rows(), expected.num_cols());
+            let expected = expected.to_f32();
+            let bits = |xs: &[f32]| xs.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let mut gguf = Gguf { codes, kind, num_cols, moved: None };
+            let mut out = vec![0.0; expected.len()];
+            gguf.read_rows(0..num_rows, &mut out);
+            assert_eq!(bits(&out), bits(&expected), "{kind}");
+            // Rows of some, and heads that are parts of a block.
+            gguf.moved = Some(Moved::Cols(ORDER));
+            let mut last = vec![0.0; num_cols];
+            gguf.read_rows(num_rows - 1..num_rows, &mut last);
+            let row = &expected[(num_rows - 1) * num_cols..];
+            let moved: Vec<f32> = (0..num_cols).map(|i| row[ORDER.source(i)]).collect();
+            assert_eq!(bits(&last), bits(&moved), "{kind}");
+        }
+    }
+
+    #[test]
+    fn heads_are_where_the_converter_put_them() {
+        // As its text has it: of two key heads with three value heads each, 0 3 1 4 2 5.
+        let order = HeadOrder { start: 5, num_k_heads: 2, per_k_head: 3, head_dim: 2 };
+        let file: Vec<usize> =
+            [0, 3, 1, 4, 2, 5].into_iter().flat_map(|head| [2 * head, 2 * head + 1]).collect();
+        for i in 0..5 {
+            assert_eq!(order.source(i), i);
+        }
+        for i in 0..12 {
+            assert_eq!(file[order.source(5 + i) - 5], i);
+        }
+    }
+}

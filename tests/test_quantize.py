@@ -9,6 +9,8 @@ import tiny
 from golden.cases import Golden
 from qwen35rs import LLM, RequestError, _core, hub
 from qwen35rs.bench import measure
+from qwen35rs.cli import app
+from typer.testing import CliRunner
 
 SCHEMES = ["int4", "fp8", "mixed"]
 IDS = [7, 300, 45, 12, 900, 4, 4, 77, 512, 33]
@@ -150,3 +152,21 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "out", "fp8", progress=interrupt)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path):
+    def run(*args):
+        return CliRunner().invoke(app, ["quantize", *map(str, args)])
+
+    out = tmp_path / "out"
+    done = run(hub.EMBEDDED, out, "--scheme", "mixed", "--group-size", 64, "--json")
+    # Experts of the embedded model have 32 inputs.
+    assert done.exit_code == 1 and "expected rows of whole groups of 64" in done.stderr
+    done = run(hub.EMBEDDED, out, "--scheme", "mixed", "--group-size", 32, "--json")
+    found = json.loads(done.stdout)
+    assert found["scheme"] == "mixed" and found["bytes_after"] < 0.6 * found["bytes_before"]
+    assert found == {**found, **json.loads((out / "quantization_report.json").read_text())["summary"]}
+    text = run(hub.EMBEDDED, tmp_path / "fp8", "--scheme", "fp8").stdout
+    assert f"{found['num_quantised']} matrices quantised; 15.1 MiB became" in text
+    assert run(hub.EMBEDDED, out, "--scheme", "fp8").exit_code == 1
+    assert run(hub.EMBEDDED, tmp_path / "new").exit_code == 2

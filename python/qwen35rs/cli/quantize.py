@@ -35,8 +35,8 @@ def quantize(
     """Write a quantised copy of a checkpoint.
 
     \b
-    qwen35rs quantize ./model ./model-int4 --scheme int4
-    qwen35rs quantize Qwen/Qwen3.5-35B-A3B ./35b-mixed --scheme mixed --group-size 64
+    qwen35rs quantize ./demo ./demo-fp8 --scheme fp8
+    qwen35rs quantize ./demo ./demo-mixed --scheme mixed --group-size 32
 
     \b
     int4 and mixed are written as compressed-tensors has them, fp8 as the

@@ -24,6 +24,7 @@ pub mod model;
 pub mod plan;
 #[cfg(feature = "python")]
 mod python;
+pub mod quantize;
 pub mod random;
 pub mod request;
 pub mod sampler;

@@ -117,16 +117,15 @@ pub enum Scheme {
     Fp8,
     /// FP8 for all large matrices and the head: `quantization="fp8"`.
     Fp8Head,
-    /// Int4, groups of 128, for all large matrices, FP8 for the head: `quantization="int4"`.
+    /// Int4 for all large matrices, FP8 for the head: `quantization="int4"`.
     Int4,
-    /// Int4, groups of 128, for the routed experts (dense: the feed-forward block) only: the official
-    /// `-GPTQ-Int4` checkpoints.
+    /// Int4 for the routed experts (dense: the feed-forward block) only: the official `-GPTQ-Int4` checkpoints.
     Int4Experts,
     /// NVFP4 for all large matrices, head in 16 bits.
     Nvfp4,
     /// NVFP4 for the routed experts only. Mixture-of-experts models only.
     Nvfp4Experts,
-    /// Int4, groups of 128, for the experts, FP8 for the other large matrices and the head: `quantization="mixed"`.
+    /// Int4 for the experts, FP8 for the other large matrices and the head: `quantization="mixed"`.
     Mixed,
 }
 

@@ -19,7 +19,7 @@ from qwen35rs.demo import make_checkpoint
 from typer.testing import CliRunner
 
 DATA = Path(__file__).parent / "golden" / "data"
-COMMANDS = ["generate", "chat", "tokenize", "inspect", "plan", "demo"]
+COMMANDS = ["generate", "chat", "tokenize", "inspect", "plan", "quantize", "demo"]
 SCRIPT = [sys.executable, "-m", "qwen35rs"]
 
 
@@ -431,7 +431,7 @@ def test_plan(demo):
         options["context"] == 32768 and options["fp8_kv"] and options["with_vision"] and options["with_mtp"]
     )
     schemes = {r["scheme"] for r in as_json("plan", "9b", "--gpu", "l40s")["rows"]}
-    assert schemes == {"bf16", "fp8", "int4", "int4-experts", "nvfp4", "mixed"}
+    assert schemes == {"bf16", "fp8", "fp8-head", "int4", "int4-experts", "nvfp4", "mixed"}
     assert "does not fit" in ok("plan", "397b", "--gpu", "4090", "--cards", 1, "--scheme", "bf16")
     for path in (demo, f"{demo}/config.json"):
         assert as_json("plan", path)["config"]["hidden"] == 128

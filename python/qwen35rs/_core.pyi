@@ -36,6 +36,7 @@ __all__ = [
     "ops_route",
     "plan_memory",
     "plan_model",
+    "quantize_checkpoint",
 ]
 
 __version__: str
@@ -318,4 +319,12 @@ def plan_model(
     f16_state: bool,
     with_vision: bool,
     with_mtp: bool,
+) -> str: ...
+def quantize_checkpoint(
+    path: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    scheme: str,
+    group_size: int,
+    progress: Callable[[int, int], object] | None,
 ) -> str: ...

@@ -11,6 +11,7 @@ use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::dlpack::{DeviceTensor, Element};
+use super::room::{available_memory, check_decoded};
 use super::tokenizer::{Ids, PyTokenizer};
 use super::tools::{json, model_config, parse_quantization};
 use super::{enter, to_py};
@@ -26,7 +27,7 @@ use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
 use crate::weights::quant::Quantization;
-use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, Tensor};
+use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors};
 use crate::{Error, Result};
 
 /// Most samples of one prompt.
@@ -484,32 +485,6 @@ fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
     let Wanted::Tokens(params) = &job.wanted else { return Vec::new() };
     let own = if params.ignore_eos { &[] } else { eos };
     own.iter().chain(&params.stop_token_ids).copied().collect()
-}
-
-/// Refuses quantised matrices that are more than there is room for once they are decoded: a file's pages can be given
-/// back, those cannot.
-fn check_decoded(tensors: &ModelTensors, dtype: Option<DType>, room: Option<u64>) -> Result<()> {
-    let size = dtype.unwrap_or(DType::F32).size();
-    let encoded = tensors.tensors().filter(|t| t.encoded().is_some() || t.scheme().is_some());
-    let bytes = |tensor: &Tensor| (dtype.unwrap_or(tensor.dtype).size() * tensor.num_elements()) as u64;
-    let bytes: u64 = encoded.map(bytes).sum();
-    match room {
-        Some(room) if bytes > room => Err(Error::OutOfMemory {
-            what: format!("decoded matrices ({bytes} bytes; the machine has {room} available)"),
-            advice: match size {
-                4 => "dtype=\"bfloat16\" takes half of that; or take a smaller model, or a GPU".into(),
-                _ => "take a smaller model, or a GPU".into(),
-            },
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// Bytes that the system says can be taken; `None` where it says nothing.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn report(progress: &Option<Py<PyAny>>, done: usize, total: usize) -> Result<()> {

@@ -9,6 +9,7 @@ mod ops;
 #[cfg(feature = "cuda")]
 mod ops_cuda;
 mod ops_shapes;
+mod room;
 mod tokenizer;
 mod tools;
 

@@ -14,6 +14,7 @@ use crate::engine::EngineLimits;
 use crate::gguf;
 use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
+use crate::quantize::quantize;
 use crate::tokenizer::chat::ChatTemplate;
 use crate::weights::Depth;
 use crate::weights::quant::Quantization;
@@ -23,6 +24,7 @@ pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyChatTemplate>()?;
     m.add_function(wrap_pyfunction!(inspect_checkpoint, m)?)?;
     m.add_function(wrap_pyfunction!(find_tokenizer, m)?)?;
+    m.add_function(wrap_pyfunction!(quantize_checkpoint, m)?)?;
     m.add_function(wrap_pyfunction!(plan_model, m)?)?;
     m.add_function(wrap_pyfunction!(plan_memory, m)?)
 }
@@ -98,6 +100,31 @@ fn find_tokenizer(py: Python<'_>, path: PathBuf) -> PyResult<Option<PathBuf>> {
 fn inspect_checkpoint(py: Python<'_>, path: PathBuf, full: bool) -> PyResult<String> {
     let depth = if full { Depth::Full } else { Depth::Quick };
     enter(py, || json(&inspect(&path, depth)?))
+}
+
+/// Quantises a checkpoint directory to another one; JSON of what was done. `progress(done, total)`, in bytes, is called
+/// as tensors are written, and may raise; Ctrl-C ends it too, and nothing is left.
+#[pyfunction]
+#[pyo3(signature = (path, out, *, scheme, group_size, progress))]
+fn quantize_checkpoint(
+    py: Python<'_>,
+    path: PathBuf,
+    out: PathBuf,
+    scheme: &str,
+    group_size: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let report = |done: u64, total: u64| {
+        Python::attach(|py| {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |progress| progress.call1(py, (done, total)).map(drop))
+        })
+        .map_err(|_| Error::Interrupted)
+    };
+    enter(py, || {
+        let quantization = Quantization::parse(scheme, group_size)?;
+        json(&quantize(&path, &out, quantization, report)?)
+    })
 }
 
 #[derive(Serialize)]

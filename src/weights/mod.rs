@@ -10,6 +10,7 @@ mod names;
 pub mod quant;
 mod random;
 pub mod safetensors;
+pub mod write;
 
 pub use checkpoint::{Checkpoint, Depth};
 pub use dtype::DType;

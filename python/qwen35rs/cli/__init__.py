@@ -14,6 +14,7 @@ from .demo import demo
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
+from .quantize import quantize
 from .terminal import INTERRUPTED
 from .tokenize import tokenize
 
@@ -57,7 +58,7 @@ def qwen35rs(
     """
 
 
-for command in (generate, chat, tokenize, inspect, plan, demo):
+for command in (generate, chat, tokenize, inspect, plan, quantize, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

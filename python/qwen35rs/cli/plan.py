@@ -140,12 +140,8 @@ def plan(
     schemes = scheme or ([] if gpu else SCHEMES)
     found = ask(gpu or GPUS, cards or CARDS, schemes, context)
     if memory:
-        limits: dict[str, Any] = {
-            "max_num_seqs": 32,
-            "max_num_batched_tokens": 512,
-            "max_model_len": None,
-            "mtp": mtp,
-        }
+        limits: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
+        limits |= {"max_model_len": None, "mtp": mtp}
         limits |= {"fp8_kv": fp8_kv, "f16_state": f16_state}
         limits |= {name: value for name, value in sizes.items() if value is not None}
         limits["quantization"] = quantization

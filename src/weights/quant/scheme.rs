@@ -9,8 +9,8 @@ use half::bf16;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::quantise::{BLOCK, quantise_fp8, quantise_int4};
-use super::{Encoded, decode_e4m3};
+use super::Encoded;
+use super::quantise::{BLOCK, dequantise_fp8, dequantise_int4, quantise_fp8, quantise_int4};
 use crate::weights::{
     DType, Data, ExpertTensors, FfnTensors, LayerTensors, MixerTensors, ModelTensors, MtpTensors, Tensor,
 };
@@ -59,7 +59,8 @@ impl Quantization {
         }
     }
 
-    fn int4(self) -> Option<usize> {
+    /// Inputs of a row that share a scale of 4-bit integers, where there are any.
+    pub fn group(self) -> Option<usize> {
         match self {
             Self::Int4 { group } | Self::Mixed { group } => Some(group),
             Self::Fp8 => None,
@@ -116,13 +117,7 @@ impl Requantised {
                 let mut scales = vec![0.0; rows.len() * groups];
                 self.source.read_rounded(rows, out);
                 quantise_int4(out, k, group, &mut codes, &mut scales);
-                let by_row = out.chunks_mut(k.max(1)).zip(codes.chunks(k.max(1)));
-                for ((out, codes), scales) in by_row.zip(scales.chunks(groups.max(1))) {
-                    let by_group = out.chunks_mut(group.max(1)).zip(codes.chunks(group.max(1)));
-                    for ((out, codes), scale) in by_group.zip(scales) {
-                        out.iter_mut().zip(codes).for_each(|(x, &code)| *x = (f32::from(code) - 8.0) * scale);
-                    }
-                }
+                dequantise_int4(&codes, k, group, &scales, out);
             }
             Scheme::Fp8 { matrix_rows } => {
                 let mut scales = vec![0.0; k.div_ceil(BLOCK)];
@@ -135,13 +130,7 @@ impl Requantised {
                     self.source.read_rounded(block.clone(), &mut w);
                     quantise_fp8(&w, k, &mut codes, &mut scales);
                     let out = &mut out[(next - rows.start) * k..][..wanted.len() * k];
-                    let codes = codes[wanted.start * k..wanted.end * k].chunks(k.max(1));
-                    for (out, codes) in out.chunks_mut(k.max(1)).zip(codes) {
-                        let blocks = out.chunks_mut(BLOCK).zip(codes.chunks(BLOCK));
-                        for ((out, codes), scale) in blocks.zip(&scales) {
-                            out.iter_mut().zip(codes).for_each(|(x, &code)| *x = decode_e4m3(code) * scale);
-                        }
-                    }
+                    dequantise_fp8(&codes[wanted.start * k..wanted.end * k], k, &scales, out);
                     next = block.end;
                 }
             }
@@ -162,8 +151,10 @@ impl Tensor {
     pub fn requantised(self, scheme: Scheme) -> Self {
         let bits = |scheme: Scheme| if matches!(scheme, Scheme::Int4 { .. }) { 4 } else { 8 };
         let stored = match (self.encoded(), self.scheme()) {
-            (Some(Encoded::Int4(_) | Encoded::Nvfp4(_)), _) => 4,
+            (Some(Encoded::Int4(_)), _) => 4,
             (Some(Encoded::Fp8(_)), _) => 8,
+            // No device multiplies their codes: whoever asks for fewer bits gets them.
+            (Some(Encoded::Gguf(_) | Encoded::Nvfp4(_)), _) => 16,
             (None, Some(scheme)) => bits(scheme),
             (None, None) => 16,
         };
@@ -221,11 +212,16 @@ impl Tensor {
         });
         match bad {
             None => Ok(()),
-            Some((row, column, x)) => Err(Error::Tensor {
-                name: self.name.clone(),
-                found: format!("{x} in row {row}, column {column}"),
-                expected: "finite numbers, where they are quantised".into(),
-            }),
+            Some((row, column, x)) => Err(self.not_finite(row, column, x)),
+        }
+    }
+
+    /// The error of an element that cannot be quantised.
+    pub fn not_finite(&self, row: usize, column: usize, found: f32) -> Error {
+        Error::Tensor {
+            name: self.name.clone(),
+            found: format!("{found} in row {row}, column {column}"),
+            expected: "finite numbers, where they are quantised".into(),
         }
     }
 }
@@ -240,7 +236,7 @@ enum Role {
 
 impl Quantization {
     fn scheme(self, role: Role, matrix_rows: usize) -> Scheme {
-        let int4 = self.int4().filter(|_| match (self, role) {
+        let int4 = self.group().filter(|_| match (self, role) {
             (_, Role::Head) => false,
             (Self::Mixed { .. }, role) => role == Role::Expert,
             _ => true,

@@ -1,0 +1,78 @@
+"""`qwen35rs quantize`."""
+
+from __future__ import annotations
+
+import json as json_text
+from typing import Annotated
+
+import typer
+
+from .. import _core, hub
+from .options import Json
+from .terminal import gib, guarded, write, write_json
+
+
+@guarded
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN",
+            help="Directory of a checkpoint, or a name on the Hugging Face hub.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New or empty directory.", show_default=False)],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="int4; fp8; or mixed: routed experts int4, every other projection fp8.", show_default=False
+        ),
+    ],
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale of int4: 32, 64, 128.")] = 128,
+    json: Json = False,
+) -> None:
+    """Write a quantised copy of a checkpoint.
+
+    \b
+    qwen35rs quantize ./demo ./demo-fp8 --scheme fp8
+    qwen35rs quantize ./demo ./demo-mixed --scheme mixed --group-size 32
+
+    \b
+    int4 and mixed are written as compressed-tensors has them, fp8 as the
+    official FP8 releases are: other programs read them too. Norms,
+    routers, gates, convolutions, the small projections of the delta
+    layers, embedding, head and vision stay as they are. Weights are
+    rounded to the nearest, with no calibration text.
+    quantization_report.json in OUT has the error of each matrix.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    path = hub.resolve(model)
+    # On stderr, and only on a terminal.
+    console = Console(stderr=True)
+    columns = (TextColumn("quantizing"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("quantizing", total=None)
+        text = _core.quantize_checkpoint(
+            path,
+            out,
+            scheme=scheme,
+            group_size=group_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    found = json_text.loads(text)
+    if json:
+        write_json({"model": model, "directory": out, "scheme": scheme, **found})
+        return
+    kept = f", {found['num_kept']:,} kept as they were" if found["num_kept"] else ""
+    write(
+        f"{out}: {found['num_quantised']:,} matrices quantised{kept}; {gib(found['bytes_before'])} became "
+        f"{gib(found['bytes_after'])}\n"
+    )
+    if found["worst"]:
+        write(
+            f"relative RMS error {found['relative_rms_error']:.2%}, at worst "
+            f"{found['worst_relative_rms_error']:.2%} ({found['worst']})\n"
+        )

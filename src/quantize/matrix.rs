@@ -1,0 +1,193 @@
+//! One matrix on its way to a file: its parts, their bytes, and how far they are from what was there.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use half::bf16;
+
+use super::check_kept;
+use crate::weights::quant::{
+    BLOCK, Encoded, Quantization, Scheme, dequantise_fp8, dequantise_int4, quantise_fp8, quantise_int4,
+};
+use crate::weights::write::{Entry, Made, Unit};
+use crate::weights::{DType, Tensor};
+use crate::{Error, Result};
+
+/// Codes in a word.
+const WORD: usize = 8;
+
+/// What becomes one tensor of the file, or the parts of one matrix.
+pub(super) enum Work {
+    /// As it is.
+    Copied(Tensor),
+    /// Rows of a tensor, quantised.
+    Matrix { module: String, tensor: Tensor, rows: Range<usize>, scheme: Scheme, scale_name: &'static str },
+    /// Rows of a matrix that is stored in blocks of fp8 already.
+    Kept { module: String, tensor: Tensor, rows: Range<usize>, scale_name: &'static str },
+}
+
+/// Sums over a matrix, and over several.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Deviation {
+    squares: f64,
+    errors: f64,
+    /// The largest error.
+    pub most: f64,
+}
+
+impl Deviation {
+    /// The root of the mean of squared errors over that of squared weights; 0 where all weights are.
+    pub fn relative_rms(&self) -> f64 {
+        if self.squares > 0.0 { (self.errors / self.squares).sqrt() } else { 0.0 }
+    }
+
+    pub fn add(&mut self, other: &Deviation) {
+        self.squares += other.squares;
+        self.errors += other.errors;
+        self.most = self.most.max(other.most);
+    }
+
+    fn count(&mut self, before: &[f32], after: &[f32]) {
+        for (&x, &y) in before.iter().zip(after) {
+            let (x, y) = (f64::from(x), f64::from(y));
+            self.squares += x * x;
+            self.errors += (x - y) * (x - y);
+            self.most = self.most.max((x - y).abs());
+        }
+    }
+}
+
+impl Work {
+    /// Rows of a tensor that has a scheme or is encoded.
+    pub fn matrix(
+        module: String,
+        tensor: &Tensor,
+        rows: Range<usize>,
+        quantization: Quantization,
+    ) -> Result<Self> {
+        let official = quantization == Quantization::Fp8;
+        let scale_name = if official { "weight_scale_inv" } else { "weight_scale" };
+        let tensor = tensor.clone();
+        let Some(scheme) = tensor.scheme() else {
+            check_kept(&tensor, rows.start, quantization)?;
+            return Ok(Work::Kept { module, tensor, rows, scale_name });
+        };
+        // No reader takes the whole row where the file says groups.
+        let (k, group) = (tensor.num_cols(), quantization.group().unwrap_or(1));
+        if matches!(scheme, Scheme::Int4 { .. }) && (k == 0 || !k.is_multiple_of(group)) {
+            return Err(Error::Tensor {
+                name: tensor.name.clone(),
+                found: format!("rows of {k}"),
+                expected: format!("rows of whole groups of {group}; --group-size may be 32, 64 or 128"),
+            });
+        }
+        Ok(Work::Matrix { module, tensor, rows, scheme, scale_name })
+    }
+
+    /// The form that the matrix gets.
+    pub fn format(&self) -> &'static str {
+        match self {
+            Work::Matrix { scheme: Scheme::Int4 { .. }, .. } => "int4",
+            Work::Copied(_) => "as it was",
+            _ => "fp8",
+        }
+    }
+}
+
+impl Unit for Work {
+    type Note = Option<Deviation>;
+
+    fn entries(&self) -> Vec<Entry> {
+        let entry = |module: &str, part: &str, dtype, shape: &[usize]| Entry {
+            name: format!("{module}.{part}"),
+            dtype,
+            shape: shape.to_vec(),
+        };
+        match self {
+            Work::Copied(t) => vec![Entry { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() }],
+            Work::Matrix { module, tensor, rows, scheme: Scheme::Int4 { group }, scale_name } => {
+                let (rows, k) = (rows.len(), tensor.num_cols());
+                vec![
+                    entry(module, "weight_packed", DType::I32, &[rows, k.div_ceil(WORD)]),
+                    entry(module, scale_name, DType::BF16, &[rows, k.div_ceil((*group).max(1))]),
+                    entry(module, "weight_shape", DType::I64, &[2]),
+                ]
+            }
+            Work::Matrix { module, tensor, rows, scale_name, .. }
+            | Work::Kept { module, tensor, rows, scale_name } => {
+                let (rows, k) = (rows.len(), tensor.num_cols());
+                vec![
+                    entry(module, "weight", DType::F8_E4M3, &[rows, k]),
+                    entry(module, scale_name, DType::F32, &[rows.div_ceil(BLOCK), k.div_ceil(BLOCK)]),
+                ]
+            }
+        }
+    }
+
+    fn make(&self) -> Result<Made<'_, Self::Note>> {
+        match self {
+            Work::Copied(tensor) => Ok((vec![Cow::Borrowed(tensor.bytes().unwrap_or_default())], None)),
+            Work::Kept { tensor, rows, .. } => {
+                let Some(Encoded::Fp8(fp8)) = tensor.encoded() else {
+                    return Err(Error::Internal(format!("{} is not fp8", tensor.name)));
+                };
+                let mut scales = Vec::new();
+                let mut of_row = vec![0.0; tensor.num_cols().div_ceil(BLOCK)];
+                for row in rows.clone().step_by(BLOCK) {
+                    fp8.read_scales(row, &mut of_row);
+                    scales.extend(of_row.iter().flat_map(|x| x.to_le_bytes()));
+                }
+                Ok((vec![Cow::Borrowed(fp8.code_rows(rows.clone())), scales.into()], None))
+            }
+            Work::Matrix { tensor, rows, scheme, .. } => {
+                let (parts, deviation) = quantised(tensor, rows.clone(), *scheme)?;
+                Ok((parts.into_iter().map(Cow::Owned).collect(), Some(deviation)))
+            }
+        }
+    }
+}
+
+/// The parts of a matrix, by blocks of rows.
+fn quantised(tensor: &Tensor, rows: Range<usize>, scheme: Scheme) -> Result<(Vec<Vec<u8>>, Deviation)> {
+    let (source, k) = (tensor.source(), tensor.num_cols());
+    let (mut codes_out, mut scales_out, mut deviation) = (Vec::new(), Vec::new(), Deviation::default());
+    for first in rows.clone().step_by(BLOCK) {
+        let some = first..rows.end.min(first + BLOCK);
+        let mut before = vec![0.0; some.len() * k];
+        source.read_rows(some.clone(), &mut before);
+        let w: Vec<f32> = before.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+        if let Some(i) = w.iter().position(|x| !x.is_finite()) {
+            return Err(tensor.not_finite(first + i / k, i % k, w[i]));
+        }
+        let (mut codes, mut after) = (vec![0; w.len()], vec![0.0; w.len()]);
+        match scheme {
+            Scheme::Int4 { group } => {
+                let mut scales = vec![0.0; some.len() * k.div_ceil(group)];
+                quantise_int4(&w, k, group, &mut codes, &mut scales);
+                dequantise_int4(&codes, k, group, &scales, &mut after);
+                codes_out.extend(codes.chunks(k).flat_map(|row| row.chunks(WORD)).flat_map(pack));
+                scales_out.extend(scales.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()));
+            }
+            Scheme::Fp8 { .. } => {
+                let mut scales = vec![0.0; k.div_ceil(BLOCK)];
+                quantise_fp8(&w, k, &mut codes, &mut scales);
+                dequantise_fp8(&codes, k, &scales, &mut after);
+                codes_out.extend(codes);
+                scales_out.extend(scales.iter().flat_map(|x| x.to_le_bytes()));
+            }
+        }
+        deviation.count(&before, &after);
+    }
+    source.release();
+    let mut parts = vec![codes_out, scales_out];
+    if let Scheme::Int4 { .. } = scheme {
+        parts.push([rows.len() as i64, k as i64].iter().flat_map(|n| n.to_le_bytes()).collect());
+    }
+    Ok((parts, deviation))
+}
+
+/// Eight codes, or the last ones of a row, to a word: the first in the lowest bits.
+fn pack(codes: &[u8]) -> [u8; 4] {
+    let word = codes.iter().enumerate().fold(0u32, |word, (i, &code)| word | u32::from(code) << (4 * i));
+    word.to_le_bytes()
+}

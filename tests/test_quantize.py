@@ -1,0 +1,172 @@
+"""Quantising at load and in a file: the numbers against numpy, the command, what is refused, and what it costs in accuracy."""
+
+import json
+
+import numpy as np
+import pytest
+import quantised as q
+import tiny
+from golden.cases import Golden
+from qwen35rs import LLM, RequestError, _core, hub
+from qwen35rs.bench import measure
+from qwen35rs.cli import app
+from typer.testing import CliRunner
+
+SCHEMES = ["int4", "fp8", "mixed"]
+IDS = [7, 300, 45, 12, 900, 4, 4, 77, 512, 33]
+
+
+def tensors(folder):
+    """Every tensor of a checkpoint of one file, as `(dtype name, shape, bytes)`."""
+    return tiny.read_safetensors(folder / "model.safetensors")
+
+
+def convert(out, scheme, group_size=32, source=hub.EMBEDDED, progress=None):
+    text = _core.quantize_checkpoint(source, out, scheme=scheme, group_size=group_size, progress=progress)
+    return json.loads(text)
+
+
+def source_matrix(before, module):
+    """The matrix that a module was made from; experts are stacked before."""
+    if f"{module}.weight" in before:
+        return q.numbers(before[f"{module}.weight"])
+    base, expert, kind = module.rsplit(".", 2)
+    if kind == "down_proj":
+        return q.numbers(before[f"{base}.down_proj"])[int(expert)]
+    both = q.numbers(before[f"{base}.gate_up_proj"])[int(expert)]
+    return np.split(both, 2)[kind == "up_proj"]
+
+
+def candidates(w):
+    """The bf16 scales that int4 may have, of the groups in the last dimension: [..., 8]."""
+    most = np.abs(w).max(-1, keepdims=True)
+    steps = (np.float32(1) - np.arange(8, dtype=np.float32) / np.float32(32)) * most / np.float32(7)
+    return q.numbers(q.tensor("BF16", steps))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_file_is_what_the_method_says(scheme, tmp_path):
+    out = tmp_path / "out"
+    summary = convert(out, scheme)
+    before, after = tensors(hub.EMBEDDED), tensors(out)
+    packed = [name.removesuffix(".weight_packed") for name in after if name.endswith(".weight_packed")]
+    floats = [name.removesuffix(".weight") for name in after if after[name][0] == "F8_E4M3"]
+    assert summary["num_quantised"] == len(packed) + len(floats)
+    assert (len(packed) > 0, len(floats) > 0) == (scheme != "fp8", scheme != "int4")
+    for module in packed:
+        w = source_matrix(before, module)
+        parts = {
+            part: after[f"{module}.{part}"] for part in ("weight_packed", "weight_scale", "weight_shape")
+        }
+        scales = q.numbers(parts["weight_scale"])
+        groups = w.reshape(len(w), -1, 32)
+        codes = np.clip(np.rint(groups / scales[..., None]), -8, 7)
+        assert (q.decode_packed(parts, 32).reshape(groups.shape) == codes * scales[..., None]).all()
+        # Of the candidates the one of the least error, up to the rounding of its sum.
+        allowed = candidates(groups)
+        rounded = np.clip(np.rint(groups[..., None, :] / allowed[..., None]), -8, 7) * allowed[..., None]
+        errors = ((groups[..., None, :].astype(np.float64) - rounded) ** 2).sum(-1)
+        own = ((groups.astype(np.float64) - codes * scales[..., None]) ** 2).sum(-1)
+        assert (scales[..., None] == allowed).any(-1).all()
+        assert (own <= errors.min(-1) * (1 + 1e-5)).all()
+    for module in floats:
+        w = source_matrix(before, module)
+        scale_name = "weight_scale_inv" if scheme == "fp8" else "weight_scale"
+        scales = q.numbers(after[f"{module}.{scale_name}"])
+        spread = q.spread(scales, (128, 128), w.shape)
+        rows, cols = (np.arange(size) // 128 for size in w.shape)
+        for (i, j), scale in np.ndenumerate(scales):
+            assert scale == np.abs(w[np.ix_(rows == i, cols == j)]).max() / np.float32(448)
+        codes = np.frombuffer(after[f"{module}.weight"][2], np.uint8).reshape(w.shape)
+        steps = w / spread
+        nearest = q.E4M3[q.to_e4m3(steps)]  # of two that are as near, the other may be right
+        assert (np.abs(q.E4M3[codes] - steps) <= np.abs(nearest - steps)).all()
+    plain = [name for name in after if after[name][0] == "BF16" and not name.endswith("weight_scale")]
+    assert all(after[name] == before[name] for name in plain) and len(plain) > 50
+
+
+def test_a_file_computes_what_loading_computes(tmp_path):
+    """But for the head, and in `mixed` the shared experts: a model without the former, and a dense one."""
+    for name, scheme in [("dense_bf16", "fp8"), ("dense_bf16", "mixed"), ("moe_bf16", "fp8")]:
+        path = Golden(name).path
+        out = tmp_path / f"{name}_{scheme}"
+        convert(out, scheme, source=path)
+        ids = [i % 50 for i in IDS]
+        tied = json.loads((path / "config.json").read_text())["tie_word_embeddings"]
+        loaded = LLM(path, device="cpu", quantization=scheme).logits(ids)
+        if tied:
+            assert (LLM(out, device="cpu").logits(ids) == loaded).all()
+        # Loading what is quantised does not quantise it again, and does what is left.
+        assert (LLM(out, device="cpu", quantization=scheme).logits(ids) == loaded).all()
+        assert (LLM(path, device="cpu").logits(ids) != loaded).any()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_random_weights_and_the_module_are_quantised(scheme):
+    llm = LLM(hub.EMBEDDED, load_format="dummy", device="cpu", quantization=scheme, mtp=True)
+    plain = LLM(hub.EMBEDDED, load_format="dummy", device="cpu", mtp=True)
+    for name in ("logits", "mtp_logits"):
+        got, want = getattr(llm, name)(IDS), getattr(plain, name)(IDS)
+        error = np.sqrt(((got - want) ** 2).mean() / (want**2).mean())
+        assert 0.005 < error < 0.6, (name, error)
+
+
+# Of 64 questions each; the floor is the accuracy of the published weights less what may be lost.
+ACCURACY = {"int4": 0.03, "fp8": 0.01, "mixed": 0.03}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_embedded_model_still_answers(scheme):
+    """`benches/results/cpu/quantised.txt` has all tasks; these are the two quickest with numbers and tools."""
+    names = ["arithmetic", "talk"]
+    plain = {r.task: r for r in measure(LLM(device="cpu"), names, num_items=64)}
+    for result in measure(LLM(device="cpu", quantization=scheme), names, num_items=64):
+        before = plain[result.task]
+        assert result.accuracy >= before.accuracy - ACCURACY[scheme] - 1e-9, result
+        assert result.perplexity <= before.perplexity * 1.01, result
+
+
+def test_what_is_refused(tmp_path):
+    for call in (
+        lambda: LLM(device="cpu", quantization="int8"),
+        lambda: convert(tmp_path / "out", "int8"),
+    ):
+        with pytest.raises(
+            RequestError, match="quantization: found int8; allowed: int4, fp8, mixed, or none"
+        ):
+            call()
+    with pytest.raises(RequestError, match="group_size: found 48; allowed: 32, 64, 128"):
+        convert(tmp_path / "out", "int4", 48)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        RequestError, match="OUT: found .*, which is no directory; allowed: a directory that is"
+    ):
+        convert(tmp_path / "file", "fp8")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "out", "fp8", progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path):
+    def run(*args):
+        return CliRunner().invoke(app, ["quantize", *map(str, args)])
+
+    out = tmp_path / "out"
+    done = run(hub.EMBEDDED, out, "--scheme", "mixed", "--group-size", 64, "--json")
+    # Experts of the embedded model have 32 inputs.
+    assert done.exit_code == 1 and "expected rows of whole groups of 64" in done.stderr
+    done = run(hub.EMBEDDED, out, "--scheme", "mixed", "--group-size", 32, "--json")
+    found = json.loads(done.stdout)
+    assert found["scheme"] == "mixed" and found["bytes_after"] < 0.6 * found["bytes_before"]
+    assert found == {**found, **json.loads((out / "quantization_report.json").read_text())["summary"]}
+    text = run(hub.EMBEDDED, tmp_path / "fp8", "--scheme", "fp8").stdout
+    assert f"{found['num_quantised']} matrices quantised; 15.1 MiB became" in text
+    assert run(hub.EMBEDDED, out, "--scheme", "fp8").exit_code == 1
+    assert run(hub.EMBEDDED, tmp_path / "new").exit_code == 2

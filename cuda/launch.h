@@ -187,8 +187,8 @@ typedef struct {
     const void *codes;
     const void *scales;
     const uint8_t *zeros;
-    int rows, k, group;
-    int kind;
+    int32_t rows, k, group;
+    int32_t kind;
 } q35_packed;
 
 enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };

@@ -73,7 +73,7 @@ def test_steps_and_prompts_are_timed(config):
 def test_the_memory_of_a_card_is_planned():
     def plan(**changes):
         limits = {"mtp": False, "max_model_len": None, "max_num_seqs": 32, "max_num_batched_tokens": 512}
-        limits["quantization"] = None
+        limits |= {"quantization": None, "fp8_kv": False, "f16_state": False}
         text = _core.plan_memory("35b", gpu="h100", gpu_memory_utilization=0.9, **{**limits, **changes})
         return text and json.loads(text)
 

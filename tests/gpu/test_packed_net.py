@@ -179,16 +179,17 @@ def test_codes_are_as_close_as_bf16(name, kept, tmp_path):
     # All rows at once. A token whose routing is nearly a tie may go either way.
     bf16 = rounded.logits(PROMPT)
     assert distance(on_gpu.logits(PROMPT), want) < 1.25 * distance(bf16, want)
-    # Rows by steps of one, and of twenty sequences: their log-probabilities, told for the tokens that they chose.
+    # Rows by steps of one, and of twenty sequences: their log-probabilities, told for the tokens that they chose. The
+    # median, since one token whose routing went the other way is far off.
     best = want.argmax(-1)
-    noise = np.abs(logprobs(bf16, best) - logprobs(want, best)).mean()
+    noise = np.median(np.abs(logprobs(bf16, best) - logprobs(want, best)))
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
     alone = on_gpu.generate([{"prompt_token_ids": PROMPT}], params)
     for answer in (alone[0], on_gpu.generate([{"prompt_token_ids": PROMPT}] * 20, params)[7]):
         tokens = list(answer.outputs[0].token_ids)
         told = [answer.outputs[0].logprobs[i][token].logprob for i, token in enumerate(tokens)]
         exact = logprobs(on_cpu.logits(PROMPT + tokens)[len(PROMPT) - 1 : -1], tokens)
-        assert np.abs(np.array(told) - exact).mean() < 2 * noise
+        assert np.median(np.abs(np.array(told) - exact)) < 2 * noise
 
 
 @pytest.mark.parametrize("scheme", ["int4", "fp8", "mixed"])

@@ -342,7 +342,8 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     }
     const int shared = slab * unit_bytes + teams * team_bytes;
     const int tail_blocks = ceil_div(ceil_div(tail_rows, PACKED_ROWS), teams);
-    const int most = (apart ? 2 : 1) * card.count, left = most - tail_blocks > most / 2 ? most - tail_blocks : most / 2;
+    const int most = (apart ? 2 : 1) * card.count, half = ceil_div(most, 2);
+    const int left = most - tail_blocks > half ? most - tail_blocks : half;
     const int tiles = w.rows / PACKED_ROWS, rounds = ceil_div(tiles, left * teams);
     const int blocks = tail_blocks + ceil_div(ceil_div(tiles, rounds), teams);
     const auto run = [&](auto kernel) {

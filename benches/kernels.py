@@ -20,7 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 from kernel_table import BF16, F32, Clock, Table, random, weights
-from kernels_packed import packed_chains, packed_experts, packed_experts_many, packed_linears, packed_many
+from kernels_packed import (
+    packed_chains,
+    packed_experts,
+    packed_experts_many,
+    packed_linears,
+    packed_many,
+    packed_tails,
+)
 from launch import (
     AttentionDims,
     Batch,
@@ -372,6 +379,7 @@ def main() -> None:
         linears,
         chains,
         packed_linears,
+        packed_tails,
         packed_many,
         packed_chains,
         experts,

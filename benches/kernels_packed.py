@@ -44,6 +44,33 @@ def packed_linears(table: Table) -> None:
             del kept
 
 
+def packed_tails(table: Table) -> None:
+    """The delta layers' projections: packed rows, and rows of bf16 behind them, in one kernel and in two."""
+    for name, kind in (("int4 g128", 1), ("fp8 blocks", 3)):
+        for rows, tail, k in ((20480, 128, 3072), (12288, 64, 2048)):
+            struct, num_bytes, kept = packed(kind, rows, k)
+            w, stride = weights(tail, k), rows + tail
+            for n in (1, 4, 16):
+                x, out = random(n, k), torch.empty(n, stride, device="cuda", dtype=BF16)
+                ends = out[:, rows:]
+
+                def one(n=n, s=struct, w=w, tail=tail, x=x, o=out, stride=stride) -> None:
+                    call("q35_packed_linear_tail", n, s, w, tail, x, o, 0, stride)
+
+                def two(n=n, s=struct, w=w, tail=tail, x=x, o=out, e=ends, k=k, stride=stride) -> None:
+                    call("q35_packed_linear", n, s, x, o, 0, stride)
+                    call("q35_linear", n, k, tail, x, w, e, stride)
+
+                for how, run in (("one kernel", one), ("two", two)):
+                    table.add(
+                        f"packed linear {name} {n} x {k} -> {rows} + {tail} of bf16, {how}",
+                        run,
+                        num_bytes=num_bytes + 2 * (w.numel() + x.numel() + out.numel()),
+                        flops=2 * n * stride * k,
+                    )
+            del kept
+
+
 def packed_many(table: Table) -> None:
     """Packed weights with many rows of tokens."""
     rows, k = 16384, 3072

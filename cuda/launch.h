@@ -198,6 +198,11 @@ enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 }
 // and n > 16 (packed_many.cu).
 int q35_packed_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *out, int wide, int stride);
 
+// The same for n <= 16 with rows of bf16 behind those of w, in one kernel: their columns of out are w.rows and on.
+// tail: bf16 [tail_rows, k], 16-byte aligned; w has rows and is not of kind 0.
+int q35_packed_linear_tail(void *stream, int n, q35_packed w, const q35_bf16 *tail, int tail_rows, const q35_bf16 *x,
+                           void *out, int wide, int stride);
+
 // -------------------------------------------------------------------------------------------------------- pack.cu
 
 // These write rows row0 .. row0 + rows - 1 of a packed matrix, through the pointers of `to`; row0 is a multiple of 16.

@@ -415,6 +415,17 @@ unsafe extern "C" {
         wide: c_int,
         stride: c_int,
     ) -> c_int;
+    pub fn q35_packed_linear_tail(
+        stream: Stream,
+        n: c_int,
+        w: Packed,
+        tail: *const Bf16,
+        tail_rows: c_int,
+        x: *const Bf16,
+        out: *mut c_void,
+        wide: c_int,
+        stride: c_int,
+    ) -> c_int;
     pub fn q35_pack_int4(
         stream: Stream,
         to: Packed,

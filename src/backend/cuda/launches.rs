@@ -215,11 +215,7 @@ impl Backend for Cuda {
     fn linear(&self, n: usize, x: &Buf, w: &Linear, out: &mut Buf) {
         debug_assert!(x.width == w.num_in && out.width == w.num_out);
         let n = self.num_rows(n, x.rows.min(out.rows));
-        let mut first = 0;
-        for part in &w.parts {
-            self.product(n, x, part, out, first);
-            first += part.rows;
-        }
+        self.products(n, x, &w.parts, out);
     }
 
     fn top_logits(

@@ -10,8 +10,31 @@ use super::{Cuda, ffi};
 use crate::backend::{Backend, Precision};
 
 impl Cuda {
+    /// With each part of a matrix in turn; few rows take codes and the plain rows behind them in one kernel.
+    pub(super) fn products(&self, n: usize, x: &Buf, parts: &[Part], out: &mut Buf) {
+        if let [packed, plain] = parts
+            && n < MIN_WIDE_ROWS
+            && !packed.is_plain()
+            && plain.is_plain()
+        {
+            self.launch("linear", n, |_, stream| {
+                let (w, tail, rows) = (packed.packed(x.width), plain.memory.ptr(), plain.rows as c_int);
+                let (x, y, stride) = (x.memory.ptr(), out.memory.ptr(), out.width as c_int);
+                let (n, wide) = (n as c_int, (out.precision == Precision::Full).into());
+                // SAFETY: shapes are those of the trait; `wide` says what `out` holds.
+                Ok(unsafe { ffi::q35_packed_linear_tail(stream, n, w, tail, rows, x, y, wide, stride) })
+            });
+            return;
+        }
+        let mut first = 0;
+        for part in parts {
+            self.product(n, x, part, out, first);
+            first += part.rows;
+        }
+    }
+
     /// Columns `first` and on of `out`, as many as the part has rows.
-    pub(super) fn product(&self, n: usize, x: &Buf, part: &Part, out: &mut Buf, first: usize) {
+    fn product(&self, n: usize, x: &Buf, part: &Part, out: &mut Buf, first: usize) {
         let wide = out.precision == Precision::Full;
         let (num_in, stride) = (x.width, out.width);
         self.launch("linear", n, |_, stream| {

@@ -89,13 +89,27 @@ print(json.dumps([total.value - free.value, llm.memory]))
 """
 
 
-@pytest.mark.parametrize("model", ["0.8b", "9b"])
-def test_memory_is_what_was_planned(model):
+SMALL_CACHES = {"kv_cache_dtype": "fp8", "state_dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization", "caches"),
+    [
+        ("0.8b", None, {}),
+        ("9b", None, {}),
+        ("9b", "fp8", SMALL_CACHES),
+        ("122b", "int4", {}),
+        ("122b", "mixed", SMALL_CACHES),
+    ],
+)
+def test_memory_is_what_was_planned(model, quantization, caches):
     free, total = torch.cuda.mem_get_info()
     limits = {"max_model_len": 4096, "max_num_seqs": 16, "max_num_batched_tokens": 2048}
-    plan = _core.plan_memory(model, gpu="h200", mtp=False, gpu_memory_utilization=0.9, **limits)
+    limits["quantization"] = quantization
+    small = {"fp8_kv": bool(caches), "f16_state": bool(caches)}
+    plan = _core.plan_memory(model, gpu="h200", mtp=False, gpu_memory_utilization=0.9, **limits, **small)
     planned = json.loads(plan)["memory"]
-    command = [sys.executable, "-c", MEMORY, model, json.dumps(limits)]
+    command = [sys.executable, "-c", MEMORY, model, json.dumps(limits | caches)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     used, held = json.loads(done.stdout)
     assert held == {k: v for k, v in planned.items() if k != "the driver and its kernels"}

@@ -225,10 +225,7 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
 
     const Picks picks(lane, w.kind);
     const uint32_t x_unit = n * X_PITCH * 2;
-    uint32_t x_sums_at = shared_address(x_sums + 2 * t4);
-    keep(x_sums_at);
-#pragma unroll
-    for (int i = 0; i < N; i++) keep(x_address[i]);
+    const uint32_t x_sums_at = shared_address(x_sums + 2 * t4);
 #pragma unroll 1
     for (int tile = first_tile; tile < num_tiles; tile += TILES * step) {
         Cursor now[TILES];  // AHEAD units on

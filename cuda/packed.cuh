@@ -1,5 +1,5 @@
-// Packed weights (q35_packed) on the way to the tensor cores: what a lane loads of a matrix, the fragments of its codes,
-// and the sums of its groups.
+// Packed weights (q35_packed) on the way to the tensor cores: what a lane loads of a matrix, the fragments of its
+// codes, and the sums of its groups.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -47,8 +47,8 @@ __device__ __forceinline__ void ask_for(const void *from, int bytes) {
 #endif
 }
 
-// What a lane holds of a unit: 16 bytes of each half KB of its codes, and a word of scales and of zero points, which the
-// lanes pass on to each other.
+// What a lane holds of a unit: 16 bytes of each half KB of its codes, and a word of scales and of zero points, which
+// the lanes pass on to each other.
 template <bool FP8>
 struct Unit {
     uint4 codes[FP8 ? 4 : 2];
@@ -155,8 +155,8 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, in
     }
 }
 
-// Sums over a unit, fragments of c: those of each of its tiles apart, which hides the latency of the tensor cores, and of
-// each group.
+// Sums over a unit, fragments of c: those of each of its tiles apart, which hides the latency of the tensor cores, and
+// of each group.
 template <int STEPS, int N>
 struct UnitSums {
     static constexpr int PARTS = STEPS == 2 ? 2 : 1;  // groups of a tile

@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
     };
 
     if (int(blockIdx.x) < tail.blocks) {
-        // Which element of k stands in which place of the tensor cores' tile does not matter while w and x agree: a lane
-        // takes 8 neighbours of each 32.
+        // Which element of k stands in which place of the tensor cores' tile does not matter while w and x agree: a
+        // lane takes 8 neighbours of each 32.
         const int row0 = (blockIdx.x * TEAMS + team) * PACKED_ROWS;
         const bf16 *rows[2];  // past the last, the last one again
 #pragma unroll
@@ -343,11 +343,14 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     const int left = most - tail_blocks > half ? most - tail_blocks : half;
     const int tiles = w.rows / PACKED_ROWS, rounds = ceil_div(tiles, left * teams);
     const int blocks = tail_blocks + ceil_div(ceil_div(tiles, rounds), teams);
+    // Of a multiprocessor's memory; the rest is L1, which holds what is under way to registers. A quarter is for the next
+    // kernel's blocks.
+    const int least = (apart ? 3 : 1) * (shared + 1024) * 100 / (card.shared + 1024) + 1;
+    const int percent = least < 25 ? 25 : least > 100 ? 100 : least;
     const auto run = [&](auto kernel) {
         cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, card.shared);
         if (status != cudaSuccess) return status;
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                      cudaSharedmemCarveoutMaxShared);
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent);
         if (status != cudaSuccess) return status;
         return launch(kernel, blocks, 32 * WARPS * teams, size_t(shared), stream, n, w,
                       Tail{tail, tail_rows, tail_blocks}, slab, x, out, wide, stride);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void team_barrier(int team) {
 // it. BOTH: x has rows past the first 8. Codes are multiplied as 16 + code, and (16 + zero point) times the group's sum
 // of x, which is in shared memory too, is taken off the group's sum.
 template <bool FP8, int STEPS, bool BOTH, int TILES, int TEAMS>
-__global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1 : 3)
+__global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1 : STEPS == 2 ? 2 : 3)
     packed_kernel(int n, q35_packed w, Tail tail, int slab, const bf16 *x, void *out, int wide, int stride) {
     using S = Source<FP8, STEPS, WARPS>;
     constexpr int N = BOTH ? 2 : 1, D = DEPTH<FP8, STEPS, TEAMS * TILES == 1>, TEAM = 32 * WARPS;
@@ -343,8 +343,8 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     const int left = most - tail_blocks > half ? most - tail_blocks : half;
     const int tiles = w.rows / PACKED_ROWS, rounds = ceil_div(tiles, left * teams);
     const int blocks = tail_blocks + ceil_div(ceil_div(tiles, rounds), teams);
-    // Of a multiprocessor's memory; the rest is L1, which holds what is under way to registers. A quarter is for the next
-    // kernel's blocks.
+    // Of a multiprocessor's memory; the rest is L1, which holds what is under way to registers. A quarter leaves room
+    // for the next kernel's blocks.
     const int least = (apart ? 3 : 1) * (shared + 1024) * 100 / (card.shared + 1024) + 1;
     const int percent = least < 25 ? 25 : least > 100 ? 100 : least;
     const auto run = [&](auto kernel) {

@@ -1,5 +1,5 @@
-// Packed weights (q35_packed) on the way to the tensor cores: a ring of stages in shared memory, what a lane copies to
-// it, the fragments of its codes, and the sums of its groups.
+// Packed weights (q35_packed) on the way to the tensor cores: what a lane loads of a matrix, the fragments of its
+// codes, and the sums of its groups.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -7,16 +7,6 @@
 
 constexpr int PACKED_ROWS = 16;  // of a tile
 constexpr int UNIT_K = 128;      // elements along k that a warp takes at a time: two tiles
-
-// A stage of a ring holds a unit: the codes of its tiles, then scales, then zero points. A scale is for STEPS steps of
-// k 16: 2, 4 or 8.
-template <bool FP8, int STEPS>
-struct Stage {
-    static constexpr int GROUPS = 8 / STEPS;
-    static constexpr int TILE = FP8 ? 1024 : 512;
-    static constexpr int CODES = 2 * TILE;
-    static constexpr int BYTES = CODES + (FP8 ? 64 : 48 * GROUPS);
-};
 
 // packed_many.cu: the product of more than 16 rows, with weights that have been checked.
 cudaError_t launch_packed_many(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, bool wide,
@@ -29,15 +19,24 @@ __device__ __forceinline__ uint64_t first_to_leave() {
     return policy;
 }
 
-// 16 bytes of weights to shared memory; zeros, and nothing is read, where `there` is false.
-__device__ __forceinline__ void copy_once16(uint32_t to, const void *from, bool there, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
-                 "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0), "l"(policy)
-                 : "memory");
+// 16 bytes of weights. This and the next are in the order of the program: ahead of what uses them.
+__device__ __forceinline__ uint4 load_once16(const void *from, uint64_t policy) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(from)), "l"(policy));
+    return v;
 }
 
-__device__ __forceinline__ void copy4(uint32_t to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+__device__ __forceinline__ uint32_t load_word(const void *from) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(from)));
+    return v;
+}
+__device__ __forceinline__ uint32_t load_half_word(const void *from) {
+    unsigned short v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(__cvta_generic_to_global(from)));
+    return v;
 }
 
 // Both a multiple of 16.
@@ -48,64 +47,84 @@ __device__ __forceinline__ void ask_for(const void *from, int bytes) {
 #endif
 }
 
-// What one lane copies of a matrix.
-template <bool FP8, int STEPS>
-struct Source {
-    using S = Stage<FP8, STEPS>;
-    const unsigned char *codes, *side;  // this lane's: of codes, and of scales or zero points
-    int k_tiles, num_groups;
-    int unit_groups;  // groups that a unit moves on by; 0: rows have one scale
-    int side_bytes;   // from group to group
-    int side_group;   // of those of a unit, whose this lane copies
-    bool has_side, alone;  // alone: a scale for all rows of a tile
+// What a lane holds of a unit: 16 bytes of each half KB of its codes, and a word of scales and of zero points, which
+// the lanes pass on to each other.
+template <bool FP8>
+struct Unit {
+    uint4 codes[FP8 ? 4 : 2];
+    uint32_t scale, zero;
+};
 
-    __device__ __forceinline__ Source(const q35_packed &w, int lane) {
-        codes = static_cast<const unsigned char *>(w.codes) + 16 * lane;
-        k_tiles = w.k / 64;
-        alone = FP8 && w.kind == q35_fp8_block;
-        num_groups = alone ? ceil_div(w.k, UNIT_K) : FP8 || w.group >= w.k ? 1 : ceil_div(w.k, w.group);
-        unit_groups = !alone && num_groups == 1 ? 0 : S::GROUPS;
-        side = static_cast<const unsigned char *>(w.scales) + 16 * lane;
-        if (FP8) {
-            side_bytes = alone ? 4 : 64, side_group = 0, has_side = lane < (alone ? 1 : 4);
-        } else {
-            const bool scale = lane < 2 * S::GROUPS;
-            side_group = scale ? lane / 2 : lane - 2 * S::GROUPS, side_bytes = scale ? 32 : 16;
-            has_side = scale || (w.zeros != nullptr && lane < 3 * S::GROUPS);
-            if (!scale && has_side) side = w.zeros + 16 * side_group;
-        }
+// Where a lane reads: of a unit the codes, and the word of scales.
+struct Cursor {
+    const unsigned char *codes;
+    uint32_t word;
+};
+
+// What one lane loads of a matrix, of whose units along k its warp has `warp`, `warp` + WARPS, ... A scale is for STEPS
+// steps of k 16: 2, 4 or 8.
+template <bool FP8, int STEPS, int WARPS>
+struct Source {
+    static constexpr int GROUPS = 8 / STEPS;  // of a unit
+    static constexpr int TILE = FP8 ? 1024 : 512;
+    static constexpr int CODES = WARPS * 2 * TILE;  // from unit to unit of a warp
+    const void *scales;
+    const uint8_t *zeros;
+    uint64_t policy;
+    Cursor start;                     // of row tile 0
+    int tile_codes, tile_words;       // from row tile to row tile
+    int words;                        // from unit to unit of a warp
+    int short_unit;                   // of the warp's: the one that has one tile, if there is one
+    int scaled;                       // of the warp's units, the first so many have scales for this lane
+
+    __device__ __forceinline__ Source(const q35_packed &w, int warp, int lane) {
+        scales = w.scales, zeros = w.zeros, policy = first_to_leave();
+        const bool alone = FP8 && w.kind == q35_fp8_block;  // a scale for all rows of a tile
+        const int groups = alone ? ceil_div(w.k, UNIT_K) : FP8 || w.group >= w.k ? 1 : ceil_div(w.k, w.group);
+        const int moved = !alone && groups == 1 ? 0 : GROUPS;  // groups that a unit moves on by; 0: rows have one scale
+        const int each = !FP8 ? 8 : alone ? 1 : 16;            // words of a group; of int4 one is for two rows
+        const int word = lane % (GROUPS * each), k_tiles = w.k / 64;
+        start.codes = static_cast<const unsigned char *>(w.codes) + (warp * 2 * TILE + 16 * lane);
+        start.word = warp * moved * each + word;
+        tile_codes = k_tiles * TILE, tile_words = groups * each, words = WARPS * moved * each;
+        short_unit = k_tiles % 2 != 0 && k_tiles / 2 % WARPS == warp ? k_tiles / 2 / WARPS : -1;
+        scaled = moved == 0 ? w.k : (groups - word / each - warp * GROUPS + WARPS * GROUPS - 1) / (WARPS * GROUPS);
     }
 
-    // This lane's part of a unit of a row tile, to a stage. Past the end of k codes and scales are zeros.
-    __device__ __forceinline__ void copy(uint32_t stage, int tile, int unit, int lane, uint64_t policy) const {
-        const unsigned char *from = codes + int64_t(tile * k_tiles + 2 * unit) * S::TILE;
-        const uint32_t to = stage + 16 * lane;
-        const bool whole = 2 * unit + 1 < k_tiles;
+    __device__ __forceinline__ void move_tiles(Cursor &at, int tiles) const {
+        at.codes += int64_t(tiles) * tile_codes, at.word += tiles * tile_words;
+    }
+    __device__ __forceinline__ void move_units(Cursor &at, int units) const {
+        at.codes += units * CODES, at.word += units * words;
+    }
+
+    // This lane's part of the warp's unit `unit`, which is `further` units from the cursor. Codes of a tile that is not
+    // there stay what they are, and stand against zeros of x; scales past the last group are zeros.
+    __device__ __forceinline__ void load(Unit<FP8> &to, const Cursor &at, int further, int unit) const {
+        constexpr int PIECES = TILE / 512;
+        const unsigned char *from = at.codes + further * CODES;
+        const uint32_t word = at.word + further * words;
+        if (GROUPS > 1) to.scale = to.zero = 0;
+        if (GROUPS == 1 || unit < scaled) {
+            to.scale = load_word(static_cast<const uint32_t *>(scales) + word);
+            if (!FP8 && zeros != nullptr) to.zero = load_half_word(zeros + 2 * int64_t(word));
+        }
 #pragma unroll
-        for (int i = 0; i < S::CODES; i += 512) {
-            copy_once16(to + i, from + i, i < S::TILE || whole, policy);
-        }
-        if (!has_side) return;
-        const int group = unit * unit_groups;
-        const unsigned char *scale = side + int64_t(tile * num_groups + group) * side_bytes;
-        if (FP8 && alone) {
-            copy4(to + S::CODES, scale);
-        } else {
-            copy_once16(to + S::CODES, scale, group + side_group < num_groups, policy);
-        }
+        for (int i = 0; i < PIECES; i++) to.codes[i] = load_once16(from + 512 * i, policy);
+        if (unit == short_unit) return;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) to.codes[PIECES + i] = load_once16(from + TILE + 512 * i, policy);
     }
 };
+
+// Keeps the compiler from working a number out anew wherever it is used.
+__device__ __forceinline__ void keep(uint32_t &x) { asm volatile("" : "+r"(x)); }
 
 // (x & mask) | bits in one instruction; left to itself the compiler takes two.
 __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
     uint32_t y;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
     return y;
-}
-
-__device__ __forceinline__ uint32_t subtract2(uint32_t a, uint32_t b) {
-    __nv_bfloat162 d = __hsub2(*reinterpret_cast<__nv_bfloat162 *>(&a), *reinterpret_cast<__nv_bfloat162 *>(&b));
-    return *reinterpret_cast<uint32_t *>(&d);
 }
 
 // Two e4m3 codes, in the upper bytes of the halves of a word, as bf16. Their bits in the places of a bf16's are the
@@ -116,10 +135,12 @@ __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
     return *reinterpret_cast<uint32_t *>(&d);
 }
 
-// The fragment of step `step` (0 .. 3) of a tile, of which a lane has one (int4) or two (fp8) pieces of 16 bytes.
-// zeros: 128 + the zero point of rows g and g + 8, as bf16, twice.
+// The fragment of step `step` (0 .. 3) of a tile, of which a lane has one (int4) or two (fp8) pieces of 16 bytes. Of
+// int4 it is 16 + code: a bf16 from 16 to 31 counts in eighths, so that the code stands in the upper bits of its
+// fraction. What that adds to a sum is 16 times the sum of x; a base of 128, with the code in the lowest bits, would
+// take one shift less and cost eight times as much of the sum's precision.
 template <bool FP8>
-__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, int step, const uint32_t (&zeros)[2]) {
+__device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, int step) {
     if (FP8) {
         const uint4 half = tile[step / 2];
         const uint32_t first = step % 2 == 0 ? half.x : half.z, second = step % 2 == 0 ? half.y : half.w;
@@ -129,50 +150,29 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, in
         const uint32_t word = step == 0 ? tile[0].x : step == 1 ? tile[0].y : step == 2 ? tile[0].z : tile[0].w;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            // A bf16 from 128 to 255 counts in ones.
-            a[i] = subtract2(and_or(word >> (4 * i), 0x000f000fu, 0x43004300u), zeros[i % 2]);
+            a[i] = and_or(i == 0 ? word << 3 : word >> (4 * i - 3), 0x00780078u, 0x41804180u);
         }
     }
 }
 
-// The scales of rows g and g + 8 of a group of a unit.
-template <bool FP8, int STEPS>
-__device__ __forceinline__ float2 scales_of(const unsigned char *stage, int group, int g, int kind) {
-    const unsigned char *from = stage + Stage<FP8, STEPS>::CODES;
-    if (FP8) {
-        const float *scales = reinterpret_cast<const float *>(from);
-        return kind == q35_fp8_block ? make_float2(scales[0], scales[0]) : make_float2(scales[g], scales[g + 8]);
-    }
-    const unsigned short *scales = reinterpret_cast<const unsigned short *>(from) + 16 * group + g;
-    const unsigned short low = scales[0], high = scales[8];
-    if (kind == q35_int4_bf16) return make_float2(__uint_as_float(low << 16), __uint_as_float(uint32_t(high) << 16));
-    return make_float2(__half2float(__ushort_as_half(low)), __half2float(__ushort_as_half(high)));
-}
+// Sums over a unit, fragments of c: those of each of its tiles apart, which hides the latency of the tensor cores, and
+// of each group.
+template <int STEPS, int N>
+struct UnitSums {
+    static constexpr int PARTS = STEPS == 2 ? 2 : 1;  // groups of a tile
+    float acc[2][PARTS][N][4];
 
-// sums[i], a fragment of c, += a unit in a stage times rows 8 i .. 8 i + 7 of x. x[i]: this lane's address of them for
-// load_matrices, at the unit's first element of k. Each tile of a unit has sums of its own, which hides the latency of
-// the tensor cores; groups are added in their order.
-template <bool FP8, int STEPS, int N>
-__device__ __forceinline__ void multiply_unit(const unsigned char *stage, const uint32_t (&x)[N], int lane, int kind,
-                                              bool has_zeros, float (&sums)[N][4]) {
-    using S = Stage<FP8, STEPS>;
-    constexpr int PARTS = STEPS == 2 ? 2 : 1;  // groups of a tile
-    const int g = lane / 4;
-    uint4 codes[S::CODES / 512];
-#pragma unroll
-    for (int i = 0; i < S::CODES / 512; i++) codes[i] = reinterpret_cast<const uint4 *>(stage + 512 * i)[lane];
-    uint32_t zeros[S::GROUPS][2];
-#pragma unroll
-    for (int i = 0; i < S::GROUPS; i++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            zeros[i][r] = 0x43084308u;
-            if (!FP8 && has_zeros) {
-                zeros[i][r] = 0x43004300u + stage[S::CODES + 32 * S::GROUPS + 16 * i + g + 8 * r] * 0x00010001u;
-            }
-        }
+    __device__ __forceinline__ float of(int group, int i, int e) const {
+        return STEPS == 8 ? acc[0][0][i][e] + acc[1][0][i][e]
+                          : acc[STEPS == 4 ? group : group / 2][PARTS == 2 ? group % 2 : 0][i][e];
     }
-    float acc[2][PARTS][N][4] = {};
+};
+
+// take(a, tile, step) gives the left fragment of a step. x[i]: this lane's address of rows 8 i .. 8 i + 7 for
+// load_matrices, at the unit's first element of k.
+template <int STEPS, int N, typename Take>
+__device__ __forceinline__ void multiply_unit(const uint32_t (&x)[N], UnitSums<STEPS, N> &sums, Take take) {
+    sums = {};
 #pragma unroll
     for (int pair = 0; pair < 2; pair++) {
 #pragma unroll
@@ -182,26 +182,61 @@ __device__ __forceinline__ void multiply_unit(const unsigned char *stage, const 
             for (int i = 0; i < N; i++) load_matrices(b[i], x[i] + 128 * tile + 64 * pair);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                constexpr int PIECES = S::TILE / 512;
-                const int step = 2 * pair + j, group = (4 * tile + step) / STEPS;
                 uint32_t a[4];
-                fragment<FP8>(a, codes + PIECES * tile, step, zeros[group]);
+                take(a, tile, 2 * pair + j);
 #pragma unroll
-                for (int i = 0; i < N; i++) mma(acc[tile][PARTS == 2 ? pair : 0][i], a, b[i] + 2 * j);
-            }
-        }
-    }
-#pragma unroll
-    for (int group = 0; group < S::GROUPS; group++) {
-        const float2 scale = scales_of<FP8, STEPS>(stage, group, g, kind);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float sum = STEPS == 8 ? acc[0][0][i][e] + acc[1][0][i][e]
-                                             : acc[STEPS == 4 ? group : group / 2][PARTS == 2 ? group % 2 : 0][i][e];
-                sums[i][e] = fmaf(e < 2 ? scale.x : scale.y, sum, sums[i][e]);
+                for (int i = 0; i < N; i++) mma(sums.acc[tile][STEPS == 2 ? pair : 0][i], a, b[i] + 2 * j);
             }
         }
     }
 }
+
+// What a lane takes of words that hold the scales, or zero points, of rows 2 i and 2 i + 1: `scale` moves its half up.
+struct Picks {
+    uint32_t scale, from;
+    uint32_t bf16;  // of int4: all ones where scales are bf16, else zeros
+    __device__ __forceinline__ Picks(int lane, int kind) {
+        scale = lane / 4 % 2 != 0 ? 0x3244 : 0x1044, from = lane / 8;
+        bf16 = kind == q35_int4_bf16 ? 0xffffffffu : 0;
+        keep(scale), keep(from);
+    }
+    // 2^23 + the lane's zero point, as f32.
+    __device__ __forceinline__ float counted(uint32_t pair) const {
+        return __uint_as_float(__byte_perm(pair, 0x4b000000u, 0x7440 | scale >> 13));
+    }
+};
+
+// By group of a unit, for rows g and g + 8: the scale, and 16 + the zero point of int4.
+template <bool FP8, int STEPS>
+struct UnitScales {
+    float scale[8 / STEPS][2], zero[8 / STEPS][2];
+
+    __device__ __forceinline__ UnitScales(const Unit<FP8> &unit, int lane, const Picks &picks, bool has_zeros) {
+#pragma unroll
+        for (int group = 0; group < 8 / STEPS; group++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (FP8) {
+                    scale[group][r] = __uint_as_float(__shfl_sync(ALL_LANES, unit.scale, lane / 4 + 8 * r));
+                    continue;
+                }
+                const uint32_t pair = __shfl_sync(ALL_LANES, unit.scale, picks.from + 8 * group + 4 * r);
+                const uint32_t high = __byte_perm(pair, 0, picks.scale);
+                const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(high >> 16)));
+                scale[group][r] = __uint_as_float((high & picks.bf16) | (__float_as_uint(of_f16) & ~picks.bf16));
+                zero[group][r] = 24.0f;
+            }
+        }
+        if constexpr (!FP8) {
+            if (!has_zeros) return;
+#pragma unroll
+            for (int group = 0; group < 8 / STEPS; group++) {
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const uint32_t pair = __shfl_sync(ALL_LANES, unit.zero, picks.from + 8 * group + 4 * r);
+                    zero[group][r] = picks.counted(pair) - 8388592.0f;
+                }
+            }
+        }
+    }
+};

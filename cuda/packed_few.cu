@@ -4,138 +4,81 @@
 namespace {
 
 constexpr int FEW = 16;
-constexpr int WARPS = 8;
+constexpr int WARPS = 8;             // that share a row tile: a team
 constexpr int X_PITCH = UNIT_K + 8;  // of a row's elements of a unit: a matrix load hits all banks
 constexpr int SUM_PITCH = 20;        // of the 16 sums of a row: a warp's stores hit all banks
-constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a block asks into L2 beside those in the ring
+constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a team asks into L2 beside those under way
 
-template <bool FP8>
-constexpr int RING = FP8 ? 3 : 5;  // units of a warp
+// Units under way of a warp, in registers. SMALL: a third of a multiprocessor's registers is for two warps of four.
+template <bool FP8, int STEPS, bool SMALL>
+constexpr int DEPTH = FP8 || STEPS == 2 ? 2 : !SMALL ? 4 : STEPS == 8 ? 3 : 2;
 
-// Rows of bf16 behind those of the packed matrix: a warp has one; the first blocks of the grid have them.
+// Rows of bf16 behind those of the packed matrix, and the blocks that have them: the first of the grid.
 struct Tail {
     const bf16 *w;
     int rows, blocks;
 };
 
-// The row's products with n rows of x. Each is a sum over k by lanes, which are then added: one order whatever n is.
-__device__ __forceinline__ void tail_row(int n, const q35_packed &w, const Tail &tail, const bf16 *x, void *out, int wide,
-                                         int stride) {
-    constexpr int AHEAD = 4, TOKENS = 4;  // pieces of 16 bytes a lane under way; rows of x at a time
-    const int lane = threadIdx.x % 32, row = blockIdx.x * WARPS + threadIdx.x / 32, k = w.k;
-    const bf16 *const from = tail.w + int64_t(min(row, tail.rows - 1)) * k;
-    uint4 pieces[AHEAD];
-    auto load = [&](int k0) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int at = k0 + 256 * i + 8 * lane;
-            pieces[i] = at < k ? __ldg(reinterpret_cast<const uint4 *>(from + at)) : make_uint4(0, 0, 0, 0);
-        }
-    };
-    load(0);
-    let_next_start();
-    wait_for_inputs();
-#pragma unroll 1
-    for (int t0 = 0; t0 < n; t0 += TOKENS) {
-        if (t0 > 0) load(0);
-        float sums[TOKENS] = {};
-#pragma unroll 1
-        for (int k0 = 0; k0 < k; k0 += 256 * AHEAD) {
-            if (k0 > 0) load(k0);
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                const int at = k0 + 256 * i + 8 * lane;
-                float a[8];
-                unpack8(pieces[i], a);
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++) {
-                    if (at >= k || t0 + t >= n) continue;
-                    float b[8];
-                    unpack8(__ldcg(reinterpret_cast<const uint4 *>(x + int64_t(t0 + t) * k + at)), b);
-#pragma unroll
-                    for (int e = 0; e < 8; e++) sums[t] = fmaf(a[e], b[e], sums[t]);
-                }
-            }
-        }
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            const float sum = lane_sum<32>(sums[t]);
-            if (lane > 0 || t0 + t >= n || row >= tail.rows) continue;
-            const int64_t to = int64_t(t0 + t) * stride + w.rows + row;
-            if (wide) {
-                static_cast<float *>(out)[to] = sum;
-            } else {
-                static_cast<bf16 *>(out)[to] = __float2bfloat16_rn(sum);
-            }
-        }
+__device__ __forceinline__ float2 load_pair(uint32_t from) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from));
+    return v;
+}
+
+// Among the warps of a team.
+template <int TEAMS>
+__device__ __forceinline__ void team_barrier(int team) {
+    if (TEAMS == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * WARPS) : "memory");
     }
 }
 
-// Two blocks a multiprocessor where three fit, else one; block b of those of w has the row tiles b, b + step, ...
-// Its warps split k: warp i takes the units i, i + WARPS, ... in this order, and the sums of the warps are added in their
-// order, whatever n is. Each warp has a ring of units, filled before the inputs are there, and its own part of x in
-// shared memory: `slab` units at a time. Where one slab is not all of k, TILES row tiles share it. BOTH: x has rows
-// past the first 8.
-template <bool FP8, int STEPS, bool BOTH, int TILES>
-__global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : STEPS == 2 ? 3 : 4)
+// A team has the row tiles b, b + number of teams, ...; its warps split k: warp i takes the units i, i + WARPS, ... in
+// this order, and the sums of the warps are added in their order, whatever n is. Units come straight to registers, the
+// first of them before the inputs are there; x lies in shared memory, each warp's part of it apart: `slab` units at a
+// time. Where one slab is not all of k, TILES row tiles share it; where x takes much of the shared memory, TEAMS share
+// it. BOTH: x has rows past the first 8. Codes are multiplied as 16 + code, and (16 + zero point) times the group's sum
+// of x, which is in shared memory too, is taken off the group's sum.
+template <bool FP8, int STEPS, bool BOTH, int TILES, int TEAMS>
+__global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1 : STEPS == 2 ? 2 : 3)
     packed_kernel(int n, q35_packed w, Tail tail, int slab, const bf16 *x, void *out, int wide, int stride) {
-    if (int(blockIdx.x) < tail.blocks) return tail_row(n, w, tail, x, out, wide, stride);
-    using S = Stage<FP8, STEPS>;
-    constexpr int N = BOTH ? 2 : 1, DEPTH = RING<FP8>;
+    using S = Source<FP8, STEPS, WARPS>;
+    constexpr int N = BOTH ? 2 : 1, D = DEPTH<FP8, STEPS, TEAMS * TILES == 1>, TEAM = 32 * WARPS;
+    constexpr int X_SUMS = FP8 ? 0 : S::GROUPS * 8 * N;  // of a unit
+    static_assert(TILES == 1 || TEAMS == 1, "a slab is one team's");
     extern __shared__ __align__(16) unsigned char memory[];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int num_tiles = w.rows / PACKED_ROWS, num_units = ceil_div(w.k, UNIT_K);
-    const int block = int(blockIdx.x) - tail.blocks, step = int(gridDim.x) - tail.blocks;
-    const unsigned char *ring = memory + warp * DEPTH * S::BYTES;
-    bf16 *all_x = reinterpret_cast<bf16 *>(memory + WARPS * DEPTH * S::BYTES);
-    bf16 *x_kept = all_x + warp * slab * n * X_PITCH;
-    float *sums = reinterpret_cast<float *>(all_x + WARPS * slab * n * X_PITCH);  // [BOTH ? 1 : 2][WARPS][n][16]
-    const uint32_t ring_address = shared_address(ring);
-    const uint64_t policy = first_to_leave();
-    const Source<FP8, STEPS> source(w, lane);
-
-    // What is loaded next: tile `next_first + next_t * step`.
-    int next_first = warp < num_units ? block : num_tiles, next_unit = warp, next_t = 0;
-    auto load = [&](int slot) {
-        if (next_first < num_tiles) {
-            source.copy(ring_address + slot * S::BYTES, next_first + next_t * step, next_unit, lane, policy);
-            if (TILES == 1 || ++next_t == TILES || next_first + next_t * step >= num_tiles) {
-                next_t = 0;
-                next_unit += WARPS;
-                if (next_unit >= num_units) {
-                    next_unit = warp;
-                    next_first += TILES * step;
-                }
-            }
-        }
-        copy_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < DEPTH; i++) load(i);
-    if (lane == 0) {
-        const int share = w.k / 64 * (S::TILE / WARPS);  // of a row tile's bytes, a warp's
-        const int in_ring = DEPTH / ceil_div(num_units, WARPS), ahead = ceil_div(L2_AHEAD, WARPS * share);
-        for (int i = in_ring; i < in_ring + ahead; i++) {
-            const int tile = block + i * step;
-            if (tile >= num_tiles) break;
-            ask_for(static_cast<const unsigned char *>(w.codes) + (int64_t(tile) * WARPS + warp) * share, share);
-        }
-    }
+    const int team = TEAMS == 1 ? 0 : threadIdx.x / TEAM, thread = threadIdx.x % TEAM;
+    const int warp = thread / 32, lane = thread % 32, g = lane / 4, t4 = lane % 4;
+    const int num_units = ceil_div(w.k, UNIT_K), units = warp < num_units ? ceil_div(num_units - warp, WARPS) : 0;
+    bf16 *x_kept = reinterpret_cast<bf16 *>(memory) + warp * slab * n * X_PITCH;
+    float *all_sums = reinterpret_cast<float *>(reinterpret_cast<bf16 *>(memory) + WARPS * slab * n * X_PITCH);
+    float *x_sums = all_sums + warp * slab * X_SUMS;  // [unit][group][8 N]
+    // [BOTH ? 1 : 2][WARPS][n][SUM_PITCH]
+    float *sums = all_sums + WARPS * slab * X_SUMS + team * (BOTH ? 1 : 2) * WARPS * n * SUM_PITCH;
     const unsigned inverse = 0xffffffffu / n + 1;  // item / n for n > 1 and fewer than 2^28 items
-    let_next_start();
-    wait_for_inputs();
+    // Of the fragments of x; rows past the last are the last one again, and are not written.
+    uint32_t x_address[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        x_address[i] = shared_address(x_kept + min(8 * i + lane % 8, n - 1) * X_PITCH + lane / 8 * 8);
+    }
 
-    // A warp's units of x, from `unit` on, zeros past the end of k.
-    auto keep_x = [&](int unit) {
+    // Of a warp's part of x a slab, from its unit `from` on, and its sums; zeros past the end of k.
+    auto keep_x = [&](int from) {
         constexpr int AT_ONCE = BOTH ? 8 : 4, PIECES = UNIT_K / 8;
-        const int count = min(slab, ceil_div(num_units - unit, WARPS)) * n * PIECES;
+        const int mine = (min(slab, units - from) + TEAMS - 1 - team) / TEAMS, count = mine * n * PIECES;
         __syncwarp();  // nobody reads the slab before it
         for (int first = lane; first < count; first += 32 * AT_ONCE) {
             uint4 words[AT_ONCE];
+            int to[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
                 const int item = first + 32 * i, line = item / PIECES, c = n == 1 ? line : __umulhi(line, inverse);
-                const int row = line - c * n, k = (unit + c * WARPS) * UNIT_K + item % PIECES * 8;
+                const int row = line - c * n, unit = c * TEAMS + team;
+                const int k = ((from + unit) * WARPS + warp) * UNIT_K + item % PIECES * 8;
+                to[i] = (unit * n + row) * X_PITCH + item % PIECES * 8;
                 words[i] = make_uint4(0, 0, 0, 0);
                 if (item < count && k < w.k) {
                     words[i] = __ldcg(reinterpret_cast<const uint4 *>(x + (int64_t(row) * w.k + k)));
@@ -143,74 +86,209 @@ __global__ void __launch_bounds__(32 * WARPS, BOTH || TILES > 1 ? 2 : STEPS == 2
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int item = first + 32 * i;
-                if (item >= count) break;
-                *reinterpret_cast<uint4 *>(x_kept + item / PIECES * X_PITCH + item % PIECES * 8) = words[i];
+                if (first + 32 * i < count) *reinterpret_cast<uint4 *>(x_kept + to[i]) = words[i];
             }
         }
-        __syncwarp();
-    };
-    // Of the fragments of x; rows past the last are the last one again, and are not written.
-    uint32_t x_address[N];
+        if (!FP8) {
+            __syncwarp();
+#pragma unroll 1
+            for (int unit = team; unit < mine * TEAMS; unit += TEAMS) {
+                uint32_t at[N];
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        x_address[i] = shared_address(x_kept + min(8 * i + lane % 8, n - 1) * X_PITCH + lane / 8 * 8);
-    }
-    if (TILES == 1 && warp < num_units) keep_x(warp);
+                for (int i = 0; i < N; i++) at[i] = x_address[i] + unit * n * X_PITCH * 2;
+                UnitSums<STEPS, N> of;
+                multiply_unit<STEPS, N>(at, of, [](uint32_t (&a)[4], int, int) {
+                    a[0] = a[1] = a[2] = a[3] = 0x3f803f80u;  // ones
+                });
+#pragma unroll
+                for (int group = 0; group < S::GROUPS; group++) {
+#pragma unroll
+                    for (int i = 0; i < N; i++) {
+                        float *to = x_sums + unit * X_SUMS + group * 8 * N + 8 * i + 2 * lane;
+                        const float2 pair = make_float2(of.of(group, i, 0), of.of(group, i, 1));
+                        if (lane < 4) *reinterpret_cast<float2 *>(to) = pair;
+                    }
+                }
+            }
+        }
+        if (TEAMS == 1) {
+            __syncwarp();
+        } else {
+            __syncthreads();
+        }
+    };
 
-    int slot = 0, parity = 0;
+    int parity = 0;
+    // Adds the warps' sums of a row tile, whose first row is `row0` of out, and writes the first `rows` of it.
+    auto finish = [&](const float (&acc)[N][4], int row0, int rows) {
+        // Two halves in turn, or one, which is used again when all have read it.
+        if (BOTH) team_barrier<TEAMS>(team);
+        float *all = sums + parity * WARPS * n * SUM_PITCH;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int row = 8 * i + t4 * 2 + e % 2;
+                if (row < n) all[(warp * n + row) * SUM_PITCH + g + e / 2 * 8] = acc[i][e];
+            }
+        }
+        team_barrier<TEAMS>(team);
+        if (!BOTH) parity ^= 1;
+        const int column = thread % PACKED_ROWS, row = thread / PACKED_ROWS;
+        if (row >= n || column >= rows) return;
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) total += all[(i * n + row) * SUM_PITCH + column];
+        const int64_t to = int64_t(row) * stride + row0 + column;
+        if (wide) {
+            static_cast<float *>(out)[to] = total;
+        } else {
+            static_cast<bf16 *>(out)[to] = __float2bfloat16_rn(total);
+        }
+    };
+
+    if (int(blockIdx.x) < tail.blocks) {
+        // Which element of k stands in which place of the tensor cores' tile does not matter while w and x agree: a
+        // lane takes 8 neighbours of each 32.
+        const int row0 = (blockIdx.x * TEAMS + team) * PACKED_ROWS;
+        const bf16 *rows[2];  // past the last, the last one again
+#pragma unroll
+        for (int r = 0; r < 2; r++) rows[r] = tail.w + int64_t(min(row0 + g + 8 * r, tail.rows - 1)) * w.k + 8 * t4;
+        uint4 a[2][4];
+        auto load = [&](int unit) {
+#pragma unroll
+            for (int h = 0; h < 4; h++) {
+                const int k = (unit * WARPS + warp) * UNIT_K + 32 * h;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    a[r][h] = make_uint4(0, 0, 0, 0);
+                    if (k < w.k) a[r][h] = stream16_in_order(rows[r] + k);
+                }
+            }
+        };
+        load(0);
+        let_next_start();
+        wait_for_inputs();
+        if (TILES == 1) keep_x(0);
+        float acc[N][4] = {};
 #pragma unroll 1
-    for (int first = block; first < num_tiles; first += TILES * step) {
-        float acc[TILES][N][4] = {};
-        int kept = 0;
-#pragma unroll 1
-        for (int unit = warp; unit < num_units; unit += WARPS, kept++) {
-            if (TILES > 1 && kept % slab == 0) {
+        for (int unit = 0, kept = 0; unit < units; unit++, kept++) {
+            if (TILES > 1 && unit % slab == 0) {
                 keep_x(unit);
                 kept = 0;
             }
-            uint32_t at[N];
 #pragma unroll
-            for (int i = 0; i < N; i++) at[i] = x_address[i] + kept * n * X_PITCH * 2;
+            for (int h = 0; h < 4; h++) {
 #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                if (TILES > 1 && first + t * step >= num_tiles) break;
-                copy_wait<DEPTH - 1>();
-                __syncwarp();  // other lanes' scales are there too
-                multiply_unit<FP8, STEPS, N>(ring + slot * S::BYTES, at, lane, w.kind, w.zeros != nullptr, acc[t]);
-                __syncwarp();  // and read
-                load(slot);
-                slot = slot + 1 == DEPTH ? 0 : slot + 1;
+                for (int i = 0; i < N; i++) {
+                    const bf16 *from = x_kept + (kept * n + min(8 * i + g, n - 1)) * X_PITCH + 32 * h + 8 * t4;
+                    const uint4 lo = a[0][h], hi = a[1][h], b = *reinterpret_cast<const uint4 *>(from);
+                    mma(acc[i], lo.x, hi.x, lo.y, hi.y, b.x, b.y);
+                    mma(acc[i], lo.z, hi.z, lo.w, hi.w, b.z, b.w);
+                }
             }
+            load(unit + 1);
+        }
+        finish(acc, w.rows + row0, tail.rows - row0);
+        return;
+    }
+
+    const S source(w, warp, lane);
+    constexpr int AHEAD = D / TILES;  // units
+    const int num_tiles = w.rows / PACKED_ROWS, step = (gridDim.x - tail.blocks) * TEAMS;
+    const int first_tile = (blockIdx.x - tail.blocks) * TEAMS + team;
+    const int items = units * TILES;  // a warp's units of as many row tiles, those of one place in k together
+    Cursor next[TILES];
+    Unit<FP8> held[D] = {};
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        next[t] = source.start;
+        source.move_tiles(next[t], first_tile + t * step);
+    }
+#pragma unroll
+    for (int s = 0; s < D; s++) {
+        const int t = s % TILES, unit = s / TILES;
+        if (s < items && first_tile + t * step < num_tiles) source.load(held[s], next[t], unit, unit);
+    }
+    if (lane < L2_AHEAD / WARPS / (2 * S::TILE) && units > 0) {
+        const int i = min(units, AHEAD) + lane, ahead = i / units * step, unit = i % units;
+        if (first_tile + ahead < num_tiles) {
+            Cursor at = next[0];
+            source.move_tiles(at, ahead);
+            source.move_units(at, unit);
+            ask_for(at.codes - 16 * lane, unit == source.short_unit ? S::TILE : 2 * S::TILE);
+        }
+    }
+    let_next_start();
+    wait_for_inputs();
+    if (TILES == 1) keep_x(0);
+
+    const Picks picks(lane, w.kind);
+    const uint32_t x_unit = n * X_PITCH * 2;
+    const uint32_t x_sums_at = shared_address(x_sums + 2 * t4);
+#pragma unroll 1
+    for (int tile = first_tile; tile < num_tiles; tile += TILES * step) {
+        Cursor now[TILES];  // AHEAD units on
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            now[t] = next[t];
+            source.move_units(now[t], AHEAD);
+            source.move_tiles(next[t], TILES * step);
+        }
+        float acc[TILES][N][4] = {};
+        uint32_t x_at[N], sums_at = x_sums_at;
+#pragma unroll
+        for (int i = 0; i < N; i++) x_at[i] = x_address[i];
+#pragma unroll 1
+        for (int first = 0; first < units; first += AHEAD) {
+            if (TILES > 1 && first % slab == 0) {
+                keep_x(first);
+                sums_at = x_sums_at;
+#pragma unroll
+                for (int i = 0; i < N; i++) x_at[i] = x_address[i];
+            }
+#pragma unroll
+            for (int s = 0; s < D; s++) {
+                const int t = s % TILES, unit = first + s / TILES;
+                if (unit < units && tile + t * step < num_tiles) {
+                    const UnitScales<FP8, STEPS> scales(held[s], lane, picks, w.zeros != nullptr);
+                    UnitSums<STEPS, N> of;
+                    multiply_unit<STEPS, N>(x_at, of, [&](uint32_t (&a)[4], int half, int j) {
+                        fragment<FP8>(a, held[s].codes + S::TILE / 512 * half, j);
+                    });
+                    // What comes next in its place: AHEAD units on, or one of the first of the next row tile.
+                    const bool here = unit + AHEAD < units;
+                    if (here || tile + (TILES + t) * step < num_tiles) {
+                        const Cursor from = here ? now[t] : next[t];
+                        source.load(held[s], from, s / TILES, here ? unit + AHEAD : s / TILES);
+                    }
+#pragma unroll
+                    for (int group = 0; group < S::GROUPS; group++) {
+#pragma unroll
+                        for (int i = 0; i < N; i++) {
+                            float2 add = make_float2(0.0f, 0.0f);
+                            if (!FP8) add = load_pair(sums_at + (group * 8 * N + 8 * i) * 4);
+#pragma unroll
+                            for (int e = 0; e < 4; e++) {
+                                float sum = of.of(group, i, e);
+                                if (!FP8) sum = fmaf(-scales.zero[group][e / 2], e % 2 == 0 ? add.x : add.y, sum);
+                                acc[t][i][e] = fmaf(scales.scale[group][e / 2], sum, acc[t][i][e]);
+                            }
+                        }
+                    }
+                }
+                if (t + 1 < TILES) continue;
+                sums_at += X_SUMS * 4;
+#pragma unroll
+                for (int i = 0; i < N; i++) x_at[i] += x_unit;
+            }
+#pragma unroll
+            for (int t = 0; t < TILES; t++) source.move_units(now[t], AHEAD);
         }
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            const int tile = first + t * step;
-            if (TILES > 1 && tile >= num_tiles) break;
-            // Two halves in turn, or one, which is used again when all have read it.
-            if (BOTH) __syncthreads();
-            float *all = sums + parity * WARPS * n * SUM_PITCH;
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int row = 8 * i + lane % 4 * 2 + e % 2;
-                    if (row < n) all[(warp * n + row) * SUM_PITCH + lane / 4 + e / 2 * 8] = acc[t][i][e];
-                }
-            }
-            __syncthreads();
-            if (!BOTH) parity ^= 1;
-            const int column = threadIdx.x % PACKED_ROWS, row = threadIdx.x / PACKED_ROWS;
-            if (row >= n) continue;
-            float total = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; i++) total += all[(i * n + row) * SUM_PITCH + column];
-            const int64_t to = int64_t(row) * stride + tile * PACKED_ROWS + column;
-            if (wide) {
-                static_cast<float *>(out)[to] = total;
-            } else {
-                static_cast<bf16 *>(out)[to] = __float2bfloat16_rn(total);
-            }
+            if (t > 0 && tile + t * step >= num_tiles) break;
+            finish(acc[t], (tile + t * step) * PACKED_ROWS, PACKED_ROWS);
         }
     }
 }
@@ -243,47 +321,66 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
                      void *out, int wide, int stride) {
     const Card card = this_card();
     if (card.count == 0) return cudaErrorInvalidDevice;
-    const int ring = WARPS * RING<FP8> * Stage<FP8, STEPS>::BYTES;
-    const int fixed = ring + (n > 8 ? 1 : 2) * WARPS * n * SUM_PITCH * int(sizeof(float));
-    const int unit_bytes = WARPS * n * X_PITCH * int(sizeof(bf16));  // of x, a unit of every warp
-    const int units = ceil_div(ceil_div(w.k, UNIT_K), WARPS), room = (card.shared - fixed) / unit_bytes;
-    const int slab = room < units ? room : units;
-    if (slab < 1) return cudaErrorInvalidValue;
-    // The driver keeps 1 KB of each block. What else fits is for the next kernel's blocks, which load meanwhile.
-    const int shared = fixed + slab * unit_bytes, most = (card.shared + 1024) / (shared + 1024) < 3 ? 1 : 2;
-    const int tiles = w.rows / PACKED_ROWS, blocks = ceil_div(tiles, ceil_div(tiles, most * card.count));
+    const int team_bytes = (n > 8 ? 1 : 2) * WARPS * n * SUM_PITCH * int(sizeof(float));
+    const int x_sums = FP8 ? 0 : 8 / STEPS * (n > 8 ? 16 : 8) * int(sizeof(float));
+    const int unit_bytes = WARPS * (n * X_PITCH * int(sizeof(bf16)) + x_sums);  // of x, a unit of every warp
+    const int units = ceil_div(ceil_div(w.k, UNIT_K), WARPS), all = units * unit_bytes;
+    // Two teams a multiprocessor: two blocks where three fit, so that there is room for the next kernel's blocks, which
+    // load meanwhile, or one. The driver keeps 1 KB of each block.
+    const bool apart = n <= 8 && 3 * (all + team_bytes + 1024) <= card.shared + 1024;
+    const bool in_slabs = !apart && all + 2 * team_bytes > card.shared;
+    const int teams = apart || in_slabs ? 1 : 2;
+    int slab = units;
+    if (in_slabs) {
+        constexpr int STEP = DEPTH<FP8, STEPS, false> / 2;
+        const int room = (card.shared - team_bytes) / unit_bytes / STEP * STEP;
+        slab = room < units ? room : ceil_div(units, STEP) * STEP;
+        if (slab < 1) return cudaErrorInvalidValue;
+    }
+    const int shared = slab * unit_bytes + teams * team_bytes;
+    const int tail_blocks = ceil_div(ceil_div(tail_rows, PACKED_ROWS), teams);
+    const int most = (apart ? 2 : 1) * card.count, half = ceil_div(most, 2);
+    const int left = most - tail_blocks > half ? most - tail_blocks : half;
+    const int tiles = w.rows / PACKED_ROWS, rounds = ceil_div(tiles, left * teams);
+    const int blocks = tail_blocks + ceil_div(ceil_div(tiles, rounds), teams);
+    // Of a multiprocessor's memory; the rest is L1, which holds what is under way to registers. A quarter leaves room
+    // for the next kernel's blocks.
+    const int least = (apart ? 3 : 1) * (shared + 1024) * 100 / (card.shared + 1024) + 1;
+    const int percent = least < 25 ? 25 : least > 100 ? 100 : least;
     const auto run = [&](auto kernel) {
         cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, card.shared);
         if (status != cudaSuccess) return status;
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                      cudaSharedmemCarveoutMaxShared);
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent);
         if (status != cudaSuccess) return status;
-        const Tail rows = {tail, tail_rows, ceil_div(tail_rows, WARPS)};
-        return launch(kernel, rows.blocks + blocks, 32 * WARPS, size_t(shared), stream, n, w, rows, slab, x, out, wide,
-                      stride);
+        return launch(kernel, blocks, 32 * WARPS * teams, size_t(shared), stream, n, w,
+                      Tail{tail, tail_rows, tail_blocks}, slab, x, out, wide, stride);
     };
-    if (slab < units) {
-        return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 2>) : run(packed_kernel<FP8, STEPS, true, 2>);
+    if (apart) return run(packed_kernel<FP8, STEPS, false, 1, 1>);
+    if (in_slabs) {
+        return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 2, 1>) : run(packed_kernel<FP8, STEPS, true, 2, 1>);
     }
-    return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 1>) : run(packed_kernel<FP8, STEPS, true, 1>);
+    return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 1, 2>) : run(packed_kernel<FP8, STEPS, true, 1, 2>);
 }
 
-// q35_packed_linear for n <= 16 rows, of codes, with a tail that may have no rows.
-int few_rows_of(void *on, int n, const q35_packed &w, const q35_bf16 *tail, int tail_rows, const q35_bf16 *x, void *out,
-                int wide, int stride) {
-    const auto run = [&](auto few) {
-        return few(as_stream(on), n, w, as_bf16(tail), tail_rows, as_bf16(x), out, wide, stride);
-    };
-    if (w.kind == q35_fp8_block || w.kind == q35_fp8_row) return run(few_rows<true, 8>);
-    if (w.group >= w.k || w.group == 128) return run(few_rows<false, 8>);
+bool is_fp8(const q35_packed &w) { return w.kind == q35_fp8_block || w.kind == q35_fp8_row; }
+bool has_groups_of_128(const q35_packed &w) { return w.group >= w.k || w.group == 128; }
+
+bool is_taken(const q35_packed &w, const void *x) {
+    if (w.rows % PACKED_ROWS != 0 || w.k % 64 != 0 || w.k <= 0 || !aligned(w.codes) || !aligned(w.scales) ||
+        !aligned(w.zeros) || !aligned(x)) {
+        return false;
+    }
+    if (is_fp8(w)) return true;
+    if (w.kind != q35_int4_f16 && w.kind != q35_int4_bf16) return false;
+    return has_groups_of_128(w) || w.group == 64 || w.group == 32;
+}
+
+cudaError_t few_rows_of(cudaStream_t stream, int n, const q35_packed &w, const bf16 *tail, int tail_rows, const bf16 *x,
+                        void *out, int wide, int stride) {
+    const auto run = [&](auto few) { return few(stream, n, w, tail, tail_rows, x, out, wide, stride); };
+    if (is_fp8(w)) return run(few_rows<true, 8>);
+    if (has_groups_of_128(w)) return run(few_rows<false, 8>);
     return w.group == 64 ? run(few_rows<false, 4>) : run(few_rows<false, 2>);
-}
-
-bool takes(const q35_packed &w, const q35_bf16 *x) {
-    const bool fp8 = w.kind == q35_fp8_block || w.kind == q35_fp8_row;
-    const bool group = fp8 || w.group >= w.k || w.group == 128 || w.group == 64 || w.group == 32;
-    return (fp8 || w.kind == q35_int4_f16 || w.kind == q35_int4_bf16) && group && w.rows % PACKED_ROWS == 0 &&
-           w.k % 64 == 0 && w.k > 0 && aligned(w.codes) && aligned(w.scales) && aligned(w.zeros) && aligned(x);
 }
 
 }  // namespace
@@ -298,16 +395,17 @@ extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *
         return wide ? q35_linear_f32(stream, n, w.k, w.rows, x, codes, static_cast<float *>(out), stride)
                     : q35_linear(stream, n, w.k, w.rows, x, codes, static_cast<q35_bf16 *>(out), stride);
     }
-    if (stride < w.rows || !takes(w, x)) return cudaErrorInvalidValue;
+    if (stride < w.rows || !is_taken(w, x)) return cudaErrorInvalidValue;
     if (n > FEW) return launch_packed_many(stream, n, w, as_bf16(x), out, wide != 0, stride);
-    return few_rows_of(on, n, w, nullptr, 0, x, out, wide, stride);
+    return few_rows_of(stream, n, w, nullptr, 0, as_bf16(x), out, wide, stride);
 }
 
 extern "C" int q35_packed_linear_tail(void *on, int n, q35_packed w, const q35_bf16 *tail, int tail_rows,
                                       const q35_bf16 *x, void *out, int wide, int stride) {
     if (n < 0 || n > FEW || w.rows <= 0 || tail_rows <= 0 || stride < w.rows + tail_rows || !aligned(tail) ||
-        !takes(w, x)) {
+        !is_taken(w, x)) {
         return cudaErrorInvalidValue;
     }
-    return n == 0 ? int(cudaSuccess) : few_rows_of(on, n, w, tail, tail_rows, x, out, wide, stride);
+    if (n == 0) return cudaSuccess;
+    return few_rows_of(as_stream(on), n, w, as_bf16(tail), tail_rows, as_bf16(x), out, wide, stride);
 }

@@ -213,7 +213,7 @@ fn a_file_holds_what_loading_computes() {
         let (got, got_module) = model(&out);
         assert_eq!(matrices(got.tensors().collect()), matrices(want.tensors().collect()), "{quantization:?}");
         let module_names = |module: &MtpTensors| {
-            let list = matrices(
+            matrices(
                 module
                     .tensors()
                     .filter(|t| !t.name.contains("shared_expert"))
@@ -221,8 +221,7 @@ fn a_file_holds_what_loading_computes() {
                     .collect::<Vec<_>>()
                     .iter()
                     .collect(),
-            );
-            list
+            )
         };
         assert_eq!(module_names(&got_module), module_names(&module));
         let encoded = got.tensors().filter(|t| t.encoded().is_some()).count();

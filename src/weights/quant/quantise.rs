@@ -142,7 +142,7 @@ mod tests {
         let draw = |i: u64| {
             let bits = mix(mix(seed).wrapping_add(i));
             let x = (bits >> 40) as f32 / 8_388_608.0 - 1.0;
-            let x = if bits % 61 == 0 { 5.0 * x } else { x };
+            let x = if bits.is_multiple_of(61) { 5.0 * x } else { x };
             bf16::from_f32(x * size).to_f32()
         };
         (0..len as u64).map(draw).collect()
@@ -151,7 +151,7 @@ mod tests {
     /// The kernel's own words, one thread after the other.
     fn kernel(w: &[f32]) -> (f32, Vec<i32>) {
         let code = |x: f32, scale: f32| match scale > 0.0 {
-            true => (x / scale).round_ties_even().max(-8.0).min(7.0),
+            true => (x / scale).round_ties_even().clamp(-8.0, 7.0),
             false => 0.0,
         };
         let most = w.iter().fold(0.0, |m: f32, x| m.max(x.abs()));

@@ -9,6 +9,7 @@
 mod config;
 mod matrix;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -16,6 +17,7 @@ use serde_json::{Map, json};
 
 use self::matrix::{Deviation, Work};
 use crate::config::ModelConfig;
+use crate::gguf;
 use crate::weights::quant::{BLOCK, Encoded, Quantization, Scheme};
 use crate::weights::write::{write_checkpoint, write_json};
 use crate::weights::{Checkpoint, ExpertTensors, FfnTensors, LayerTensors, ModelTensors, MtpTensors, Tensor};
@@ -55,6 +57,10 @@ pub fn quantize(
     progress: impl FnMut(u64, u64) -> Result<()>,
 ) -> Result<Summary> {
     check_target(to)?;
+    if let Some(file) = gguf::find(from)? {
+        let found = format!("{}, a GGUF file", file.display());
+        return Err(Error::request("IN", found, "the directory of a checkpoint with *.safetensors"));
+    }
     let config = ModelConfig::from_dir(from)?;
     let checkpoint = Checkpoint::open(from)?;
     let tensors = for_file(ModelTensors::resolve(&checkpoint, &config)?, quantization);
@@ -87,8 +93,19 @@ pub fn quantize(
     Ok(summary)
 }
 
+/// Sees that a directory can be renamed to `to`, before there is one.
 fn check_target(to: &Path) -> Result<()> {
     let refuse = |found: &str| Err(Error::request("OUT", found, "a directory that is new or empty"));
+    let name = to.display();
+    if to.is_symlink() {
+        return refuse(&format!("{name}, a symbolic link"));
+    }
+    let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let (Ok(own), Ok(around)) = (to.metadata(), parent.metadata())
+        && own.dev() != around.dev()
+    {
+        return refuse(&format!("{name}, where another file system is mounted: name a directory inside"));
+    }
     match std::fs::read_dir(to) {
         Ok(mut entries) => match entries.next() {
             None => Ok(()),

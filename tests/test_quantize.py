@@ -1,6 +1,7 @@
 """Quantising at load and in a file: the numbers against numpy, the command, what is refused, and what it costs in accuracy."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ IDS = [7, 300, 45, 12, 900, 4, 4, 77, 512, 33]
 def tensors(folder):
     """Every tensor of a checkpoint of one file, as `(dtype name, shape, bytes)`."""
     return tiny.read_safetensors(folder / "model.safetensors")
+
+
+GGUF = Path(__file__).resolve().parent / "golden" / "gguf" / "dense-f32.gguf"
 
 
 def convert(out, scheme, group_size=32, source=hub.EMBEDDED, progress=None):
@@ -131,9 +135,7 @@ def test_what_is_refused(tmp_path):
         lambda: LLM(device="cpu", quantization="int8"),
         lambda: convert(tmp_path / "out", "int8"),
     ):
-        with pytest.raises(
-            RequestError, match="quantization: found int8; allowed: int4, fp8, mixed, or none"
-        ):
+        with pytest.raises(RequestError, match="quantization: found int8; allowed: int4, fp8, mixed"):
             call()
     with pytest.raises(RequestError, match="group_size: found 48; allowed: 32, 64, 128"):
         convert(tmp_path / "out", "int4", 48)
@@ -142,7 +144,17 @@ def test_what_is_refused(tmp_path):
         RequestError, match="OUT: found .*, which is no directory; allowed: a directory that is"
     ):
         convert(tmp_path / "file", "fp8")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(
+        RequestError, match="OUT: found .*link, a symbolic link; allowed: a directory that is"
+    ):
+        convert(tmp_path / "link", "fp8")
+    with pytest.raises(
+        RequestError, match="IN: found .*dense-f32.gguf, a GGUF file; allowed: the directory of"
+    ):
+        convert(tmp_path / "out", "fp8", source=GGUF)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link"]
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):

@@ -106,7 +106,7 @@ def plan(
     if quantization is not None and not memory:
         raise _core.RequestError("quantization: found it without --memory; allowed: with it")
     if quantization not in SCHEME_OF:
-        raise _core.RequestError(f"quantization: found {quantization}; allowed: int4, fp8, mixed, or none")
+        raise _core.RequestError(f"quantization: found {quantization}; allowed: int4, fp8, mixed")
     others = {"scheme": scheme, "cards": cards, "context": context, "vision": vision}
     for name, given in others.items():
         if memory and given:
@@ -163,8 +163,8 @@ def _held(source: str, gpu: str, limits: dict[str, Any], weights: int) -> dict[s
     try:
         text = _core.plan_memory(source, gpu=gpu, gpu_memory_utilization=0.9, **limits)
     except _core.OutOfMemoryError as error:
-        reason = str(error).partition("; ")[0].removeprefix("out of memory: ")
-        return {"error": f"the weights alone are {weights / 2**30:.1f} GiB; no room for {reason}"}
+        reason = str(error).partition("; lower ")[0].removeprefix("out of memory: ")
+        return {"error": f"the weights alone are {weights / 2**30:.1f} GiB; it failed at: {reason}"}
     if text is None:
         raise _core.RequestError("--memory: found a build without CUDA; allowed: a build with it")
     report: dict[str, Any] = json_text.loads(text)

@@ -55,7 +55,7 @@ impl Quantization {
             "int4" => Ok(Self::Int4 { group }),
             "fp8" => Ok(Self::Fp8),
             "mixed" => Ok(Self::Mixed { group }),
-            other => Err(Error::request("quantization", other, "int4, fp8, mixed, or none")),
+            other => Err(Error::request("quantization", other, "int4, fp8, mixed")),
         }
     }
 

@@ -21,6 +21,27 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
     return (a + b - 1) / b;
 }
 
+// What launchers ask of a card.
+struct Card {
+    int count, shared;  // multiprocessors, and the most shared memory of a block
+};
+
+// Zeros where there is no device.
+static inline Card this_card() {
+    static Card known[64];
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return {};
+    if (known[device].count == 0) {
+        Card card = {};
+        if (cudaDeviceGetAttribute(&card.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+            cudaDeviceGetAttribute(&card.count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+            return {};
+        }
+        known[device] = card;
+    }
+    return known[device];
+}
+
 // Programmatic dependent launch, on compute capability 9.0 and later: a kernel launched by `launch` may start while the
 // one before it in the stream still runs. Until `wait_for_inputs` it may read weights alone (which no kernel writes), and
 // write nothing; every thread that is not gone calls it, and no block ends before it has. `let_next_start`, called by

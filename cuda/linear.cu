@@ -288,32 +288,12 @@ __global__ void __launch_bounds__(TILE_THREADS)
 
 // -------------------------------------------------------------------------------------------------------- launchers
 
-struct Card {
-    int blocks, shared;  // multiprocessors, and the most shared memory of a block
-};
-
-// Zeros where there is no device.
-Card this_card() {
-    static Card known[64];
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return {};
-    if (known[device].blocks == 0) {
-        Card card = {};
-        if (cudaDeviceGetAttribute(&card.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
-            cudaDeviceGetAttribute(&card.blocks, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-            return {};
-        }
-        known[device] = card;
-    }
-    return known[device];
-}
-
 // What is chosen here changes the speed, and no sum.
 template <typename Out>
 cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16 *x, const bf16 *w, Out *out,
                      int stride) {
     const Card card = this_card();
-    if (card.blocks == 0) return cudaErrorInvalidDevice;
+    if (card.count == 0) return cudaErrorInvalidDevice;
     constexpr int RING_BYTES = WARPS * UNIT * int(sizeof(bf16)), SUMS_BYTES = 2 * SUMS * int(sizeof(float));
     const int chunk_bytes = n * WARPS * CHUNK * int(sizeof(bf16));  // of x, a chunk of every warp
     const int chunks = ceil_div(in, WARPS * CHUNK);
@@ -325,7 +305,7 @@ cudaError_t few_rows(cudaStream_t stream, int n, int in, int out_dim, const bf16
     const int ring_bytes = (deep ? 8 : 5) * RING_BYTES;
     const int room = (all - ring_bytes) / chunk_bytes, slab = room < chunks ? room : chunks;
     if (slab < 1) return cudaErrorInvalidValue;
-    const int tiles = ceil_div(out_dim, TILE_W), blocks = ceil_div(tiles, ceil_div(tiles, card.blocks));
+    const int tiles = ceil_div(out_dim, TILE_W), blocks = ceil_div(tiles, ceil_div(tiles, card.count));
     const int shared = SUMS_BYTES + ring_bytes + slab * chunk_bytes;
     const auto run = [&](auto kernel) {
         const cudaError_t status =

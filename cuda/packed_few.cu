@@ -295,26 +295,6 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
 
 // -------------------------------------------------------------------------------------------------------- launchers
 
-struct Card {
-    int count, shared;  // multiprocessors, and the most shared memory of a block
-};
-
-// Zeros where there is no device.
-Card this_card() {
-    static Card known[64];
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return {};
-    if (known[device].count == 0) {
-        Card card = {};
-        if (cudaDeviceGetAttribute(&card.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
-            cudaDeviceGetAttribute(&card.count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-            return {};
-        }
-        known[device] = card;
-    }
-    return known[device];
-}
-
 // What is chosen here changes the speed, and no sum.
 template <bool FP8, int STEPS>
 cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16 *tail, int tail_rows, const bf16 *x,

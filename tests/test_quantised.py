@@ -225,6 +225,22 @@ def test_matrices_rounded_to_bf16(name, tmp_path):
     assert not np.array_equal(got.logits(prompt), exact.logits(prompt))
 
 
+@pytest.mark.parametrize("name", ["nvfp4 of modelopt", "fp8 in small blocks"])
+def test_what_has_no_kernel_or_more_bits_is_quantised_anew(name, tmp_path):
+    """To what the decoded matrices are quantised to."""
+    one, other, _ = pair(tmp_path, "dense_bf16", name)
+    prompt = ids(json.loads((one / "config.json").read_text()))
+    got, want, kept = LLM(one, quantization="int4"), LLM(other, quantization="int4"), LLM(one)
+    assert np.array_equal(got.logits(prompt), want.logits(prompt))
+    assert not np.array_equal(got.logits(prompt), kept.logits(prompt))
+
+
+def test_four_bits_stay_as_they_are(tmp_path):
+    one, _, _ = pair(tmp_path, "dense_bf16", "gptq", kept=KEPT)
+    prompt = ids(json.loads((one / "config.json").read_text()))
+    assert np.array_equal(LLM(one, quantization="int4").logits(prompt), LLM(one).logits(prompt))
+
+
 def test_stacked_experts_in_fp8(tmp_path):
     """As Transformers saves a model that it quantised itself."""
     config, tensors = read("moe_bf16")

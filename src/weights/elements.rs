@@ -71,7 +71,8 @@ impl Tensor {
     }
 
     /// Writes `rows` (of `[num_rows, num_cols]`) as f32 to `out`, row after row. Floats are widened; an encoded matrix
-    /// is decoded exactly, as its format says, and so is one that is quantised now. Runs on this thread; whole matrices are quicker by [`Tensor::convert`].
+    /// is decoded exactly, as its format says, and so is one that is quantised now. Runs on this thread; whole matrices
+    /// are quicker by [`Tensor::convert`].
     ///
     /// # Panics
     /// If the rows do not exist or `out` is not of their size.

@@ -78,7 +78,7 @@ class Block:
 
     def reference(self, x):
         """The block in f64, rounded between gate_up and down as the contract says, and the tokens whose experts f32
-        logits decide as well."""
+        logits decide as well. `terms`: of each token the root of the sum of its experts' squared norms."""
         hidden, experts, top_k, width, shared = self.dims
         x = x.double()
         logits, order = torch.sort(x @ self.router.double().T, dim=1, descending=True, stable=True)
@@ -93,16 +93,21 @@ class Block:
             inner = torch.nn.functional.silu(both[:, :width]) * both[:, width:]
             return inner.to(torch.bfloat16).double() @ down.T
 
-        out = torch.zeros_like(x)
+        out, squares = torch.zeros_like(x), torch.zeros_like(x[:, 0])
         for e in chosen.unique().tolist():
             token, place = (chosen == e).nonzero(as_tuple=True)
             gate_up = self.gate_up.plain(2 * width * e, 2 * width * (e + 1))
             down = self.down.plain(hidden * e, hidden * (e + 1))
-            out.index_add_(0, token, weights[token, place, None] * swiglu(x[token], gate_up, down, width))
+            term = weights[token, place, None] * swiglu(x[token], gate_up, down, width)
+            out.index_add_(0, token, term)
+            squares.index_add_(0, token, term.square().sum(dim=1))
         if shared:
             gate = torch.sigmoid(x @ self.shared_gate.double().T)
             gate_up, down = self.shared_gate_up.plain(0, 2 * shared), self.shared_down.plain(0, hidden)
-            out += gate * swiglu(x, gate_up, down, shared)
+            term = gate * swiglu(x, gate_up, down, shared)
+            out += term
+            squares += term.square().sum(dim=1)
+        self.terms = squares.sqrt()
         return out, sure
 
     def check(self, n, *, with_delta=True):

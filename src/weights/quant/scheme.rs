@@ -20,7 +20,8 @@ use crate::{Error, Result};
 ///
 /// Norms, routers, gates of shared experts, convolutions, the decay and beta projections of the delta layers, the
 /// embedding (also where it is the head), the `fc` of the MTP module and the vision tower stay as they are; and so does
-/// every matrix that the checkpoint has in as few bits or in fewer.
+/// every matrix that the checkpoint has in as few bits or in fewer: 4-bit integers, and FP8. NVFP4 and GGUF, whose codes no
+/// device multiplies, are quantised anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Quantization {

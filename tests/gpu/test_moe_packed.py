@@ -78,7 +78,8 @@ class Block:
 
     def reference(self, x):
         """The block in f64, rounded between gate_up and down as the contract says, and the tokens whose experts f32
-        logits decide as well. `terms`: of each token the root of the sum of its experts' squared norms."""
+        logits decide as well. `apart`: how far from it an output may be that rounds each expert's term to bf16, their
+        sum, and the activations between, which may lie so near to a tie that f32 rounds them the other way."""
         hidden, experts, top_k, width, shared = self.dims
         x = x.double()
         logits, order = torch.sort(x @ self.router.double().T, dim=1, descending=True, stable=True)
@@ -91,23 +92,26 @@ class Block:
         def swiglu(x, gate_up, down, width):
             both = x @ gate_up.T
             inner = torch.nn.functional.silu(both[:, :width]) * both[:, width:]
-            return inner.to(torch.bfloat16).double() @ down.T
+            least, most = ((inner * (1 + by)).to(torch.bfloat16).double() for by in (-1e-5, 1e-5))
+            term = inner.to(torch.bfloat16).double() @ down.T
+            either = (most - least).abs() + 1e-6 * inner.abs()
+            return term, 2**-8 * term.abs() + either @ down.abs().T
 
-        out, squares = torch.zeros_like(x), torch.zeros_like(x[:, 0])
+        def add(token, weight, term, apart):
+            out.index_add_(0, token, weight * term)
+            self.apart.index_add_(0, token, weight * apart)
+
+        out, self.apart = torch.zeros_like(x), torch.zeros_like(x)
         for e in chosen.unique().tolist():
             token, place = (chosen == e).nonzero(as_tuple=True)
             gate_up = self.gate_up.plain(2 * width * e, 2 * width * (e + 1))
             down = self.down.plain(hidden * e, hidden * (e + 1))
-            term = weights[token, place, None] * swiglu(x[token], gate_up, down, width)
-            out.index_add_(0, token, term)
-            squares.index_add_(0, token, term.square().sum(dim=1))
+            add(token, weights[token, place, None], *swiglu(x[token], gate_up, down, width))
         if shared:
             gate = torch.sigmoid(x @ self.shared_gate.double().T)
             gate_up, down = self.shared_gate_up.plain(0, 2 * shared), self.shared_down.plain(0, hidden)
-            term = gate * swiglu(x, gate_up, down, shared)
-            out += term
-            squares += term.square().sum(dim=1)
-        self.terms = squares.sqrt()
+            add(torch.arange(len(x), device="cuda"), gate, *swiglu(x, gate_up, down, shared))
+        self.apart += 2**-8 * out.abs() + 1e-6
         return out, sure
 
     def check(self, n, *, with_delta=True):

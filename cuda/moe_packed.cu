@@ -21,13 +21,16 @@ template <int N>
 constexpr int DOWN_WARPS = N == 1 ? 20 : 16;
 constexpr bool UP_EARLY = true;  // packed_up starts under the kernel before it
 
-// What to call with a form known when compiled.
+// What to call with a form known when compiled; FP4: that may be it.
 template <int FORM>
 struct Of {
     static constexpr int form = FORM;
 };
-template <typename F>
+template <bool FP4, typename F>
 __device__ __forceinline__ void by_form(int form, F call) {
+    if constexpr (FP4) {
+        if (form == FP4_TILES) return call(Of<FP4_TILES>());
+    }
     if (form == INT4_TILES) {
         call(Of<INT4_TILES>());
     } else if (form == FP8_TILES) {
@@ -37,12 +40,25 @@ __device__ __forceinline__ void by_form(int form, F call) {
     }
 }
 
+// Of fp4: sums of row tiles, times what is left of their scales.
+template <int N, int MATS>
+__device__ __forceinline__ void times(float (&acc)[MATS][N][4], const float (&whole)[MATS]) {
+#pragma unroll
+    for (int i = 0; i < MATS; i++) {
+#pragma unroll
+        for (int s = 0; s < N; s++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[i][s][e] *= whole[i];
+        }
+    }
+}
+
 // gate_up and the activation, in tiles of 16 features: a row tile of gate and the one of up. Tiles of experts hit go
 // round the blocks; those of the shared expert are the first of the last blocks, so that few have one of each. The
 // warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order. A
 // single token goes to shared memory, so that a block waits for it once. `spread`: a step round the blocks that keeps
 // those with one tile more apart, on whichever SMs they settle.
-template <int N>
+template <int N, bool FP4>
 __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     packed_up(Plan p, Packed gate_up, Packed shared_gate_up, int spread, const bf16 *x, Norm norm) {
     extern __shared__ int4 hits[];  // [slots], then the token
@@ -58,7 +74,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 
     Held held;
     if (block >= before) {
-        by_form(shared_gate_up.form, [&](auto of) {
+        by_form<FP4>(shared_gate_up.form, [&](auto of) {
             constexpr int form = decltype(of)::form;
             const Cursor at = aim_at<form>(shared_gate_up, block - before, shared_tiles);
             start_walk<form, 2>(held, shared_gate_up, at, share(shared_gate_up, shared_tiles));
@@ -90,10 +106,8 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     auto run = [&](auto of, const Packed &m, bool shared, bool started, int tile, int step, int end) {
         constexpr int form = decltype(of)::form;
         const int tiles = shared ? shared_tiles : expert_tiles, width = shared ? p.shared_width : p.width;
-        auto aim = [&](int to) {
-            const int row_tile = shared ? to : hits[to / tiles].x * 2 * tiles + to % tiles;
-            return aim_at<form>(m, row_tile, tiles);
-        };
+        auto row_tile_of = [&](int to) { return shared ? to : hits[to / tiles].x * 2 * tiles + to % tiles; };
+        auto aim = [&](int to) { return aim_at<form>(m, row_tile_of(to), tiles); };
         Cursor now = {}, next = {};
         if (tile < end) now = aim(tile);
         const Share own = share(m, tiles);
@@ -108,8 +122,13 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
             for (int i = 0; i < N; i++)
                 tokens[i] = from + int64_t(token_of(hit.y, 8 * i + g)) * hidden + token_offset<form>();
             if (after < end) next = aim(after);
-            float acc[2][N][4] = {};
+            float acc[2][N][4] = {}, whole[2];
+            if constexpr (form == FP4_TILES) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) whole[i] = whole_of(m, row_tile_of(tile) + i * tiles);
+            }
             walk<N, form, 2>(held, m, now, next, after < end, own, tokens, num_tokens, acc);
+            if constexpr (form == FP4_TILES) times<N, 2>(acc, whole);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -134,7 +153,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         }
     };
     if (block >= before) {
-        by_form(shared_gate_up.form,
+        by_form<FP4>(shared_gate_up.form,
                 [&](auto of) { run(of, shared_gate_up, true, true, block - before, blocks, shared_tiles); });
     }
     // Tile v of all, of which the shared ones are before .. before + shared_tiles - 1.
@@ -144,7 +163,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     } else {
         step -= shared_tiles;
     }
-    by_form(gate_up.form,
+    by_form<FP4>(gate_up.form,
             [&](auto of) { run(of, gate_up, false, false, first, step, num_hit * expert_tiles); });
 
     // What few_logits added, written now that it has been read.
@@ -162,7 +181,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 // `down` of the experts hit and their weighted sum. A block has a row tile of the output; its warps share out the
 // experts, the shared one first, and each has all of k. The first loads are under way before packed_up has ended.
 // `staged`: so many activations, a single token's, go to shared memory; 0: none.
-template <int N>
+template <int N, bool FP4>
 __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     packed_down(Plan p, Packed down, Packed shared_down, int staged, bf16 *out) {
     extern __shared__ int4 hits[];  // [slots]
@@ -179,7 +198,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
 
     Held held;
     if (with_shared) {
-        by_form(shared_down.form, [&](auto of) {
+        by_form<FP4>(shared_down.form, [&](auto of) {
             constexpr int form = decltype(of)::form;
             start_walk<form, 1>(held, shared_down, aim_at<form>(shared_down, row_tile, 0), share(shared_down));
         });
@@ -206,7 +225,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     const int first = with_shared ? num_warps - 1 : warp - p.has_shared;  // of the list
     auto row_tile_of = [&](int item) { return hits[item].x * row_tiles + row_tile; };
     if (!with_shared && first < num_hit) {
-        by_form(down.form, [&](auto of) {
+        by_form<FP4>(down.form, [&](auto of) {
             constexpr int form = decltype(of)::form;
             start_walk<form, 1>(held, down, aim_at<form>(down, row_tile_of(first), 0), share(down));
         });
@@ -241,8 +260,10 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
             for (int i = 0; i < N; i++)
                 tokens[i] = (shared ? shared_act : act) + int64_t(hit.z + min(8 * i + g, num_tokens - 1)) * m.k +
                             token_offset<form>();
-            float acc[1][N][4] = {};
+            float acc[1][N][4] = {}, whole[1];
+            if constexpr (form == FP4_TILES) whole[0] = whole_of(m, shared ? row_tile : row_tile_of(item));
             walk<N, form, 1>(held, m, now, next, after < end, share(m), tokens, num_tokens, acc);
+            if constexpr (form == FP4_TILES) times<N, 1>(acc, whole);
             float *to = sums + (shared ? assignments : hit.z) * DOWN_PITCH;
 #pragma unroll
             for (int s = 0; s < N; s++) {
@@ -255,8 +276,8 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
             item = after, now = next;
         }
     };
-    if (with_shared) by_form(shared_down.form, [&](auto of) { run(of, shared_down, true, true, 0, 1); });
-    by_form(down.form, [&](auto of) { run(of, down, false, !with_shared, first, num_hit); });
+    if (with_shared) by_form<FP4>(shared_down.form, [&](auto of) { run(of, shared_down, true, true, 0, 1); });
+    by_form<FP4>(down.form, [&](auto of) { run(of, down, false, !with_shared, first, num_hit); });
     __syncthreads();
     for (int i = threadIdx.x; i < p.n * TILE_ROWS; i += blockDim.x) {
         const int row = i % TILE_ROWS, t = i / TILE_ROWS;
@@ -286,14 +307,14 @@ int spread_of(int blocks) {
     return step;
 }
 
-template <int N>
+template <int N, bool FP4>
 int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x,
                    bf16 *out) {
     // One wave of blocks, fewer where there are fewer tiles.
     const int sms = num_sms(), most_blocks = UP_BLOCKS * sms;
     const int64_t most = p.shared_width / TILE_ROWS + int64_t(p.slots) * (p.width / TILE_ROWS);
     const int up_blocks = most < most_blocks ? int(most) : most_blocks;
-    const int code = launch<UP_EARLY>(packed_up<N>, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
+    const int code = launch<UP_EARLY>(packed_up<N, FP4>, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
                                       spread_of(up_blocks), x, norm);
     if (code != cudaSuccess) return code;
 
@@ -304,7 +325,7 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
     int bytes = down_bytes(p.n, p), staged = 0;
     const int64_t own = int64_t(p.top_k) * p.width + p.shared_width;
     if (p.n == 1 && bytes + own * 2 <= MOST_SHARED) staged = int(own), bytes += staged * 2;
-    return launch(packed_down<N>, blocks, 32 * warps, bytes, stream, p, m[1], m[3], staged, out);
+    return launch(packed_down<N, FP4>, blocks, 32 * warps, bytes, stream, p, m[1], m[3], staged, out);
 }
 
 }  // namespace
@@ -336,6 +357,11 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
     int code = launch_logits(as_stream(stream), p, routing, before, as_bf16(x));
     if (code == cudaSuccess && n > 1) code = launch_route(as_stream(stream), p);
     if (code != cudaSuccess) return code;
-    return n <= 8 ? launch_experts<1>(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out))
-                  : launch_experts<2>(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out));
+    bool fp4 = false;
+    for (const Packed &matrix : m) fp4 = fp4 || matrix.form == FP4_TILES;
+    const auto run = [&](auto experts) {
+        return experts(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out));
+    };
+    if (fp4) return n <= 8 ? run(launch_experts<1, true>) : run(launch_experts<2, true>);
+    return n <= 8 ? run(launch_experts<1, false>) : run(launch_experts<2, false>);
 }

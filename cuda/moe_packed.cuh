@@ -3,22 +3,24 @@
 #pragma once
 #include <cuda_fp16.h>
 
+#include "fp4.cuh"
 #include "mma.cuh"
 
 // How the codes of a matrix lie: rows of bf16, or tiles in the order of fragments.
-enum Form { BF16_ROWS, INT4_TILES, FP8_TILES };
+enum Form { BF16_ROWS, INT4_TILES, FP8_TILES, FP4_TILES };
 
 constexpr int TILE_ROWS = 16, TILE_K = 64;
 constexpr int MOST_K = 1 << 16;  // so that what is between two row tiles of an expert has less than 2^31 bytes
 
-// A matrix as kernels take it. Tiles of int4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane each.
+// A matrix as kernels take it. Tiles of int4 and fp4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane each.
 struct Packed {
     const uint8_t *codes;
-    const void *scales;     // [row tile][group][each]: 16 bits (int4) or f32 (fp8)
+    const void *scales;     // [row tile][group][each]: 16 bits (int4), f32 (fp8) or 8 bytes (fp4)
     const uint8_t *zeros;   // int4: as scales; null: 8
+    const float *wholes;    // fp4: by row tile
     int row_tile_bytes;
     int form, k, k_tiles;
-    int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all
+    int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all; fp4: 8 pairs of rows, by k tile
     int shift;              // k tile >> shift is its group; groups of 32: `halves`, two a tile
     uint32_t bf16_scales;   // int4: all ones, or 0 where they are f16
     bool halves;
@@ -50,6 +52,12 @@ static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Pack
         case q35_fp8_row:
             to.form = FP8_TILES, to.row_tile_bytes = TILE_ROWS * k;
             break;
+        case q35_fp4:
+            to.form = FP4_TILES, to.row_tile_bytes = TILE_ROWS * k / 2;
+            to.groups = to.k_tiles, to.each = 8, to.shift = 0;
+            to.wholes = reinterpret_cast<const float *>(static_cast<const uint8_t *>(from.scales) + rows / TILE_ROWS * k);
+            if (!aligned(from.scales)) return false;
+            break;
         default:
             return false;
     }
@@ -61,18 +69,20 @@ static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Pack
 // scales of two k tiles.
 template <int FORM, int MATS>
 struct Walk {
-    static constexpr int UNITS = FORM == INT4_TILES ? 1 : FORM == FP8_TILES ? 2 : 4;  // 16 bytes of a tile, a lane
+    static constexpr int UNITS = FORM == FP8_TILES ? 2 : FORM == BF16_ROWS ? 4 : 1;  // 16 bytes of a tile, a lane
     static constexpr int DEPTH = 8 / (UNITS * MATS);  // k tiles under way
-    static constexpr int AHEAD = DEPTH < 2 ? DEPTH : 2;  // of their scales
+    static constexpr int AHEAD = FORM == FP4_TILES ? 4 / MATS : DEPTH < 2 ? DEPTH : 2;  // of their scales
     // Bytes from a k tile to the next.
-    static constexpr int STEP = FORM == INT4_TILES ? 512 : FORM == FP8_TILES ? 1024 : 2 * TILE_K;
+    static constexpr int STEP = FORM == FP8_TILES ? 1024 : FORM == BF16_ROWS ? 2 * TILE_K : 512;
 };
 struct RawScales {
     uint32_t scale[2], zero[2];  // by half of a k tile, where it has two groups
 };
 struct Held {
     uint4 w[8];
-    RawScales raw[2];
+    RawScales raw[2];  // fp4: four pairs of words
+
+    __device__ __forceinline__ uint32_t (&pair(int i))[2] { return i % 2 == 0 ? raw[i / 2].scale : raw[i / 2].zero; }
 };
 
 // Where a lane reads a row tile and its scales.
@@ -105,7 +115,9 @@ __device__ __forceinline__ Cursor aim_at(const Packed &m, int row_tile, int apar
     c.codes = m.codes + int64_t(row_tile) * m.row_tile_bytes;
     c.codes += FORM == BF16_ROWS ? (lane / 4 * m.k + lane % 4 * 8) * 2 : lane * 16;
     c.scale = 0;
-    if (FORM != BF16_ROWS) {
+    if (FORM == FP4_TILES) {
+        c.scale = uint32_t(row_tile) * m.groups * m.each + lane / 4;
+    } else if (FORM != BF16_ROWS) {
         const uint32_t own = uint32_t(row_tile) + (lane >= 16 ? apart : 0);
         c.scale = own * m.groups * m.each + (m.each == 16 ? lane % 16 : 0);
     }
@@ -147,6 +159,19 @@ __device__ __forceinline__ void load_scales(RawScales &raw, const Packed &m, uin
             if (m.halves) raw.zero[1] = load_zero(m.zeros + at + 16);
         }
     }
+}
+
+// Those of fp4, of rows g and g + 8 of a k tile.
+__device__ __forceinline__ uint2 load_pair(const Packed &m, uint32_t from, int k_tile) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(static_cast<const uint2 *>(m.scales) + (from + uint32_t(k_tile) * m.each)));
+    return v;
+}
+// What is left to multiply sums of a row tile of fp4 with.
+__device__ __forceinline__ float whole_of(const Packed &m, int row_tile) {
+    return __ldg(m.wholes + row_tile) * FP4_REST;
 }
 
 // What rows g and g + 8 of a tile are scaled by; of int4 also 128 + the zero point, as bf16, twice.
@@ -238,23 +263,30 @@ __device__ __forceinline__ void load_token(uint32_t (&b)[8], const bf16 *from, b
     }
 }
 
-// acc[i][s] += the tile of matrix i in w, times tokens 8 s .. 8 s + 7; `both`: there are more than 8.
+// acc[i][s] += the tile of matrix i in place `slot`, with scales in place `side`, times tokens 8 s .. 8 s + 7; `both`:
+// there are more than 8.
 template <int N, int FORM, int MATS>
-__device__ __forceinline__ void add_tile(const uint4 *w, const RawScales &raw, const Packed &m,
-                                         const uint32_t (&b)[N][8], bool both, float (&acc)[MATS][N][4]) {
+__device__ __forceinline__ void add_tile(Held &held, int slot, int side, const Packed &m, const uint32_t (&b)[N][8],
+                                         bool both, float (&acc)[MATS][N][4]) {
 #pragma unroll
     for (int i = 0; i < MATS; i++) {
-        const uint4 *const tile = w + i * Walk<FORM, MATS>::UNITS;
-        if constexpr (FORM == BF16_ROWS) {
+        const uint4 *const tile = held.w + (slot * MATS + i) * Walk<FORM, MATS>::UNITS;
+        if constexpr (FORM == BF16_ROWS || FORM == FP4_TILES) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 uint32_t a[4];
-                fragment<FORM>(tile, j, {0, 0}, a);
+                if constexpr (FORM == FP4_TILES) {
+                    const uint32_t(&pair)[2] = held.pair(side * MATS + i);
+                    fp4_fragment(tile[0], make_uint2(pair[0], pair[1]), j, a);
+                } else {
+                    fragment<FORM>(tile, j, {0, 0}, a);
+                }
                 mma(acc[i][0], a, b[0] + 2 * j);
                 if (N > 1 && both) mma(acc[i][N - 1], a, b[N - 1] + 2 * j);
             }
         } else {
             float c[N][4] = {};
+            const RawScales &raw = held.raw[side];
             RowScales of = row_scales<FORM>(raw, 0, MATS > 1 ? i : 0, m.bf16_scales);
             auto fold = [&]() {
 #pragma unroll
@@ -286,6 +318,21 @@ struct Share {
     int first, stride, count, apart;
 };
 
+// Into one of the places that a walk has for scales; `apart` as for codes.
+template <int FORM, int MATS>
+__device__ __forceinline__ void load_side(Held &held, int slot, const Packed &m, uint32_t from, int k_tile, int apart) {
+    if constexpr (FORM == FP4_TILES) {
+#pragma unroll
+        for (int i = 0; i < MATS; i++) {
+            // A row tile has 64 bytes of codes for 8 of scales.
+            const uint2 v = load_pair(m, from + uint32_t(i * (apart / 64)), k_tile);
+            held.pair(slot * MATS + i)[0] = v.x, held.pair(slot * MATS + i)[1] = v.y;
+        }
+    } else {
+        load_scales<FORM>(held.raw[slot], m, from, k_tile);
+    }
+}
+
 // The first loads of a row tile.
 template <int FORM, int MATS>
 __device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cursor &c, const Share &of) {
@@ -295,7 +342,7 @@ __device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cu
         if (s < of.count) load_codes<FORM, MATS>(held, s, m, c.codes, of.first + s * of.stride, of.apart);
 #pragma unroll
     for (int s = 0; s < W::AHEAD; s++)
-        if (s < of.count) load_scales<FORM>(held.raw[s], m, c.scale, of.first + s * of.stride);
+        if (s < of.count) load_side<FORM, MATS>(held, s, m, c.scale, of.first + s * of.stride, of.apart);
 }
 
 // acc += those k tiles, times the tokens from first elements `tokens`. What is done with is loaded again, at the end
@@ -317,15 +364,15 @@ __device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &
                 uint32_t b[N][8];
                 load_token<FORM>(b[0], tokens[0] + at, g < num_tokens);
                 if (N > 1 && both) load_token<FORM>(b[N - 1], tokens[N - 1] + at, 8 + g < num_tokens);
-                add_tile<N, FORM, MATS>(held.w + s * MATS * W::UNITS, held.raw[slot], m, b, both, acc);
+                add_tile<N, FORM, MATS>(held, s, slot, m, b, both, acc);
                 const bool here = i + W::DEPTH < of.count;
                 if (here || more)
                     load_codes<FORM, MATS>(held, s, m, here ? now.codes : next.codes,
                                            of.first + (here ? i + W::DEPTH : s) * of.stride, of.apart);
                 const bool soon = i + W::AHEAD < of.count;
                 if (soon || more)
-                    load_scales<FORM>(held.raw[slot], m, soon ? now.scale : next.scale,
-                                      of.first + (soon ? i + W::AHEAD : slot) * of.stride);
+                    load_side<FORM, MATS>(held, slot, m, soon ? now.scale : next.scale,
+                                          of.first + (soon ? i + W::AHEAD : slot) * of.stride, of.apart);
             }
         }
     }

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "fp4.cuh"
+#include "int4.cuh"
 #include "mma.cuh"
 
 // What codes are.
@@ -150,13 +151,6 @@ struct Source {
 // Keeps the compiler from working a number out anew wherever it is used.
 __device__ __forceinline__ void keep(uint32_t &x) { asm volatile("" : "+r"(x)); }
 
-// (x & mask) | bits in one instruction; left to itself the compiler takes two.
-__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
-    uint32_t y;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
-    return y;
-}
-
 // Two e4m3 codes, in the upper bytes of the halves of a word, as bf16. Their bits in the places of a bf16's are the
 // number divided by 2^120, small ones too.
 __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
@@ -165,10 +159,7 @@ __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
     return *reinterpret_cast<uint32_t *>(&d);
 }
 
-// The fragment of step `step` (0 .. 3) of a tile, of which a lane has one (int4) or two (fp8) pieces of 16 bytes. Of
-// int4 it is 16 + code: a bf16 from 16 to 31 counts in eighths, so that the code stands in the upper bits of its
-// fraction. What that adds to a sum is 16 times the sum of x; a base of 128, with the code in the lowest bits, would
-// take one shift less and cost eight times as much of the sum's precision.
+// The fragment of step `step` (0 .. 3) of a tile, of which a lane has one (int4) or two (fp8) pieces of 16 bytes.
 template <bool FP8>
 __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, int step) {
     if (FP8) {
@@ -178,10 +169,7 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, in
         a[2] = from_e4m3(second << 8), a[3] = from_e4m3(second);
     } else {
         const uint32_t word = step == 0 ? tile[0].x : step == 1 ? tile[0].y : step == 2 ? tile[0].z : tile[0].w;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            a[i] = and_or(i == 0 ? word << 3 : word >> (4 * i - 3), 0x00780078u, 0x41804180u);
-        }
+        int4_fragment(word, a);
     }
 }
 

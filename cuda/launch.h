@@ -182,10 +182,10 @@ int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, 
 //   fp8 (e4m3, no NaN): [half][lane][2 steps][2 words]: (word >> 8 i) & 0x00ff00ff of the words of a step are the codes
 //     of a0 and a1, then of a2 and a3. Scales f32, for blocks of 128 x 128 [row tile][ceil(k / 128)], for rows
 //     [row tile][16]; `group` is not looked at.
-//   fp4 (NVFP4): [lane][4 words], a word a step. Of the codes (s e e m, e2m1) of a_i, each in its half of the word, e e m
-//     are bits 3 i .. 3 i + 2 and s is bit 12 + (i ^ 1). Scales uint8 [row tile][k tile][g][row g, row g + 8][step]: b is
-//     (8 + b % 8) 2^(b / 8 - 12), at most 143; behind them, f32 [row tile], what a product with codes times scales is
-//     multiplied with. Scales 16-byte aligned; `group` is not looked at.
+//   fp4 (NVFP4): [lane][4 words], a word a step. Of the two codes of a_i (e2m1: s e e m), each in its half of the word,
+//     e e m are bits 3 i .. 3 i + 2 and s is bit 12 + (i ^ 1). Scales are uint8, one for 16 of k,
+//     [row tile][k tile][g][row g, row g + 8][step]: b, at most 143, is (8 + b % 8) 2^(b / 8 - 12). Behind them, f32
+//     [row tile], is what codes times scales are multiplied with. `group` is not looked at.
 // Codes, scales and zeros are 16-byte aligned. Kind 0: codes are bf16 [rows, k], of any rows and k.
 typedef struct {
     const void *codes;

@@ -16,7 +16,8 @@ constexpr bool IS_INT4 = FORM == INT4_TILES || FORM == INT4_HALVES;
 constexpr int TILE_ROWS = 16, TILE_K = 64;
 constexpr int MOST_K = 1 << 16;  // so that what is between two row tiles of an expert has less than 2^31 bytes
 
-// A matrix as kernels take it. Tiles of int4 and fp4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane each.
+// A matrix as kernels take it. Tiles of int4 and fp4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane
+// each.
 struct Packed {
     const uint8_t *codes;
     const void *scales;     // [row tile][group][each]: 16 bits (int4), f32 (fp8) or 8 bytes (fp4)
@@ -59,8 +60,8 @@ static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Pack
         case q35_fp4:
             to.form = FP4_TILES, to.row_tile_bytes = TILE_ROWS * k / 2;
             to.groups = to.k_tiles, to.each = 8, to.shift = 0;
-            to.wholes = reinterpret_cast<const float *>(static_cast<const uint8_t *>(from.scales) + rows / TILE_ROWS * k);
             if (!aligned(from.scales)) return false;
+            to.wholes = static_cast<const float *>(from.scales) + rows / TILE_ROWS * (k / 4);
             break;
         default:
             return false;

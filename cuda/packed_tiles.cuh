@@ -29,7 +29,8 @@ struct Shape {
 // and `row_tile` + `apart`, if `there`. Token i is row row_of(i) of x, which may be asked after ready().
 //
 // The two parts of k are added at the end; within one, k goes by tiles of 64, in groups of at most 128 whose exact
-// products are summed in f32, then times their scale; of fp4 the row's sum is, at the end. None of this depends on the tokens, nor on TOKENS or ROW_WARPS.
+// products are summed in f32, then times their scale; of fp4 the sum of all groups is. None of this depends on the
+// tokens, nor on TOKENS or ROW_WARPS.
 template <int FORM, int TOKENS, int ROW_WARPS, typename Ready, typename RowOf>
 __device__ __forceinline__ const float *multiply(unsigned char *memory, const Packed &m, int row_tile, int apart,
                                                  bool there, const bf16 *x, int count, Ready ready, RowOf row_of) {

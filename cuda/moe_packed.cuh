@@ -115,7 +115,7 @@ __device__ __forceinline__ uint32_t load_zero(const uint8_t *p) {
 // At k tile `first` of a row tile. Of the scales of a pair of them lanes 16 .. 31 load those of the second, `apart` row
 // tiles on.
 template <int FORM>
-__device__ __forceinline__ Cursor aim_at(const Packed &m, int row_tile, int apart, int first) {
+__device__ __forceinline__ Cursor aim_at(const Packed &m, int row_tile, int apart, int first = 0) {
     const int lane = threadIdx.x % 32;
     Cursor c;
     c.codes = m.codes + (int64_t(row_tile) * m.row_tile_bytes + first * Walk<FORM, 1>::STEP);

@@ -12,14 +12,22 @@ from kernel_table import BF16, F32, Table, random, weights
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 from launch import MoeDims, PackedMatrix, PackedMoe, call
 
+NVFP4 = 5
 
-def packed(kind: int, rows: int, k: int, group: int = 128) -> tuple[PackedMatrix, int, list[torch.Tensor]]:
+
+def packed(
+    kind: int, rows: int, k: int, group: int = 128, scale: float = 0.01
+) -> tuple[PackedMatrix, int, list[torch.Tensor]]:
     """A matrix of random codes: its struct, the bytes of codes and scales, and the tensors that hold them."""
-    int4 = kind <= 2
-    codes = torch.empty(rows * k // (2 if int4 else 1), device="cuda", dtype=torch.uint8).random_(0, 256)
-    codes.bitwise_and_(255 if int4 else 0xF7)  # no NaN
-    entries = rows // 16 * (1 if kind == 4 else -(-k // group)) * (1 if kind == 3 else 16)
-    scales = torch.full((entries,), 0.01, device="cuda", dtype=torch.float16 if kind == 1 else F32)
+    four = kind <= 2 or kind == NVFP4
+    codes = torch.empty(rows * k // (2 if four else 1), device="cuda", dtype=torch.uint8).random_(0, 256)
+    codes.bitwise_and_(255 if four else 0xF7)  # no NaN
+    if kind == NVFP4:
+        scales = torch.full((rows * k // 16 + rows // 4,), 72, device="cuda", dtype=torch.uint8)  # 1
+        scales[rows * k // 16 :].view(F32).fill_(scale)
+    else:
+        entries = rows // 16 * (1 if kind == 4 else -(-k // group)) * (1 if kind == 3 else 16)
+        scales = torch.full((entries,), scale, device="cuda", dtype=torch.float16 if kind == 1 else F32)
     struct = PackedMatrix(codes.data_ptr(), scales.data_ptr(), None, rows, k, group, kind)
     return struct, codes.numel() + scales.numel() * scales.element_size(), [codes, scales]
 
@@ -29,7 +37,13 @@ def packed_linears(table: Table) -> None:
         *((20608, 3072), (3072, 8192), (17408, 3072), (2048, 3072), (3072, 1024), (248320, 3072)),
         *((12352, 2048), (2048, 4096), (9216, 2048), (248320, 2048)),
     )
-    forms = (("int4 g128", 1, 128), ("int4 g32", 1, 32), ("fp8 blocks", 3, 128), ("fp8 rows", 4, 128))
+    forms = (
+        ("int4 g128", 1, 128),
+        ("int4 g32", 1, 32),
+        ("fp8 blocks", 3, 128),
+        ("fp8 rows", 4, 128),
+        ("nvfp4", NVFP4, 16),
+    )
     for name, kind, group in forms:
         for rows, k in family:
             struct, num_bytes, kept = packed(kind, rows, k, group)
@@ -73,8 +87,13 @@ def packed_tails(table: Table) -> None:
 
 def packed_many(table: Table) -> None:
     """Packed weights with many rows of tokens."""
-    rows, k = 16384, 3072
-    for name, kind in (("int4", 1), ("fp8", 3)):
+    k = 3072
+    for name, kind, rows in (
+        ("int4", 1, 16384),
+        ("fp8", 3, 16384),
+        ("nvfp4", NVFP4, 16384),
+        ("nvfp4", NVFP4, 20608),
+    ):
         struct, num_bytes, kept = packed(kind, rows, k)
         for n in (17, 64, 8192):
             x, out = random(n, k), torch.empty(n, rows, device="cuda", dtype=BF16)
@@ -128,9 +147,16 @@ def packed_experts(table: Table) -> None:
         ("397B", 4096, 512, 10, 1024),
     ):
         dims = MoeDims(hidden, num_experts, top_k, width, width)
-        for what, kind, bytes_each in (("int4", 1, 0.5 + 2 / 128), ("fp8", 3, 1 + 4 / 2048)):
+        for what, kind, bytes_each in (
+            ("int4", 1, 0.5 + 2 / 128),
+            ("fp8", 3, 1 + 4 / 2048),
+            ("nvfp4", NVFP4, 0.5 + 1 / 16),
+        ):
 
             def draw(rows: int, k: int, kind: int = kind) -> tuple[PackedMatrix, Any]:
+                if kind == NVFP4:
+                    struct, _, kept = packed(kind, rows, k, scale=0.3 * k**-0.5)
+                    return struct, kept
                 codes = torch.empty(
                     rows * k // (2 if kind == 1 else 1), device="cuda", dtype=torch.uint8
                 ).random_()
@@ -190,16 +216,14 @@ def packed_experts_many(table: Table) -> None:
     """Experts in 4 and 8 bits with many tokens, as the rows of `experts` of bf16."""
     for name, hidden, width in (("35B", 2048, 512), ("122B", 3072, 1024)):
         dims = MoeDims(hidden, 256, 8, width, width)
-        for what, kind in (("int4", 1), ("fp8", 3)):
+        for what, kind in (("int4", 1), ("fp8", 3), ("nvfp4", NVFP4)):
             parts = [
-                packed(kind, rows, k)
+                packed(kind, rows, k, scale=1e-3)
                 for rows, k in (
                     *((256 * 2 * width, hidden), (256 * hidden, width)),
                     *((2 * width, hidden), (hidden, width)),
                 )
             ]
-            for _, _, (_, scales) in parts:
-                scales.fill_(1e-3)
             router, shared_gate = weights(256, hidden), weights(1, hidden)
             struct = PackedMoe(*(part[0] for part in parts), router.data_ptr(), shared_gate.data_ptr())
             for n in (64, 8192):

@@ -182,6 +182,10 @@ int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, 
 //   fp8 (e4m3, no NaN): [half][lane][2 steps][2 words]: (word >> 8 i) & 0x00ff00ff of the words of a step are the codes
 //     of a0 and a1, then of a2 and a3. Scales f32, for blocks of 128 x 128 [row tile][ceil(k / 128)], for rows
 //     [row tile][16]; `group` is not looked at.
+//   fp4 (NVFP4): [lane][4 words], a word a step. Of the two codes of a_i (e2m1: s e e m), each in its half of the word,
+//     e e m are bits 3 i .. 3 i + 2 and s is bit 12 + (i ^ 1). Scales are uint8, one for 16 of k,
+//     [row tile][k tile][g][row g, row g + 8][step]: b, at most 143, is (8 + b % 8) 2^(b / 8 - 12). Behind them, f32
+//     [row tile], is what codes times scales are multiplied with. `group` is not looked at.
 // Codes, scales and zeros are 16-byte aligned. Kind 0: codes are bf16 [rows, k], of any rows and k.
 typedef struct {
     const void *codes;
@@ -191,7 +195,7 @@ typedef struct {
     int32_t kind;
 } q35_packed;
 
-enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4 };
+enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4, q35_fp4 = 5 };
 
 // out = x W^T: x bf16 [n, k], 16-byte aligned; out [n, rows], `stride` elements a row, f32 where `wide`, else bf16.
 // Products are exact, f32 sums of a group are scaled and summed in f32. The sum of a row has one order whatever n is, in each of the two ranges n <= 16
@@ -222,6 +226,11 @@ int q35_pack_zeros(void *stream, q35_packed to, int row0, int rows, const int32_
 
 // codes: e4m3 [rows, k], 2-byte aligned.
 int q35_pack_fp8(void *stream, q35_packed to, int row0, int rows, const uint8_t *codes);
+
+// NVFP4 as checkpoints have it: codes uint8 [rows, k / 2], the lower column in the low half, scales e4m3 (no NaN)
+// [rows, k / 16]. An element is code * scale * whole. What lies behind the scales is at its place for all rows of `to`.
+int q35_pack_fp4(void *stream, q35_packed to, int row0, int rows, const uint8_t *codes, const uint8_t *scales,
+                 float whole);
 
 // The scale of a row and a group is scales[row / block_rows * row_stride + group * group_stride], rounded where `to`
 // has less precise ones. type: 0 f32, 1 f16, 2 bf16. block_rows is 1, or a multiple of 16 (a must for blocks of fp8).

@@ -1,8 +1,8 @@
 // The sparse block for up to 16 tokens with experts in 4 and 8 bits: what moe_few.cu does, over tiles in the order of
 // tensor-core fragments. The routed experts and the shared one may have different forms, and so may gate_up and down.
 //
-// A sum goes by k tiles of 64: of exact products on tensor cores in f32, then times their scale (in groups of 32 by
-// halves of a tile), then added to the row's sum. What packed_down reads before it waits is as in few_down.
+// A sum goes by k tiles of 64 (in groups of 32 by halves of one): of exact products on tensor cores in f32, then times
+// their scale, then added to the row's sum. What packed_down reads before it waits is as in few_down.
 #include <numeric>
 
 #include "moe.cuh"
@@ -21,28 +21,44 @@ template <int N>
 constexpr int DOWN_WARPS = N == 1 ? 20 : 16;
 constexpr bool UP_EARLY = true;  // packed_up starts under the kernel before it
 
-// What to call with a form known when compiled.
+// What to call with a form known when compiled; FP4: that may be it.
 template <int FORM>
 struct Of {
     static constexpr int form = FORM;
 };
-template <typename F>
-__device__ __forceinline__ void by_form(int form, F call) {
-    if (form == INT4_TILES) {
-        call(Of<INT4_TILES>());
-    } else if (form == FP8_TILES) {
+template <bool FP4, typename F>
+__device__ __forceinline__ void by_form(const Packed &m, F call) {
+    if constexpr (FP4) {
+        if (m.form == FP4_TILES) return call(Of<FP4_TILES>());
+    }
+    if (m.form == INT4_TILES) {
+        m.halves ? call(Of<INT4_HALVES>()) : call(Of<INT4_TILES>());
+    } else if (m.form == FP8_TILES) {
         call(Of<FP8_TILES>());
     } else {
         call(Of<BF16_ROWS>());
     }
 }
 
+// Of fp4: sums of row tiles, times what is left of their scales.
+template <int N, int MATS>
+__device__ __forceinline__ void times(float (&acc)[MATS][N][4], const float (&whole)[MATS]) {
+#pragma unroll
+    for (int i = 0; i < MATS; i++) {
+#pragma unroll
+        for (int s = 0; s < N; s++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[i][s][e] *= whole[i];
+        }
+    }
+}
+
 // gate_up and the activation, in tiles of 16 features: a row tile of gate and the one of up. Tiles of experts hit go
 // round the blocks; those of the shared expert are the first of the last blocks, so that few have one of each. The
-// warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order. A
-// single token goes to shared memory, so that a block waits for it once. `spread`: a step round the blocks that keeps
+// warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order.
+// ONE: a single token, which goes to shared memory. `spread`: a step round the blocks that keeps
 // those with one tile more apart, on whichever SMs they settle.
-template <int N>
+template <int N, bool ONE, bool FP4>
 __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     packed_up(Plan p, Packed gate_up, Packed shared_gate_up, int spread, const bf16 *x, Norm norm) {
     extern __shared__ int4 hits[];  // [slots], then the token
@@ -51,29 +67,27 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     const int blocks = gridDim.x, block = int(blockIdx.x) * spread % blocks;
     const int hidden = p.hidden, k_tiles = hidden / TILE_K;
     auto share = [&](const Packed &m, int apart) {
-        return Share{warp, UP_WARPS, ceil_div(k_tiles - warp, UP_WARPS), apart * m.row_tile_bytes};
+        return Share{ceil_div(k_tiles - warp, UP_WARPS), apart * m.row_tile_bytes};
     };
     const int shared_tiles = p.shared_width / TILE_ROWS, expert_tiles = p.width / TILE_ROWS;
     const int before = max(blocks - shared_tiles, 0);  // blocks that start with an expert hit
 
     Held held;
     if (block >= before) {
-        by_form(shared_gate_up.form, [&](auto of) {
+        by_form<FP4>(shared_gate_up, [&](auto of) {
             constexpr int form = decltype(of)::form;
-            const Cursor at = aim_at<form>(shared_gate_up, block - before, shared_tiles);
-            start_walk<form, 2>(held, shared_gate_up, at, share(shared_gate_up, shared_tiles));
+            const Cursor at = aim_at<form>(shared_gate_up, block - before, shared_tiles, warp);
+            start_walk<form, 2, UP_WARPS>(held, shared_gate_up, at, share(shared_gate_up, shared_tiles));
         });
     }
     wait_for_inputs();
     let_next_start();  // not before: packed_down reads what the kernels before this one wrote
 
     int num_hit = p.top_k;
-    bf16 *const stage = reinterpret_cast<bf16 *>(hits + p.slots);
-    if (p.n == 1) {
+    uint32_t *const token = reinterpret_cast<uint32_t *>(hits + p.slots);
+    if (ONE) {
         for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x)
-            *reinterpret_cast<uint4 *>(stage + i) = *reinterpret_cast<const uint4 *>(x + i);
-    }
-    if (p.n == 1) {
+            OneToken::put(token, i, *reinterpret_cast<const uint4 *>(x + i));
         if (warp == 0) {
             const int e = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
             if (lane < p.top_k) hits[lane] = make_int4(e, 1, lane, 0);
@@ -85,31 +99,39 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     __syncthreads();
 
     int turn = 0;  // of the two places of sums: one barrier a tile
-    const bf16 *const from = p.n == 1 ? stage : x;
     // Tiles `tile`, `tile` + step, then every `blocks`, up to `end`.
     auto run = [&](auto of, const Packed &m, bool shared, bool started, int tile, int step, int end) {
         constexpr int form = decltype(of)::form;
         const int tiles = shared ? shared_tiles : expert_tiles, width = shared ? p.shared_width : p.width;
-        auto aim = [&](int to) {
-            const int row_tile = shared ? to : hits[to / tiles].x * 2 * tiles + to % tiles;
-            return aim_at<form>(m, row_tile, tiles);
-        };
+        auto row_tile_of = [&](int to) { return shared ? to : hits[to / tiles].x * 2 * tiles + to % tiles; };
+        auto aim = [&](int to) { return aim_at<form>(m, row_tile_of(to), tiles, warp); };
         Cursor now = {}, next = {};
         if (tile < end) now = aim(tile);
         const Share own = share(m, tiles);
-        if (tile < end && !started) start_walk<form, 2>(held, m, now, own);
+        if (tile < end && !started) start_walk<form, 2, UP_WARPS>(held, m, now, own);
         while (tile < end) {
             const int after = tile + step;
             step = blocks;
             const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[tile / tiles];
             const int num_tokens = __popc(hit.y);
-            const bf16 *tokens[N];
-#pragma unroll
-            for (int i = 0; i < N; i++)
-                tokens[i] = from + int64_t(token_of(hit.y, 8 * i + g)) * hidden + token_offset<form>();
             if (after < end) next = aim(after);
-            float acc[2][N][4] = {};
-            walk<N, form, 2>(held, m, now, next, after < end, own, tokens, num_tokens, acc);
+            float acc[2][N][4] = {}, whole[2];
+            if constexpr (form == FP4_TILES) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) whole[i] = whole_of(m, row_tile_of(tile) + i * tiles);
+            }
+            if constexpr (ONE) {
+                const OneToken source{token + warp * TILE_K / 2};
+                walk<N, form, 2, UP_WARPS>(held, m, now, next, after < end, own, source, acc);
+            } else {
+                Tokens<N> source;
+                source.count = num_tokens;
+#pragma unroll
+                for (int i = 0; i < N; i++)
+                    source.rows[i] = x + int64_t(token_of(hit.y, 8 * i + g)) * hidden + warp * TILE_K + token_offset<form>();
+                walk<N, form, 2, UP_WARPS>(held, m, now, next, after < end, own, source, acc);
+            }
+            if constexpr (form == FP4_TILES) times<N, 2>(acc, whole);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -134,7 +156,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         }
     };
     if (block >= before) {
-        by_form(shared_gate_up.form,
+        by_form<FP4>(shared_gate_up,
                 [&](auto of) { run(of, shared_gate_up, true, true, block - before, blocks, shared_tiles); });
     }
     // Tile v of all, of which the shared ones are before .. before + shared_tiles - 1.
@@ -144,7 +166,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     } else {
         step -= shared_tiles;
     }
-    by_form(gate_up.form,
+    by_form<FP4>(gate_up,
             [&](auto of) { run(of, gate_up, false, false, first, step, num_hit * expert_tiles); });
 
     // What few_logits added, written now that it has been read.
@@ -161,27 +183,27 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 
 // `down` of the experts hit and their weighted sum. A block has a row tile of the output; its warps share out the
 // experts, the shared one first, and each has all of k. The first loads are under way before packed_up has ended.
-// `staged`: so many activations, a single token's, go to shared memory; 0: none.
-template <int N>
+// ONE: a single token, whose activations go to shared memory.
+template <int N, bool ONE, bool FP4>
 __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
-    packed_down(Plan p, Packed down, Packed shared_down, int staged, bf16 *out) {
+    packed_down(Plan p, Packed down, Packed shared_down, bf16 *out) {
     extern __shared__ int4 hits[];  // [slots]
-    bf16 *const stage = reinterpret_cast<bf16 *>(hits + p.slots);  // [staged]
-    const int assignments = p.n * p.top_k;
-    float *const scales = reinterpret_cast<float *>(stage + staged);  // [assignments], then [n] of the shared expert
+    const int assignments = p.n * p.top_k, routed = p.top_k * p.width, staged = ONE ? routed + p.shared_width : 0;
+    uint32_t *const token = reinterpret_cast<uint32_t *>(hits + p.slots);  // [staged / 2]
+    float *const scales = reinterpret_cast<float *>(token + staged / 2);  // [assignments], then [n] of the shared expert
     int *const places = reinterpret_cast<int *>(scales + assignments + p.n);
     float *const sums = reinterpret_cast<float *>(places + assignments);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32, g = lane / 4;
     const int row_tile = blockIdx.x, row_tiles = gridDim.x;
 
     const bool with_shared = p.has_shared && warp == 0;
-    auto share = [](const Packed &m) { return Share{0, 1, m.k_tiles, 0}; };
+    auto share = [](const Packed &m) { return Share{m.k_tiles, 0}; };
 
     Held held;
     if (with_shared) {
-        by_form(shared_down.form, [&](auto of) {
+        by_form<FP4>(shared_down, [&](auto of) {
             constexpr int form = decltype(of)::form;
-            start_walk<form, 1>(held, shared_down, aim_at<form>(shared_down, row_tile, 0), share(shared_down));
+            start_walk<form, 1, 1>(held, shared_down, aim_at<form>(shared_down, row_tile, 0, 0), share(shared_down));
         });
     }
     int num_hit = p.top_k;
@@ -206,43 +228,48 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     const int first = with_shared ? num_warps - 1 : warp - p.has_shared;  // of the list
     auto row_tile_of = [&](int item) { return hits[item].x * row_tiles + row_tile; };
     if (!with_shared && first < num_hit) {
-        by_form(down.form, [&](auto of) {
+        by_form<FP4>(down, [&](auto of) {
             constexpr int form = decltype(of)::form;
-            start_walk<form, 1>(held, down, aim_at<form>(down, row_tile_of(first), 0), share(down));
+            start_walk<form, 1, 1>(held, down, aim_at<form>(down, row_tile_of(first), 0, 0), share(down));
         });
     }
     let_next_start();
     wait_for_inputs();
 
-    const bf16 *act = p.act, *shared_act = p.shared_act;
-    if (staged > 0) {
-        const int routed = p.top_k * p.width;
+    if (ONE) {
         for (int i = 8 * threadIdx.x; i < staged; i += 8 * blockDim.x) {
             const bf16 *from = i < routed ? p.act + i : p.shared_act + (i - routed);
-            *reinterpret_cast<uint4 *>(stage + i) = *reinterpret_cast<const uint4 *>(from);
+            OneToken::put(token, i, *reinterpret_cast<const uint4 *>(from));
         }
-        act = stage, shared_act = stage + routed;
         __syncthreads();
     }
 
     auto run = [&](auto of, const Packed &m, bool shared, bool started, int item, int end) {
         constexpr int form = decltype(of)::form;
-        auto aim = [&](int to) { return aim_at<form>(m, shared ? row_tile : row_tile_of(to), 0); };
+        auto aim = [&](int to) { return aim_at<form>(m, shared ? row_tile : row_tile_of(to), 0, 0); };
         Cursor now = {}, next = {};
         if (item < end) now = aim(item);
-        if (item < end && !started) start_walk<form, 1>(held, m, now, share(m));
+        if (item < end && !started) start_walk<form, 1, 1>(held, m, now, share(m));
         while (item < end) {
             const int after = item + num_warps;
             if (after < end) next = aim(after);
             const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[item];
             const int num_tokens = __popc(hit.y);
-            const bf16 *tokens[N];
+            float acc[1][N][4] = {}, whole[1];
+            if constexpr (form == FP4_TILES) whole[0] = whole_of(m, shared ? row_tile : row_tile_of(item));
+            if constexpr (ONE) {
+                const OneToken source{token + (shared ? routed : hit.z * m.k) / 2};
+                walk<N, form, 1, 1>(held, m, now, next, after < end, share(m), source, acc);
+            } else {
+                Tokens<N> source;
+                source.count = num_tokens;
 #pragma unroll
-            for (int i = 0; i < N; i++)
-                tokens[i] = (shared ? shared_act : act) + int64_t(hit.z + min(8 * i + g, num_tokens - 1)) * m.k +
-                            token_offset<form>();
-            float acc[1][N][4] = {};
-            walk<N, form, 1>(held, m, now, next, after < end, share(m), tokens, num_tokens, acc);
+                for (int i = 0; i < N; i++)
+                    source.rows[i] = (shared ? p.shared_act : p.act) +
+                                     int64_t(hit.z + min(8 * i + g, num_tokens - 1)) * m.k + token_offset<form>();
+                walk<N, form, 1, 1>(held, m, now, next, after < end, share(m), source, acc);
+            }
+            if constexpr (form == FP4_TILES) times<N, 1>(acc, whole);
             float *to = sums + (shared ? assignments : hit.z) * DOWN_PITCH;
 #pragma unroll
             for (int s = 0; s < N; s++) {
@@ -255,8 +282,8 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
             item = after, now = next;
         }
     };
-    if (with_shared) by_form(shared_down.form, [&](auto of) { run(of, shared_down, true, true, 0, 1); });
-    by_form(down.form, [&](auto of) { run(of, down, false, !with_shared, first, num_hit); });
+    if (with_shared) by_form<FP4>(shared_down, [&](auto of) { run(of, shared_down, true, true, 0, 1); });
+    by_form<FP4>(down, [&](auto of) { run(of, down, false, !with_shared, first, num_hit); });
     __syncthreads();
     for (int i = threadIdx.x; i < p.n * TILE_ROWS; i += blockDim.x) {
         const int row = i % TILE_ROWS, t = i / TILE_ROWS;
@@ -286,14 +313,18 @@ int spread_of(int blocks) {
     return step;
 }
 
-template <int N>
+template <int N, bool FP4>
 int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x,
                    bf16 *out) {
     // One wave of blocks, fewer where there are fewer tiles.
     const int sms = num_sms(), most_blocks = UP_BLOCKS * sms;
     const int64_t most = p.shared_width / TILE_ROWS + int64_t(p.slots) * (p.width / TILE_ROWS);
     const int up_blocks = most < most_blocks ? int(most) : most_blocks;
-    const int code = launch<UP_EARLY>(packed_up<N>, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
+    auto up = packed_up<N, false, FP4>;
+    if constexpr (N == 1) {
+        if (p.n == 1) up = packed_up<1, true, FP4>;
+    }
+    const int code = launch<UP_EARLY>(up, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
                                       spread_of(up_blocks), x, norm);
     if (code != cudaSuccess) return code;
 
@@ -301,10 +332,13 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
     const int blocks = p.hidden / TILE_ROWS, items = p.slots + p.has_shared;
     const int most_warps = blocks <= sms ? DOWN_WARPS<N> : DOWN_WARPS<N> / 2;
     const int warps = ceil_div(items, ceil_div(items, most_warps));
-    int bytes = down_bytes(p.n, p), staged = 0;
-    const int64_t own = int64_t(p.top_k) * p.width + p.shared_width;
-    if (p.n == 1 && bytes + own * 2 <= MOST_SHARED) staged = int(own), bytes += staged * 2;
-    return launch(packed_down<N>, blocks, 32 * warps, bytes, stream, p, m[1], m[3], staged, out);
+    int bytes = down_bytes(p.n, p);
+    const int64_t own = 2 * (int64_t(p.top_k) * p.width + p.shared_width);
+    auto last = packed_down<N, false, FP4>;
+    if constexpr (N == 1) {
+        if (p.n == 1 && bytes + own <= MOST_SHARED) last = packed_down<1, true, FP4>, bytes += int(own);
+    }
+    return launch(last, blocks, 32 * warps, bytes, stream, p, m[1], m[3], out);
 }
 
 }  // namespace
@@ -336,6 +370,11 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
     int code = launch_logits(as_stream(stream), p, routing, before, as_bf16(x));
     if (code == cudaSuccess && n > 1) code = launch_route(as_stream(stream), p);
     if (code != cudaSuccess) return code;
-    return n <= 8 ? launch_experts<1>(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out))
-                  : launch_experts<2>(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out));
+    bool fp4 = false;
+    for (const Packed &matrix : m) fp4 = fp4 || matrix.form == FP4_TILES;
+    const auto run = [&](auto experts) {
+        return experts(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out));
+    };
+    if (fp4) return n <= 8 ? run(launch_experts<1, true>) : run(launch_experts<2, true>);
+    return n <= 8 ? run(launch_experts<1, false>) : run(launch_experts<2, false>);
 }

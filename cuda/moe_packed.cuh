@@ -3,22 +3,29 @@
 #pragma once
 #include <cuda_fp16.h>
 
+#include "fp4.cuh"
+#include "int4.cuh"
 #include "mma.cuh"
 
-// How the codes of a matrix lie: rows of bf16, or tiles in the order of fragments.
-enum Form { BF16_ROWS, INT4_TILES, FP8_TILES };
+// How the codes of a matrix lie: rows of bf16, or tiles in the order of fragments. INT4_HALVES: what walks call int4 in
+// groups of 32.
+enum Form { BF16_ROWS, INT4_TILES, FP8_TILES, FP4_TILES, INT4_HALVES };
+template <int FORM>
+constexpr bool IS_INT4 = FORM == INT4_TILES || FORM == INT4_HALVES;
 
 constexpr int TILE_ROWS = 16, TILE_K = 64;
 constexpr int MOST_K = 1 << 16;  // so that what is between two row tiles of an expert has less than 2^31 bytes
 
-// A matrix as kernels take it. Tiles of int4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane each.
+// A matrix as kernels take it. Tiles of int4 and fp4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane
+// each.
 struct Packed {
     const uint8_t *codes;
-    const void *scales;     // [row tile][group][each]: 16 bits (int4) or f32 (fp8)
+    const void *scales;     // [row tile][group][each]: 16 bits (int4), f32 (fp8) or 8 bytes (fp4)
     const uint8_t *zeros;   // int4: as scales; null: 8
+    const float *wholes;    // fp4: by row tile
     int row_tile_bytes;
     int form, k, k_tiles;
-    int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all
+    int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all; fp4: 8 pairs of rows, by k tile
     int shift;              // k tile >> shift is its group; groups of 32: `halves`, two a tile
     uint32_t bf16_scales;   // int4: all ones, or 0 where they are f16
     bool halves;
@@ -50,6 +57,12 @@ static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Pack
         case q35_fp8_row:
             to.form = FP8_TILES, to.row_tile_bytes = TILE_ROWS * k;
             break;
+        case q35_fp4:
+            to.form = FP4_TILES, to.row_tile_bytes = TILE_ROWS * k / 2;
+            to.groups = to.k_tiles, to.each = 8, to.shift = 0;
+            if (!aligned(from.scales)) return false;
+            to.wholes = static_cast<const float *>(from.scales) + rows / TILE_ROWS * (k / 4);
+            break;
         default:
             return false;
     }
@@ -61,18 +74,20 @@ static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Pack
 // scales of two k tiles.
 template <int FORM, int MATS>
 struct Walk {
-    static constexpr int UNITS = FORM == INT4_TILES ? 1 : FORM == FP8_TILES ? 2 : 4;  // 16 bytes of a tile, a lane
+    static constexpr int UNITS = FORM == FP8_TILES ? 2 : FORM == BF16_ROWS ? 4 : 1;  // 16 bytes of a tile, a lane
     static constexpr int DEPTH = 8 / (UNITS * MATS);  // k tiles under way
-    static constexpr int AHEAD = DEPTH < 2 ? DEPTH : 2;  // of their scales
+    static constexpr int AHEAD = FORM == FP4_TILES ? 4 / MATS : DEPTH < 2 ? DEPTH : 2;  // of their scales
     // Bytes from a k tile to the next.
-    static constexpr int STEP = FORM == INT4_TILES ? 512 : FORM == FP8_TILES ? 1024 : 2 * TILE_K;
+    static constexpr int STEP = FORM == FP8_TILES ? 1024 : FORM == BF16_ROWS ? 2 * TILE_K : 512;
 };
 struct RawScales {
     uint32_t scale[2], zero[2];  // by half of a k tile, where it has two groups
 };
 struct Held {
     uint4 w[8];
-    RawScales raw[2];
+    RawScales raw[2];  // fp4: four pairs of words
+
+    __device__ __forceinline__ uint32_t (&pair(int i))[2] { return i % 2 == 0 ? raw[i / 2].scale : raw[i / 2].zero; }
 };
 
 // Where a lane reads a row tile and its scales.
@@ -97,27 +112,29 @@ __device__ __forceinline__ uint32_t load_zero(const uint8_t *p) {
     return v;
 }
 
-// At a row tile. Of the scales of a pair of them lanes 16 .. 31 load those of the second, `apart` row tiles on.
+// At k tile `first` of a row tile. Of the scales of a pair of them lanes 16 .. 31 load those of the second, `apart` row
+// tiles on.
 template <int FORM>
-__device__ __forceinline__ Cursor aim_at(const Packed &m, int row_tile, int apart) {
+__device__ __forceinline__ Cursor aim_at(const Packed &m, int row_tile, int apart, int first = 0) {
     const int lane = threadIdx.x % 32;
     Cursor c;
-    c.codes = m.codes + int64_t(row_tile) * m.row_tile_bytes;
+    c.codes = m.codes + (int64_t(row_tile) * m.row_tile_bytes + first * Walk<FORM, 1>::STEP);
     c.codes += FORM == BF16_ROWS ? (lane / 4 * m.k + lane % 4 * 8) * 2 : lane * 16;
     c.scale = 0;
-    if (FORM != BF16_ROWS) {
+    if (FORM == FP4_TILES) {
+        c.scale = (uint32_t(row_tile) * m.groups + first) * m.each + lane / 4;
+    } else if (FORM != BF16_ROWS) {
         const uint32_t own = uint32_t(row_tile) + (lane >= 16 ? apart : 0);
-        c.scale = own * m.groups * m.each + (m.each == 16 ? lane % 16 : 0);
+        const uint32_t group = FORM == INT4_HALVES ? 2 * first : first >> m.shift;
+        c.scale = (own * m.groups + group) * m.each + (m.each == 16 ? lane % 16 : 0);
     }
     return c;
 }
 
-// `from`: at k tile 0 of a lane's first row tile; the next one of MATS is `apart` bytes on.
+// `from`: at the k tile of a lane's first row tile; the next one of MATS is `apart` bytes on.
 template <int FORM, int MATS>
-__device__ __forceinline__ void load_codes(Held &held, int slot, const Packed &m, const uint8_t *from, int k_tile,
-                                           int apart) {
+__device__ __forceinline__ void load_codes(Held &held, int slot, const Packed &m, const uint8_t *from, int apart) {
     typedef Walk<FORM, MATS> W;
-    from += k_tile * W::STEP;
 #pragma unroll
     for (int i = 0; i < MATS; i++, from += apart) {
         uint4 *to = held.w + (slot * MATS + i) * W::UNITS;
@@ -147,6 +164,31 @@ __device__ __forceinline__ void load_scales(RawScales &raw, const Packed &m, uin
             if (m.halves) raw.zero[1] = load_zero(m.zeros + at + 16);
         }
     }
+}
+
+// Those of int4 for a walk, which knows its groups.
+template <bool HALVES>
+__device__ __forceinline__ void load_int4_scales(RawScales &raw, const Packed &m, uint32_t from, int k_tile) {
+    const uint32_t at = from + uint32_t(HALVES ? 2 * k_tile : k_tile >> m.shift) * 16;
+#pragma unroll
+    for (int i = 0; i < (HALVES ? 2 : 1); i++) {
+        raw.scale[i] = load_scale16(static_cast<const uint16_t *>(m.scales) + at + 16 * i);
+        raw.zero[i] = 8;
+        if (m.zeros != nullptr) raw.zero[i] = load_zero(m.zeros + at + 16 * i);
+    }
+}
+
+// Those of fp4, of rows g and g + 8 of a k tile.
+__device__ __forceinline__ uint2 load_pair(const Packed &m, uint32_t from, int k_tile) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(static_cast<const uint2 *>(m.scales) + (from + uint32_t(k_tile) * m.each)));
+    return v;
+}
+// What is left to multiply sums of a row tile of fp4 with.
+__device__ __forceinline__ float whole_of(const Packed &m, int row_tile) {
+    return __ldg(m.wholes + row_tile) * FP4_REST;
 }
 
 // What rows g and g + 8 of a tile are scaled by; of int4 also 128 + the zero point, as bf16, twice.
@@ -184,13 +226,6 @@ __device__ __forceinline__ uint32_t bf16_mul(uint32_t a, uint32_t b) {
     return *reinterpret_cast<const uint32_t *>(&d);
 }
 
-// (x & mask) | bits in one operation, for which `bits` is in a register.
-__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
-    uint32_t v;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(x), "r"(mask), "r"(bits));
-    return v;
-}
-
 // The fragment of step `j` of k 16 of a tile in w. Of fp8 (word >> 8 i) & 0x00ff00ff are the two elements of register
 // i; the bits of e4m3 are those of a bf16 that is 2^120 times smaller, small ones too.
 template <int FORM>
@@ -215,117 +250,223 @@ __device__ __forceinline__ void fragment(const uint4 *w, int j, const uint32_t (
     }
 }
 
-// The first element of a k tile that a lane takes of a token: weights in rows of bf16 ask for 8 and 8 more, 32 on,
-// those in tiles for pairs, 8 apart.
+// Rows of tokens, from the first element of a k tile that this lane takes.
+template <int N>
+struct Tokens {
+    const bf16 *rows[N];
+    int count;
+
+    // Weights in rows of bf16 ask for 8 elements and 8 more, 32 on, those in tiles for pairs, 8 apart.
+    template <int FORM>
+    __device__ __forceinline__ void load(uint32_t (&b)[N][8], int k) const {
+        const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int s = 0; s < N; s++) {
+            const bf16 *from = rows[s] + k;
+#pragma unroll
+            for (int i = 0; i < 8; i++) b[s][i] = 0;
+            if (8 * s + g >= count) continue;
+            if (FORM == BF16_ROWS) {
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const uint4 v = *reinterpret_cast<const uint4 *>(from + 32 * h);
+                    b[s][4 * h] = v.x, b[s][4 * h + 1] = v.y, b[s][4 * h + 2] = v.z, b[s][4 * h + 3] = v.w;
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; i++) b[s][i] = *reinterpret_cast<const uint32_t *>(from + 8 * i);
+            }
+        }
+    }
+    __device__ __forceinline__ bool both() const { return count > 8; }
+};
+
 template <int FORM>
 __device__ __forceinline__ int token_offset() {
     return threadIdx.x % 4 * (FORM == BF16_ROWS ? 8 : 2);
 }
-template <int FORM>
-__device__ __forceinline__ void load_token(uint32_t (&b)[8], const bf16 *from, bool there) {
+
+// A single token in shared memory: of each k tile the words that a lane takes together, those of lanes 0 .. 3 one after
+// the other. All columns of a product are this token, and one is used.
+struct OneToken {
+    const uint32_t *words;  // at a k tile
+
+    // 8 elements from `k` on, a multiple of 8.
+    static __device__ __forceinline__ void put(uint32_t *token, int k, uint4 v) {
+        uint32_t *const to = token + k / TILE_K * 32 + k % TILE_K / 8;
+        to[0] = v.x, to[8] = v.y, to[16] = v.z, to[24] = v.w;
+    }
+
+    template <int FORM>
+    __device__ __forceinline__ void load(uint32_t (&b)[1][8], int k) const {
+        const int t4 = threadIdx.x % 4;
+        const uint32_t *const from = words + k / 2;
+        if (FORM == BF16_ROWS) {  // of the row 4 t4 .. 4 t4 + 3, and 16 on
 #pragma unroll
-    for (int i = 0; i < 8; i++) b[i] = 0;
-    if (!there) return;
-    if (FORM == BF16_ROWS) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const uint4 v = *reinterpret_cast<const uint4 *>(from + 32 * h);
-            b[4 * h] = v.x, b[4 * h + 1] = v.y, b[4 * h + 2] = v.z, b[4 * h + 3] = v.w;
+            for (int i = 0; i < 8; i++) b[0][i] = from[i % 4 * 8 + i / 4 * 4 + t4];
+        } else {
+            const uint4 *const pair = reinterpret_cast<const uint4 *>(from + t4 * 8);
+            const uint4 lo = pair[0], hi = pair[1];
+            b[0][0] = lo.x, b[0][1] = lo.y, b[0][2] = lo.z, b[0][3] = lo.w;
+            b[0][4] = hi.x, b[0][5] = hi.y, b[0][6] = hi.z, b[0][7] = hi.w;
         }
-    } else {
+    }
+    __device__ __forceinline__ bool both() const { return false; }
+};
+
+// acc[i][s] += the tile of matrix i in place `slot`, with scales in place `side`, times tokens 8 s .. 8 s + 7; `both`:
+// there are more than 8. Of int4: products of 16 + code, from whose sum over a group (16 + the zero point) times the sum of
+// the tokens' elements is taken, which comes from the tensor cores as well.
+template <int N, bool HALVES, int MATS>
+__device__ __forceinline__ void add_int4(const Held &held, int slot, int side, const Packed &m,
+                                         const uint32_t (&b)[N][8], bool both, float (&acc)[MATS][N][4]) {
+    constexpr int GROUPS = HALVES ? 2 : 1, STEPS = 4 / GROUPS;
+    const uint32_t ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+    const RawScales &raw = held.raw[side];
+    const int g = threadIdx.x % 32 / 4;
 #pragma unroll
-        for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(from + 8 * i);
+    for (int group = 0; group < GROUPS; group++) {
+        float c[MATS][N][4] = {}, x_sums[N][4] = {};
+#pragma unroll
+        for (int j = group * STEPS; j < (group + 1) * STEPS; j++) {
+            mma(x_sums[0], ones, b[0] + 2 * j);
+            if (N > 1 && both) mma(x_sums[N - 1], ones, b[N - 1] + 2 * j);
+#pragma unroll
+            for (int i = 0; i < MATS; i++) {
+                const uint4 &tile = held.w[slot * MATS + i];
+                uint32_t a[4];
+                int4_fragment(j == 0 ? tile.x : j == 1 ? tile.y : j == 2 ? tile.z : tile.w, a);
+                mma(c[i][0], a, b[0] + 2 * j);
+                if (N > 1 && both) mma(c[i][N - 1], a, b[N - 1] + 2 * j);
+            }
+        }
+        // Of the row whose scale this lane has loaded.
+        const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(raw.scale[group])));
+        const float own_zero = float(16 + raw.zero[group]);
+        const float own = __uint_as_float((raw.scale[group] << 16 & m.bf16_scales) |
+                                          (__float_as_uint(of_f16) & ~m.bf16_scales));
+#pragma unroll
+        for (int i = 0; i < MATS; i++) {
+            float scale[2], zero[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                scale[r] = __shfl_sync(ALL_LANES, own, 16 * i + g + 8 * r);
+                zero[r] = __shfl_sync(ALL_LANES, own_zero, 16 * i + g + 8 * r);
+            }
+#pragma unroll
+            for (int s = 0; s < N; s++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    acc[i][s][e] = fmaf(scale[e / 2], fmaf(-zero[e / 2], x_sums[s][e], c[i][s][e]), acc[i][s][e]);
+            }
+        }
     }
 }
 
-// acc[i][s] += the tile of matrix i in w, times tokens 8 s .. 8 s + 7; `both`: there are more than 8.
+// The same of the others.
 template <int N, int FORM, int MATS>
-__device__ __forceinline__ void add_tile(const uint4 *w, const RawScales &raw, const Packed &m,
-                                         const uint32_t (&b)[N][8], bool both, float (&acc)[MATS][N][4]) {
+__device__ __forceinline__ void add_tile(Held &held, int slot, int side, const Packed &m, const uint32_t (&b)[N][8],
+                                         bool both, float (&acc)[MATS][N][4]) {
 #pragma unroll
     for (int i = 0; i < MATS; i++) {
-        const uint4 *const tile = w + i * Walk<FORM, MATS>::UNITS;
-        if constexpr (FORM == BF16_ROWS) {
+        const uint4 *const tile = held.w + (slot * MATS + i) * Walk<FORM, MATS>::UNITS;
+        if constexpr (FORM == BF16_ROWS || FORM == FP4_TILES) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 uint32_t a[4];
-                fragment<FORM>(tile, j, {0, 0}, a);
+                if constexpr (FORM == FP4_TILES) {
+                    const uint32_t(&pair)[2] = held.pair(side * MATS + i);
+                    fp4_fragment(tile[0], make_uint2(pair[0], pair[1]), j, a);
+                } else {
+                    fragment<FORM>(tile, j, {0, 0}, a);
+                }
                 mma(acc[i][0], a, b[0] + 2 * j);
                 if (N > 1 && both) mma(acc[i][N - 1], a, b[N - 1] + 2 * j);
             }
         } else {
             float c[N][4] = {};
-            RowScales of = row_scales<FORM>(raw, 0, MATS > 1 ? i : 0, m.bf16_scales);
-            auto fold = [&]() {
-#pragma unroll
-                for (int s = 0; s < N; s++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        acc[i][s][e] = fmaf(of.scale[e / 2], c[s][e], acc[i][s][e]);
-                        c[s][e] = 0.0f;
-                    }
-                }
-            };
+            const RowScales of = row_scales<FORM>(held.raw[side], 0, MATS > 1 ? i : 0, m.bf16_scales);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                if (FORM == INT4_TILES && j == 2 && m.halves)
-                    fold(), of = row_scales<FORM>(raw, 1, MATS > 1 ? i : 0, m.bf16_scales);
                 uint32_t a[4];
                 fragment<FORM>(tile, j, of.bias, a);
                 mma(c[0], a, b[0] + 2 * j);
                 if (N > 1 && both) mma(c[N - 1], a, b[N - 1] + 2 * j);
             }
-            fold();
+#pragma unroll
+            for (int s = 0; s < N; s++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[i][s][e] = fmaf(of.scale[e / 2], c[s][e], acc[i][s][e]);
+            }
         }
     }
 }
 
-// The k tiles that a warp has of a row tile: first, first + stride, ..., `count` of them; row tiles of a walk are
-// `apart` bytes apart.
+// Into one of the places that a walk has for scales: those of the k tile `tiles` from the cursor; `apart` as for codes.
+template <int FORM, int MATS>
+__device__ __forceinline__ void load_side(Held &held, int slot, const Packed &m, uint32_t from, int tiles, int apart) {
+    if constexpr (FORM == FP4_TILES) {
+#pragma unroll
+        for (int i = 0; i < MATS; i++) {
+            // A row tile has 64 bytes of codes for 8 of scales.
+            const uint2 v = load_pair(m, from + uint32_t(i * (apart / 64)), tiles);
+            held.pair(slot * MATS + i)[0] = v.x, held.pair(slot * MATS + i)[1] = v.y;
+        }
+    } else if constexpr (IS_INT4<FORM>) {
+        load_int4_scales<FORM == INT4_HALVES>(held.raw[slot], m, from, tiles);
+    } else {
+        load_scales<FORM>(held.raw[slot], m, from, tiles);
+    }
+}
+
+// A warp's k tiles of a row tile: `count` of them, STRIDE apart, from the cursor on. Where a group of scales has two,
+// STRIDE is even or the cursor at an even one. Row tiles of a walk are `apart` bytes apart.
 struct Share {
-    int first, stride, count, apart;
+    int count, apart;
 };
 
 // The first loads of a row tile.
-template <int FORM, int MATS>
+template <int FORM, int MATS, int STRIDE>
 __device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cursor &c, const Share &of) {
     typedef Walk<FORM, MATS> W;
 #pragma unroll
     for (int s = 0; s < W::DEPTH; s++)
-        if (s < of.count) load_codes<FORM, MATS>(held, s, m, c.codes, of.first + s * of.stride, of.apart);
+        if (s < of.count) load_codes<FORM, MATS>(held, s, m, c.codes + s * STRIDE * W::STEP, of.apart);
 #pragma unroll
     for (int s = 0; s < W::AHEAD; s++)
-        if (s < of.count) load_scales<FORM>(held.raw[s], m, c.scale, of.first + s * of.stride);
+        if (s < of.count) load_side<FORM, MATS>(held, s, m, c.scale, s * STRIDE, of.apart);
 }
 
-// acc += those k tiles, times the tokens from first elements `tokens`. What is done with is loaded again, at the end
-// with what start_walk would load of the row tile at `next`, if there is `more`.
-template <int N, int FORM, int MATS>
+// acc += those k tiles, times the tokens. What is done with is loaded again, at the end with what start_walk would load
+// of the row tile at `next`, if there is `more`.
+template <int N, int FORM, int MATS, int STRIDE, typename Source>
 __device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &now, const Cursor &next, bool more,
-                                     const Share &of, const bf16 *const (&tokens)[N], int num_tokens,
-                                     float (&acc)[MATS][N][4]) {
+                                     const Share &of, const Source &tokens, float (&acc)[MATS][N][4]) {
     typedef Walk<FORM, MATS> W;
-    const int g = threadIdx.x % 32 / 4;
-    const bool both = num_tokens > 8;
+    constexpr int STEP = STRIDE * W::STEP;
+    const bool both = tokens.both();
+    const uint8_t *codes = now.codes;
 #pragma unroll 1
     for (int base = 0; base < of.count; base += W::DEPTH) {
+        codes += W::DEPTH * STEP;
 #pragma unroll
         for (int s = 0; s < W::DEPTH; s++) {
             const int i = base + s, slot = s % W::AHEAD;
             if (i < of.count) {
-                const int at = (of.first + i * of.stride) * TILE_K;
                 uint32_t b[N][8];
-                load_token<FORM>(b[0], tokens[0] + at, g < num_tokens);
-                if (N > 1 && both) load_token<FORM>(b[N - 1], tokens[N - 1] + at, 8 + g < num_tokens);
-                add_tile<N, FORM, MATS>(held.w + s * MATS * W::UNITS, held.raw[slot], m, b, both, acc);
+                tokens.template load<FORM>(b, i * STRIDE * TILE_K);
+                if constexpr (IS_INT4<FORM>) {
+                    add_int4<N, FORM == INT4_HALVES, MATS>(held, s, slot, m, b, both, acc);
+                } else {
+                    add_tile<N, FORM, MATS>(held, s, slot, m, b, both, acc);
+                }
                 const bool here = i + W::DEPTH < of.count;
                 if (here || more)
-                    load_codes<FORM, MATS>(held, s, m, here ? now.codes : next.codes,
-                                           of.first + (here ? i + W::DEPTH : s) * of.stride, of.apart);
+                    load_codes<FORM, MATS>(held, s, m, (here ? codes : next.codes) + s * STEP, of.apart);
                 const bool soon = i + W::AHEAD < of.count;
                 if (soon || more)
-                    load_scales<FORM>(held.raw[slot], m, soon ? now.scale : next.scale,
-                                      of.first + (soon ? i + W::AHEAD : slot) * of.stride);
+                    load_side<FORM, MATS>(held, slot, m, soon ? now.scale : next.scale,
+                                          (soon ? i + W::AHEAD : slot) * STRIDE, of.apart);
             }
         }
     }

@@ -140,6 +140,7 @@ cudaError_t by_form(cudaStream_t stream, const Plan &p, const Packed &routed, co
     }
     const int form = experts & ROUTED_EXPERTS ? routed.form : shared.form;
     if (form == INT4_TILES) return by_tokens<INT4_TILES, MODE>(stream, p, routed, shared, a, experts);
+    if (form == FP4_TILES) return by_tokens<FP4_TILES, MODE>(stream, p, routed, shared, a, experts);
     if (form == FP8_TILES) return by_tokens<FP8_TILES, MODE>(stream, p, routed, shared, a, experts);
     return by_tokens<BF16_ROWS, MODE>(stream, p, routed, shared, a, experts);
 }

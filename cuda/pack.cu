@@ -85,6 +85,46 @@ __global__ void __launch_bounds__(THREADS) pack_fp8_kernel(int rows, int k, cons
     });
 }
 
+// A number of e4m3, without its sign, as fp4 has scales; 0 for zero, whose codes are then 0.
+__device__ __forceinline__ uint32_t fp4_scale_of(uint32_t e4m3) {
+    const uint32_t size = e4m3 & 127;
+    if (size >= 8 || size == 0) return size == 0 ? 0 : size + 16;
+    const int top = 31 - __clz(size);  // below 2^-6 they count in steps of 2^-9
+    return 8 * top + (size << (3 - top) & 7);
+}
+
+__global__ void __launch_bounds__(THREADS)
+    pack_fp4_kernel(int rows, int k, const uint8_t *codes, const uint8_t *scales, float whole, uint4 *to,
+                    uint2 *to_scales, float *to_wholes) {
+    wait_for_inputs();
+    const Piece p = this_piece<1>(k);
+    if (p.tile * ROWS >= rows) return;
+    const int row0 = p.tile * ROWS + p.lane / 4;
+    uint32_t words[4] = {}, side[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int64_t row = row0 + 8 * r;
+        if (row >= rows) break;
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+            const uint32_t scale = scales[row * (k / 16) + p.k_tile * 4 + step];
+            side[r] |= fp4_scale_of(scale) << 8 * step;
+            if ((scale & 127) == 0) continue;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int i = r + 2 * h;
+                uint32_t pair = codes[row * (k / 2) + p.k_tile * 32 + 8 * step + 4 * h + p.lane % 4];
+                pair = (pair & 15) | pair >> 4 << 16;
+                if ((scale & 128) != 0) pair ^= 0x00080008u;
+                words[step] |= (pair & 0x00070007u) << 3 * i | (pair >> 3 & 0x00010001u) << (12 + (i ^ 1));
+            }
+        }
+    }
+    to[p.at] = make_uint4(words[0], words[1], words[2], words[3]);
+    if (p.lane % 4 == 0) to_scales[p.at / 4] = make_uint2(side[0], side[1]);
+    if (p.lane == 0 && p.k_tile == 0) to_wholes[p.tile] = whole;
+}
+
 // A thread for each entry of the scales or zero points: [row tile][group][each].
 struct Entry {
     int64_t at;
@@ -256,9 +296,12 @@ __global__ void __launch_bounds__(THREADS)
 bool is_int4(const q35_packed &w) { return w.kind == q35_int4_f16 || w.kind == q35_int4_bf16; }
 bool is_fp8(const q35_packed &w) { return w.kind == q35_fp8_block || w.kind == q35_fp8_row; }
 
+bool fits(const q35_packed &to, int row0, int rows) {
+    return row0 >= 0 && row0 % ROWS == 0 && rows >= 0 && rows <= to.rows - row0 && to.rows % ROWS == 0 && to.k > 0 &&
+           to.k % 64 == 0;
+}
 bool has_rows(const q35_packed &to, int row0, int rows) {
-    const bool fits = row0 >= 0 && row0 % ROWS == 0 && rows >= 0 && rows <= to.rows - row0;
-    return fits && to.rows % ROWS == 0 && to.k > 0 && to.k % 64 == 0 && (is_fp8(to) || (is_int4(to) && to.group > 0));
+    return fits(to, row0, rows) && (is_fp8(to) || (is_int4(to) && to.group > 0));
 }
 
 int num_groups(const q35_packed &w) {
@@ -318,6 +361,18 @@ extern "C" int q35_pack_fp8(void *stream, q35_packed to, int row0, int rows, con
     if (!has_rows(to, row0, rows) || !is_fp8(to) || !aligned(codes, 2)) return cudaErrorInvalidValue;
     if (rows == 0) return cudaSuccess;
     return by_row_tile(pack_fp8_kernel, stream, rows, int64_t(to.k), rows, to.k, codes, codes_at<uint4>(to, row0));
+}
+
+extern "C" int q35_pack_fp4(void *stream, q35_packed to, int row0, int rows, const uint8_t *codes,
+                            const uint8_t *scales, float whole) {
+    if (!fits(to, row0, rows) || to.kind != q35_fp4 || !aligned(to.codes) || !aligned(to.scales)) {
+        return cudaErrorInvalidValue;
+    }
+    if (rows == 0) return cudaSuccess;
+    const int64_t tile = row0 / ROWS;
+    return by_row_tile(pack_fp4_kernel, stream, rows, int64_t(to.k) / 2, rows, to.k, codes, scales, whole,
+                       part<uint4>(to.codes, tile * to.k * 8), part<uint2>(to.scales, tile * to.k),
+                       part<float>(to.scales, int64_t(to.rows / ROWS) * to.k + tile * 4));
 }
 
 extern "C" int q35_pack_scales(void *stream, q35_packed to, int row0, int rows, const void *scales, int type,

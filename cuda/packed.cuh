@@ -3,7 +3,12 @@
 #pragma once
 #include <cuda_fp16.h>
 
+#include "fp4.cuh"
+#include "int4.cuh"
 #include "mma.cuh"
+
+// What codes are.
+enum Codes { INT4_CODES, FP8_CODES, FP4_CODES };
 
 constexpr int PACKED_ROWS = 16;  // of a tile
 constexpr int UNIT_K = 128;      // elements along k that a warp takes at a time: two tiles
@@ -39,6 +44,14 @@ __device__ __forceinline__ uint32_t load_half_word(const void *from) {
     return v;
 }
 
+__device__ __forceinline__ uint2 load_once8(const void *from, uint64_t policy) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v2.u32 {%0, %1}, [%2], %3;"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(__cvta_generic_to_global(from)), "l"(policy));
+    return v;
+}
+
 // Both a multiple of 16.
 __device__ __forceinline__ void ask_for(const void *from, int bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -49,10 +62,16 @@ __device__ __forceinline__ void ask_for(const void *from, int bytes) {
 
 // What a lane holds of a unit: 16 bytes of each half KB of its codes, and a word of scales and of zero points, which
 // the lanes pass on to each other.
-template <bool FP8>
+template <int OF>
 struct Unit {
-    uint4 codes[FP8 ? 4 : 2];
+    uint4 codes[OF == FP8_CODES ? 4 : 2];
     uint32_t scale, zero;
+};
+// Of fp4 each lane has the scales of its own rows, by tile.
+template <>
+struct Unit<FP4_CODES> {
+    uint4 codes[2];
+    uint2 scales[2];
 };
 
 // Where a lane reads: of a unit the codes, and the word of scales.
@@ -63,8 +82,9 @@ struct Cursor {
 
 // What one lane loads of a matrix, of whose units along k its warp has `warp`, `warp` + WARPS, ... A scale is for STEPS
 // steps of k 16: 2, 4 or 8.
-template <bool FP8, int STEPS, int WARPS>
+template <int OF, int STEPS, int WARPS>
 struct Source {
+    static constexpr bool FP8 = OF == FP8_CODES, FP4 = OF == FP4_CODES;
     static constexpr int GROUPS = 8 / STEPS;  // of a unit
     static constexpr int TILE = FP8 ? 1024 : 512;
     static constexpr int CODES = WARPS * 2 * TILE;  // from unit to unit of a warp
@@ -87,6 +107,8 @@ struct Source {
         start.codes = static_cast<const unsigned char *>(w.codes) + (warp * 2 * TILE + 16 * lane);
         start.word = warp * moved * each + word;
         tile_codes = k_tiles * TILE, tile_words = groups * each, words = WARPS * moved * each;
+        // Words of fp4 have 8 bytes: a tile has one for each of the 8 g.
+        if (FP4) start.word = warp * 16 + lane / 4, tile_words = k_tiles * 8, words = WARPS * 16;
         short_unit = k_tiles % 2 != 0 && k_tiles / 2 % WARPS == warp ? k_tiles / 2 / WARPS : -1;
         scaled = moved == 0 ? w.k : (groups - word / each - warp * GROUPS + WARPS * GROUPS - 1) / (WARPS * GROUPS);
     }
@@ -100,32 +122,34 @@ struct Source {
 
     // This lane's part of the warp's unit `unit`, which is `further` units from the cursor. Codes of a tile that is not
     // there stay what they are, and stand against zeros of x; scales past the last group are zeros.
-    __device__ __forceinline__ void load(Unit<FP8> &to, const Cursor &at, int further, int unit) const {
+    __device__ __forceinline__ void load(Unit<OF> &to, const Cursor &at, int further, int unit) const {
         constexpr int PIECES = TILE / 512;
         const unsigned char *from = at.codes + further * CODES;
         const uint32_t word = at.word + further * words;
-        if (GROUPS > 1) to.scale = to.zero = 0;
-        if (GROUPS == 1 || unit < scaled) {
-            to.scale = load_word(static_cast<const uint32_t *>(scales) + word);
-            if (!FP8 && zeros != nullptr) to.zero = load_half_word(zeros + 2 * int64_t(word));
+        if constexpr (FP4) {
+            const uint2 *const side = static_cast<const uint2 *>(scales) + word;
+            to.scales[0] = load_once8(side, policy);
+            to.codes[0] = load_once16(from, policy);
+            if (unit == short_unit) return;
+            to.scales[1] = load_once8(side + 8, policy);
+            to.codes[1] = load_once16(from + TILE, policy);
+        } else {
+            if (GROUPS > 1) to.scale = to.zero = 0;
+            if (GROUPS == 1 || unit < scaled) {
+                to.scale = load_word(static_cast<const uint32_t *>(scales) + word);
+                if (!FP8 && zeros != nullptr) to.zero = load_half_word(zeros + 2 * int64_t(word));
+            }
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) to.codes[i] = load_once16(from + 512 * i, policy);
+            if (unit == short_unit) return;
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) to.codes[PIECES + i] = load_once16(from + TILE + 512 * i, policy);
         }
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) to.codes[i] = load_once16(from + 512 * i, policy);
-        if (unit == short_unit) return;
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) to.codes[PIECES + i] = load_once16(from + TILE + 512 * i, policy);
     }
 };
 
 // Keeps the compiler from working a number out anew wherever it is used.
 __device__ __forceinline__ void keep(uint32_t &x) { asm volatile("" : "+r"(x)); }
-
-// (x & mask) | bits in one instruction; left to itself the compiler takes two.
-__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
-    uint32_t y;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
-    return y;
-}
 
 // Two e4m3 codes, in the upper bytes of the halves of a word, as bf16. Their bits in the places of a bf16's are the
 // number divided by 2^120, small ones too.
@@ -135,10 +159,7 @@ __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
     return *reinterpret_cast<uint32_t *>(&d);
 }
 
-// The fragment of step `step` (0 .. 3) of a tile, of which a lane has one (int4) or two (fp8) pieces of 16 bytes. Of
-// int4 it is 16 + code: a bf16 from 16 to 31 counts in eighths, so that the code stands in the upper bits of its
-// fraction. What that adds to a sum is 16 times the sum of x; a base of 128, with the code in the lowest bits, would
-// take one shift less and cost eight times as much of the sum's precision.
+// The fragment of step `step` (0 .. 3) of a tile, of which a lane has one (int4) or two (fp8) pieces of 16 bytes.
 template <bool FP8>
 __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, int step) {
     if (FP8) {
@@ -148,10 +169,7 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, in
         a[2] = from_e4m3(second << 8), a[3] = from_e4m3(second);
     } else {
         const uint32_t word = step == 0 ? tile[0].x : step == 1 ? tile[0].y : step == 2 ? tile[0].z : tile[0].w;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            a[i] = and_or(i == 0 ? word << 3 : word >> (4 * i - 3), 0x00780078u, 0x41804180u);
-        }
+        int4_fragment(word, a);
     }
 }
 
@@ -207,11 +225,12 @@ struct Picks {
 };
 
 // By group of a unit, for rows g and g + 8: the scale, and 16 + the zero point of int4.
-template <bool FP8, int STEPS>
+template <int OF, int STEPS>
 struct UnitScales {
+    static constexpr bool FP8 = OF == FP8_CODES;
     float scale[8 / STEPS][2], zero[8 / STEPS][2];
 
-    __device__ __forceinline__ UnitScales(const Unit<FP8> &unit, int lane, const Picks &picks, bool has_zeros) {
+    __device__ __forceinline__ UnitScales(const Unit<OF> &unit, int lane, const Picks &picks, bool has_zeros) {
 #pragma unroll
         for (int group = 0; group < 8 / STEPS; group++) {
 #pragma unroll
@@ -239,4 +258,9 @@ struct UnitScales {
             }
         }
     }
+};
+// Of fp4 they are in the fragments.
+template <int STEPS>
+struct UnitScales<FP4_CODES, STEPS> {
+    __device__ __forceinline__ UnitScales(const Unit<FP4_CODES> &, int, const Picks &, bool) {}
 };

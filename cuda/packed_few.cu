@@ -10,8 +10,8 @@ constexpr int SUM_PITCH = 20;        // of the 16 sums of a row: a warp's stores
 constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a team asks into L2 beside those under way
 
 // Units under way of a warp, in registers. SMALL: a third of a multiprocessor's registers is for two warps of four.
-template <bool FP8, int STEPS, bool SMALL>
-constexpr int DEPTH = FP8 || STEPS == 2 ? 2 : !SMALL ? 4 : STEPS == 8 ? 3 : 2;
+template <int OF, int STEPS, bool SMALL>
+constexpr int DEPTH = OF == FP8_CODES || STEPS == 2 ? 2 : !SMALL ? 4 : STEPS == 8 ? 3 : 2;
 
 // Rows of bf16 behind those of the packed matrix, and the blocks that have them: the first of the grid.
 struct Tail {
@@ -41,12 +41,13 @@ __device__ __forceinline__ void team_barrier(int team) {
 // time. Where one slab is not all of k, TILES row tiles share it; where x takes much of the shared memory, TEAMS share
 // it. BOTH: x has rows past the first 8. Codes are multiplied as 16 + code, and (16 + zero point) times the group's sum
 // of x, which is in shared memory too, is taken off the group's sum.
-template <bool FP8, int STEPS, bool BOTH, int TILES, int TEAMS>
+template <int OF, int STEPS, bool BOTH, int TILES, int TEAMS>
 __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1 : STEPS == 2 ? 2 : 3)
     packed_kernel(int n, q35_packed w, Tail tail, int slab, const bf16 *x, void *out, int wide, int stride) {
-    using S = Source<FP8, STEPS, WARPS>;
-    constexpr int N = BOTH ? 2 : 1, D = DEPTH<FP8, STEPS, TEAMS * TILES == 1>, TEAM = 32 * WARPS;
-    constexpr int X_SUMS = FP8 ? 0 : S::GROUPS * 8 * N;  // of a unit
+    using S = Source<OF, STEPS, WARPS>;
+    constexpr bool INT4 = OF == INT4_CODES, FP4 = OF == FP4_CODES;
+    constexpr int N = BOTH ? 2 : 1, D = DEPTH<OF, STEPS, TEAMS * TILES == 1>, TEAM = 32 * WARPS;
+    constexpr int X_SUMS = INT4 ? S::GROUPS * 8 * N : 0;  // of a unit
     static_assert(TILES == 1 || TEAMS == 1, "a slab is one team's");
     extern __shared__ __align__(16) unsigned char memory[];
     const int team = TEAMS == 1 ? 0 : threadIdx.x / TEAM, thread = threadIdx.x % TEAM;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
                 if (first + 32 * i < count) *reinterpret_cast<uint4 *>(x_kept + to[i]) = words[i];
             }
         }
-        if (!FP8) {
+        if (INT4) {
             __syncwarp();
 #pragma unroll 1
             for (int unit = team; unit < mine * TEAMS; unit += TEAMS) {
@@ -199,12 +200,23 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
     const int first_tile = (blockIdx.x - tail.blocks) * TEAMS + team;
     const int items = units * TILES;  // a warp's units of as many row tiles, those of one place in k together
     Cursor next[TILES];
-    Unit<FP8> held[D] = {};
+    Unit<OF> held[D] = {};
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
         next[t] = source.start;
         source.move_tiles(next[t], first_tile + t * step);
     }
+    // Of fp4, which counts them a row tile ahead: the f32 scales.
+    const float *const wholes = reinterpret_cast<const float *>(
+        static_cast<const unsigned char *>(w.scales) + int64_t(num_tiles) * w.k);
+    float whole[TILES] = {};
+    auto load_wholes = [&](int tile) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            if (tile + t * step < num_tiles) whole[t] = __ldg(wholes + tile + t * step);
+        }
+    };
+    if (FP4) load_wholes(first_tile);
 #pragma unroll
     for (int s = 0; s < D; s++) {
         const int t = s % TILES, unit = s / TILES;
@@ -235,7 +247,12 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
             source.move_units(now[t], AHEAD);
             source.move_tiles(next[t], TILES * step);
         }
-        float acc[TILES][N][4] = {};
+        float acc[TILES][N][4] = {}, rest[TILES];
+        if (FP4) {
+#pragma unroll
+            for (int t = 0; t < TILES; t++) rest[t] = whole[t] * FP4_REST;
+            load_wholes(tile + TILES * step);
+        }
         uint32_t x_at[N], sums_at = x_sums_at;
 #pragma unroll
         for (int i = 0; i < N; i++) x_at[i] = x_address[i];
@@ -251,10 +268,14 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
             for (int s = 0; s < D; s++) {
                 const int t = s % TILES, unit = first + s / TILES;
                 if (unit < units && tile + t * step < num_tiles) {
-                    const UnitScales<FP8, STEPS> scales(held[s], lane, picks, w.zeros != nullptr);
+                    const UnitScales<OF, STEPS> scales(held[s], lane, picks, w.zeros != nullptr);
                     UnitSums<STEPS, N> of;
                     multiply_unit<STEPS, N>(x_at, of, [&](uint32_t (&a)[4], int half, int j) {
-                        fragment<FP8>(a, held[s].codes + S::TILE / 512 * half, j);
+                        if constexpr (FP4) {
+                            fp4_fragment(held[s].codes[half], held[s].scales[half], j, a);
+                        } else {
+                            fragment<OF == FP8_CODES>(a, held[s].codes + S::TILE / 512 * half, j);
+                        }
                     });
                     // What comes next in its place: AHEAD units on, or one of the first of the next row tile.
                     const bool here = unit + AHEAD < units;
@@ -267,12 +288,16 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
 #pragma unroll
                         for (int i = 0; i < N; i++) {
                             float2 add = make_float2(0.0f, 0.0f);
-                            if (!FP8) add = load_pair(sums_at + (group * 8 * N + 8 * i) * 4);
+                            if (INT4) add = load_pair(sums_at + (group * 8 * N + 8 * i) * 4);
 #pragma unroll
                             for (int e = 0; e < 4; e++) {
                                 float sum = of.of(group, i, e);
-                                if (!FP8) sum = fmaf(-scales.zero[group][e / 2], e % 2 == 0 ? add.x : add.y, sum);
-                                acc[t][i][e] = fmaf(scales.scale[group][e / 2], sum, acc[t][i][e]);
+                                if constexpr (FP4) {
+                                    acc[t][i][e] += sum;
+                                } else {
+                                    if (INT4) sum = fmaf(-scales.zero[group][e / 2], e % 2 == 0 ? add.x : add.y, sum);
+                                    acc[t][i][e] = fmaf(scales.scale[group][e / 2], sum, acc[t][i][e]);
+                                }
                             }
                         }
                     }
@@ -288,6 +313,13 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             if (t > 0 && tile + t * step >= num_tiles) break;
+            if (FP4) {
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) acc[t][i][e] *= rest[t];
+                }
+            }
             finish(acc[t], (tile + t * step) * PACKED_ROWS, PACKED_ROWS);
         }
     }
@@ -296,13 +328,13 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
 // -------------------------------------------------------------------------------------------------------- launchers
 
 // What is chosen here changes the speed, and no sum.
-template <bool FP8, int STEPS>
+template <int OF, int STEPS>
 cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16 *tail, int tail_rows, const bf16 *x,
                      void *out, int wide, int stride) {
     const Card card = this_card();
     if (card.count == 0) return cudaErrorInvalidDevice;
     const int team_bytes = (n > 8 ? 1 : 2) * WARPS * n * SUM_PITCH * int(sizeof(float));
-    const int x_sums = FP8 ? 0 : 8 / STEPS * (n > 8 ? 16 : 8) * int(sizeof(float));
+    const int x_sums = OF == INT4_CODES ? 8 / STEPS * (n > 8 ? 16 : 8) * int(sizeof(float)) : 0;
     const int unit_bytes = WARPS * (n * X_PITCH * int(sizeof(bf16)) + x_sums);  // of x, a unit of every warp
     const int units = ceil_div(ceil_div(w.k, UNIT_K), WARPS), all = units * unit_bytes;
     // Two teams a multiprocessor: two blocks where three fit, so that there is room for the next kernel's blocks, which
@@ -312,7 +344,7 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     const int teams = apart || in_slabs ? 1 : 2;
     int slab = units;
     if (in_slabs) {
-        constexpr int STEP = DEPTH<FP8, STEPS, false> / 2;
+        constexpr int STEP = DEPTH<OF, STEPS, false> / 2;
         const int room = (card.shared - team_bytes) / unit_bytes / STEP * STEP;
         slab = room < units ? room : ceil_div(units, STEP) * STEP;
         if (slab < 1) return cudaErrorInvalidValue;
@@ -335,11 +367,11 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
         return launch(kernel, blocks, 32 * WARPS * teams, size_t(shared), stream, n, w,
                       Tail{tail, tail_rows, tail_blocks}, slab, x, out, wide, stride);
     };
-    if (apart) return run(packed_kernel<FP8, STEPS, false, 1, 1>);
+    if (apart) return run(packed_kernel<OF, STEPS, false, 1, 1>);
     if (in_slabs) {
-        return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 2, 1>) : run(packed_kernel<FP8, STEPS, true, 2, 1>);
+        return n <= 8 ? run(packed_kernel<OF, STEPS, false, 2, 1>) : run(packed_kernel<OF, STEPS, true, 2, 1>);
     }
-    return n <= 8 ? run(packed_kernel<FP8, STEPS, false, 1, 2>) : run(packed_kernel<FP8, STEPS, true, 1, 2>);
+    return n <= 8 ? run(packed_kernel<OF, STEPS, false, 1, 2>) : run(packed_kernel<OF, STEPS, true, 1, 2>);
 }
 
 bool is_fp8(const q35_packed &w) { return w.kind == q35_fp8_block || w.kind == q35_fp8_row; }
@@ -350,7 +382,7 @@ bool is_taken(const q35_packed &w, const void *x) {
         !aligned(w.zeros) || !aligned(x)) {
         return false;
     }
-    if (is_fp8(w)) return true;
+    if (is_fp8(w) || w.kind == q35_fp4) return true;
     if (w.kind != q35_int4_f16 && w.kind != q35_int4_bf16) return false;
     return has_groups_of_128(w) || w.group == 64 || w.group == 32;
 }
@@ -358,9 +390,10 @@ bool is_taken(const q35_packed &w, const void *x) {
 cudaError_t few_rows_of(cudaStream_t stream, int n, const q35_packed &w, const bf16 *tail, int tail_rows, const bf16 *x,
                         void *out, int wide, int stride) {
     const auto run = [&](auto few) { return few(stream, n, w, tail, tail_rows, x, out, wide, stride); };
-    if (is_fp8(w)) return run(few_rows<true, 8>);
-    if (has_groups_of_128(w)) return run(few_rows<false, 8>);
-    return w.group == 64 ? run(few_rows<false, 4>) : run(few_rows<false, 2>);
+    if (is_fp8(w)) return run(few_rows<FP8_CODES, 8>);
+    if (w.kind == q35_fp4) return run(few_rows<FP4_CODES, 8>);
+    if (has_groups_of_128(w)) return run(few_rows<INT4_CODES, 8>);
+    return w.group == 64 ? run(few_rows<INT4_CODES, 4>) : run(few_rows<INT4_CODES, 2>);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include "moe_packed.cuh"
 
 template <int FORM>
-constexpr int TILE_BYTES = FORM == INT4_TILES ? 512 : FORM == FP8_TILES ? 1024 : 2048;
+constexpr int TILE_BYTES = FORM == FP8_TILES ? 1024 : FORM == BF16_ROWS ? 2048 : 512;
 
 // A block has ROW_WARPS pairs of warps. A pair has two row tiles by TOKENS tokens, and each of its warps one of two
 // parts of k. A stage in shared memory is a k tile of both parts: rows of 128 bytes of the tokens, with the 16 bytes c
@@ -29,7 +29,8 @@ struct Shape {
 // and `row_tile` + `apart`, if `there`. Token i is row row_of(i) of x, which may be asked after ready().
 //
 // The two parts of k are added at the end; within one, k goes by tiles of 64, in groups of at most 128 whose exact
-// products are summed in f32, then times their scale. None of this depends on the tokens, nor on TOKENS or ROW_WARPS.
+// products are summed in f32, then times their scale; of fp4 the sum of all groups is. None of this depends on the
+// tokens, nor on TOKENS or ROW_WARPS.
 template <int FORM, int TOKENS, int ROW_WARPS, typename Ready, typename RowOf>
 __device__ __forceinline__ const float *multiply(unsigned char *memory, const Packed &m, int row_tile, int apart,
                                                  bool there, const bf16 *x, int count, Ready ready, RowOf row_of) {
@@ -68,10 +69,21 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
 #pragma unroll
     for (int s = 0; s < S::STAGES - 1; s++) load_weights(s, s);
     const Cursor at = aim_at<FORM>(m, row_tile, apart);
+    // Of fp4 the words of both row tiles, else those of the lane's.
+    constexpr bool FP4 = FORM == FP4_TILES;
     RawScales raw[2] = {};
+    auto load_side = [&](RawScales &to, int k_tile) {
+        if constexpr (FP4) {
+            const uint2 v[2] = {load_pair(m, at.scale, k_tile),
+                                load_pair(m, at.scale + uint32_t(apart * m.groups * m.each), k_tile)};
+            to.scale[0] = v[0].x, to.scale[1] = v[0].y, to.zero[0] = v[1].x, to.zero[1] = v[1].y;
+        } else {
+            load_scales<FORM>(to, m, at.scale, k_tile);
+        }
+    };
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-        if (s < own && (s == 0 || m.shift == 0)) load_scales<FORM>(raw[s], m, at.scale, first + s);
+        if (s < own && (s == 0 || FP4 || m.shift == 0)) load_side(raw[s], first + s);
     }
     ready();
 
@@ -113,7 +125,8 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             for (int i = 0; i < EIGHTS; i++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    sums[j][i][e] = fmaf(of[j].scale[e / 2], acc[j][i][e], sums[j][i][e]);
+                    sums[j][i][e] = FP4 ? sums[j][i][e] + acc[j][i][e]
+                                        : fmaf(of[j].scale[e / 2], acc[j][i][e], sums[j][i][e]);
                     acc[j][i][e] = 0.0f;
                 }
             }
@@ -132,7 +145,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             for (int j = 0; j < 2; j++) {
 #pragma unroll
                 for (int u = 0; u < UNITS; u++) words[j][u] = own_codes[32 * (j * UNITS + u)];
-                if (fresh) of[j] = row_scales<FORM>(scales, 0, j, m.bf16_scales);
+                if (!FP4 && fresh) of[j] = row_scales<FORM>(scales, 0, j, m.bf16_scales);
             }
         }
 #pragma unroll
@@ -148,6 +161,9 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
                 if constexpr (FORM == BF16_ROWS) {
                     load_matrices(a[j], from + weight_frag + j * TILE_BYTES<FORM> +
                                             (((2 * s + lane / 16) ^ swizzle) << 4));
+                } else if constexpr (FP4) {
+                    const uint32_t(&pair)[2] = j == 0 ? scales.scale : scales.zero;
+                    fp4_fragment(words[j][0], make_uint2(pair[0], pair[1]), s, a[j]);
                 } else {
                     fragment<FORM>(words[j], s, of[j].bias, a[j]);
                 }
@@ -169,8 +185,8 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             }
         }
         if constexpr (FORM != BF16_ROWS) {
-            if (m.shift == 0 || (step & 1) != 0 || step + 1 == own) fold();
-            if (fresh && step + 2 < own) load_scales<FORM>(scales, m, at.scale, first + step + 2);
+            if ((!FP4 && m.shift == 0) || (step & 1) != 0 || step + 1 == own) fold();
+            if (fresh && step + 2 < own) load_side(scales, first + step + 2);
         }
     };
     int stage = 0;
@@ -186,8 +202,19 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             load_weights(fill, step + S::STAGES - 1);
             load_tokens(fill, step + S::STAGES - 1);
             copy_commit();
-            if (step < own) multiply_step(stage, step, raw[s], s == 0 || m.shift == 0);
+            if (step < own) multiply_step(stage, step, raw[s], s == 0 || FP4 || m.shift == 0);
             stage = stage == S::STAGES - 1 ? 0 : stage + 1;
+        }
+    }
+    if constexpr (FP4) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float whole = whole_of(m, row_tile + j * apart);
+#pragma unroll
+            for (int i = 0; i < EIGHTS; i++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) sums[j][i][e] *= whole;
+            }
         }
     }
     __syncthreads();  // the stages have been read

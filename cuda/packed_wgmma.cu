@@ -25,7 +25,7 @@ int packed_wgmma::multiprocessors() {
         if (major == 9 && minor == 0) {
             // Where the build has no code for sm_90a the kernel is empty, which shows in its registers.
             cudaFuncAttributes attributes;
-            if (cudaFuncGetAttributes(&attributes, packed_wgmma_kernel<ROWS, false, 8>) != cudaSuccess) return 0;
+            if (cudaFuncGetAttributes(&attributes, packed_wgmma_kernel<ROWS, INT4_TILES, 8>) != cudaSuccess) return 0;
             if (attributes.numRegs > 64 && count > 1 && map_encoder() != nullptr) d.multiprocessors = count;
         }
         d.asked = true;

@@ -22,18 +22,19 @@ constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 
 
 template <int MODE> constexpr int BLOCKS = MODE == ROWS ? 2 : 1;            // of a cluster
 template <int MODE> constexpr int FEATURES = MODE == ROWS ? 2 * 128 : 64;  // of a cluster
-template <bool FP8> constexpr int TILE_BYTES = FP8 ? 1024 : 512;           // codes of 16 rows and 64 of k
+template <int FORM> constexpr int TILE_BYTES = FORM == FP8_TILES ? 1024 : 512;  // codes of 16 rows and 64 of k
+template <int FORM> constexpr int SIDE_BYTES = FORM == FP4_TILES ? 8 : FORM == FP8_TILES ? 4 : 2;  // of a scale
 
 // Shared memory: stages, of tokens in two tiles of 64 along k, then the codes of 8 row tiles; outputs of the warps on
 // their way; barriers.
 constexpr int HALF_BYTES = TOKENS * 128, TOKEN_BYTES = 2 * HALF_BYTES;
-template <bool FP8> constexpr int STAGE_BYTES = TOKEN_BYTES + 8 * 2 * TILE_BYTES<FP8>;
+template <int FORM> constexpr int STAGE_BYTES = TOKEN_BYTES + 8 * 2 * TILE_BYTES<FORM>;
 constexpr int STAGING_BYTES = 2048;
-template <bool FP8> constexpr int STAGING = STAGES * STAGE_BYTES<FP8>;
-template <bool FP8> constexpr int FULL = STAGING<FP8> + WARPS * STAGING_BYTES;
-template <bool FP8> constexpr int EMPTY = FULL<FP8> + STAGES * 8;
-template <bool FP8> constexpr int SHARED_BYTES = EMPTY<FP8> + STAGES * 8;
-static_assert(SHARED_BYTES<true> <= 227 * 1024, "more than a block may have");
+template <int FORM> constexpr int STAGING = STAGES * STAGE_BYTES<FORM>;
+template <int FORM> constexpr int FULL = STAGING<FORM> + WARPS * STAGING_BYTES;
+template <int FORM> constexpr int EMPTY = FULL<FORM> + STAGES * 8;
+template <int FORM> constexpr int SHARED_BYTES = EMPTY<FORM> + STAGES * 8;
+static_assert(SHARED_BYTES<FP8_TILES> <= 227 * 1024, "more than a block may have");
 
 // How the output is stored: bf16 in pieces of 16 bytes, or by elements, where it is not aligned to those; or f32.
 enum Store { PIECES, ELEMENTS, WIDE };
@@ -41,7 +42,7 @@ enum Store { PIECES, ELEMENTS, WIDE };
 struct Task {
     Packed w;
     int row_tiles;   // of an expert; GATE_UP: of its gates, and as many of up
-    int group_step;  // from the scales of a group to those of the next; 0: there is one
+    int group_step;  // from the scales of a group (fp4: a unit) to those of the next; 0: there is one
     // Tiles of tokens: those of the sorted list, or, where that is null, of n rows in their order.
     const int2 *tiles;
     const int *num_tiles, *sorted;
@@ -111,11 +112,11 @@ __device__ __forceinline__ void ask_l2_for(const void *from) {
 
 // Fills stage `warp` with every fourth unit of the tiles of this block. A stage is free when all blocks that get what
 // is copied to it are done with it.
-template <int MODE, bool FP8, int STEPS>
+template <int MODE, int FORM, int STEPS>
 __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens, int total, uint32_t shared, int rank,
                                         int warp, int lane) {
-    const uint32_t stage = shared + warp * STAGE_BYTES<FP8>, full = shared + FULL<FP8> + warp * 8;
-    const uint32_t empty = shared + EMPTY<FP8> + warp * 8;
+    const uint32_t stage = shared + warp * STAGE_BYTES<FORM>, full = shared + FULL<FORM> + warp * 8;
+    const uint32_t empty = shared + EMPTY<FORM> + warp * 8;
     // Of a gather: rows lane / 8 + 4 i of the tile, bytes 16 (lane % 8) ..: one swizzle for even i, one for odd.
     const int c = lane % 8, r = lane / 8;
     const uint32_t to_even = stage + r * 128 + ((c ^ r) << 4), to_odd = stage + r * 128 + ((c ^ (r + 4)) << 4);
@@ -128,7 +129,7 @@ __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens
         const Item item = item_at<MODE>(t, index, entry, rank);
         entry = entry_at(t, total, index + stride);
         const int own_tile = lane < 8 ? row_tile_at<MODE>(t, item, lane) : -1;
-        const int code_bytes = __popc(__ballot_sync(ALL_LANES, own_tile >= 0)) * 2 * TILE_BYTES<FP8>;
+        const int code_bytes = __popc(__ballot_sync(ALL_LANES, own_tile >= 0)) * 2 * TILE_BYTES<FORM>;
         const uint8_t *codes = t.w.codes + int64_t(own_tile) * t.w.row_tile_bytes;
         const int columns = columns_of(item);
         uint32_t at[TOKENS / 32];  // of the rows lane + 32 q, in units of 16 bytes
@@ -155,12 +156,12 @@ __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens
             }
             __syncwarp();
             if (own_tile >= 0) {
-                bulk_copy(stage + TOKEN_BYTES + lane * 2 * TILE_BYTES<FP8>, codes + unit * 2 * TILE_BYTES<FP8>,
-                          2 * TILE_BYTES<FP8>, full);
+                bulk_copy(stage + TOKEN_BYTES + lane * 2 * TILE_BYTES<FORM>, codes + unit * 2 * TILE_BYTES<FORM>,
+                          2 * TILE_BYTES<FORM>, full);
                 // Those who multiply load scales a unit ahead, which is enough for L2 and not for memory.
                 const int64_t side = int64_t(own_tile) * t.w.groups * t.w.each + unit * (8 / STEPS) * t.group_step;
-                ask_l2_for(static_cast<const uint8_t *>(t.w.scales) + side * (FP8 ? 4 : 2));
-                if (!FP8 && t.w.zeros != nullptr) ask_l2_for(t.w.zeros + side);
+                ask_l2_for(static_cast<const uint8_t *>(t.w.scales) + side * SIDE_BYTES<FORM>);
+                if (FORM == INT4_TILES && t.w.zeros != nullptr) ask_l2_for(t.w.zeros + side);
             }
             if (MODE == ROWS) continue;
             const uint32_t col = unit * (UNIT / 8) + c;

@@ -13,30 +13,31 @@ inline bool takes(const Packed &w) {
 
 inline Task task_of(const Packed &w) {
     Task t = {};
-    t.w = w, t.group_step = w.groups == 1 ? 0 : w.each;
+    t.w = w, t.group_step = w.groups == 1 ? 0 : w.form == FP4_TILES ? UNIT / TILE_K * w.each : w.each;
     return t;
 }
 
 // `tiles`: of tokens, at most so many.
-template <int MODE, bool FP8, int STEPS>
+template <int MODE, int FORM, int STEPS>
 cudaError_t launch_form(cudaStream_t stream, const Task &t, const CUtensorMap &tokens, int64_t tiles) {
     const int64_t items = tiles * t.feature_tiles, clusters = multiprocessors() / BLOCKS<MODE>;
     if (items > 0x3fffffff) return cudaErrorInvalidValue;
-    const auto kernel = packed_wgmma_kernel<MODE, FP8, STEPS>;
+    const auto kernel = packed_wgmma_kernel<MODE, FORM, STEPS>;
     const cudaError_t code =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES<FP8>);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES<FORM>);
     if (code != cudaSuccess) return code;
     const unsigned blocks = static_cast<unsigned>(BLOCKS<MODE> * (items < clusters ? items : clusters));
-    return launch(kernel, dim3(blocks), dim3(THREADS), SHARED_BYTES<FP8>, stream, t, tokens);
+    return launch(kernel, dim3(blocks), dim3(THREADS), SHARED_BYTES<FORM>, stream, t, tokens);
 }
 
 template <int MODE>
 cudaError_t launch_task(cudaStream_t stream, Task t, const CUtensorMap &tokens, int64_t tiles) {
     t.feature_tiles = ceil_div(t.cols, FEATURES<MODE>);
-    if (t.w.form == FP8_TILES) return launch_form<MODE, true, 8>(stream, t, tokens, tiles);
-    if (t.w.halves) return launch_form<MODE, false, 2>(stream, t, tokens, tiles);
-    return t.w.shift == 0 ? launch_form<MODE, false, 4>(stream, t, tokens, tiles)
-                          : launch_form<MODE, false, 8>(stream, t, tokens, tiles);
+    if (t.w.form == FP8_TILES) return launch_form<MODE, FP8_TILES, 8>(stream, t, tokens, tiles);
+    if (t.w.form == FP4_TILES) return launch_form<MODE, FP4_TILES, 8>(stream, t, tokens, tiles);
+    if (t.w.halves) return launch_form<MODE, INT4_TILES, 2>(stream, t, tokens, tiles);
+    return t.w.shift == 0 ? launch_form<MODE, INT4_TILES, 4>(stream, t, tokens, tiles)
+                          : launch_form<MODE, INT4_TILES, 8>(stream, t, tokens, tiles);
 }
 
 // `rows` of tokens, bf16 [rows, k].

@@ -55,9 +55,10 @@ __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
 struct Lane {
     uint32_t scales[2];
     int codes[2];  // GATE_UP: of gate and of up; ROWS: one tile has both rows
-    int shift;     // GATE_UP: of the codes, so that those of row lane / 4 + 8 come first
+    int shift;     // GATE_UP: of the codes, so that those of row lane / 4 + 8 come first; fp4: 1 for these
+    float whole[2];  // fp4: what is left of the scales
 };
-template <int MODE, bool FP8>
+template <int MODE, int FORM>
 __device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int warp, int lane) {
     Lane of;
     const int half = MODE == GATE_UP ? warp % 2 : 0;  // of the rows of a tile of gates and one of ups
@@ -66,49 +67,70 @@ __device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int war
         const int tile = MODE == GATE_UP ? warp / 2 + 4 * i : warp, row = lane / 4 + 8 * (MODE == GATE_UP ? half : i);
         const int row_tile = max(row_tile_at<MODE>(t, item, tile), 0);
         of.scales[i] = uint32_t(row_tile) * t.w.groups * t.w.each + (t.w.each == 16 ? row : 0);
-        of.codes[i] = TOKEN_BYTES + tile * 2 * TILE_BYTES<FP8> + lane * 16;
+        of.codes[i] = TOKEN_BYTES + tile * 2 * TILE_BYTES<FORM> + lane * 16;
+        if constexpr (FORM == FP4_TILES) {
+            // A word is four steps of a row.
+            of.scales[i] = uint32_t(row_tile) * t.w.groups * t.w.each * 2 + lane / 4 * 2 + row / 8;
+            of.whole[i] = whole_of(t.w, row_tile);
+        }
     }
-    of.shift = FP8 ? 8 - 8 * half : 4 * half;
+    of.shift = FORM == FP8_TILES ? 8 - 8 * half : FORM == FP4_TILES ? half : 4 * half;
     return of;
 }
 
-// Scales and zero points of a unit as they are in memory.
+// Scales and zero points of a unit as they are in memory; of fp4 the words of its first and of its second tile.
 template <int GROUPS>
 struct Side {
     uint32_t scale[GROUPS][2], zero[GROUPS][2];
 };
-template <bool FP8, int GROUPS>
+template <int FORM, int GROUPS>
 __device__ __forceinline__ Side<GROUPS> load_side(const Task &t, const Lane &of, int unit) {
     Side<GROUPS> side;
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
+    if constexpr (FORM == FP4_TILES) {
+        const uint32_t *const words = static_cast<const uint32_t *>(t.w.scales) + unit * t.group_step * 2;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const uint32_t at = of.scales[i] + (unit * GROUPS + group) * t.group_step;
-            side.zero[group][i] = 8;
-            if (FP8) {
-                side.scale[group][i] = __ldg(static_cast<const uint32_t *>(t.w.scales) + at);
-            } else {
-                side.scale[group][i] = __ldg(static_cast<const uint16_t *>(t.w.scales) + at);
-                if (t.w.zeros != nullptr) side.zero[group][i] = __ldg(t.w.zeros + at);
+            side.scale[0][i] = __ldg(words + of.scales[i]);
+            side.zero[0][i] = __ldg(words + of.scales[i] + t.group_step);
+        }
+    } else {
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t at = of.scales[i] + (unit * GROUPS + group) * t.group_step;
+                side.zero[group][i] = 8;
+                if (FORM == FP8_TILES) {
+                    side.scale[group][i] = __ldg(static_cast<const uint32_t *>(t.w.scales) + at);
+                } else {
+                    side.scale[group][i] = __ldg(static_cast<const uint16_t *>(t.w.scales) + at);
+                    if (t.w.zeros != nullptr) side.zero[group][i] = __ldg(t.w.zeros + at);
+                }
             }
         }
     }
     return side;
 }
-template <bool FP8>
+template <int FORM>
 __device__ __forceinline__ float scale_of(uint32_t raw, uint32_t bf16_scales) {
-    if (FP8) return __uint_as_float(raw);
+    if (FORM == FP8_TILES) return __uint_as_float(raw);
     const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(raw)));
     return __uint_as_float((raw << 16 & bf16_scales) | (__float_as_uint(of_f16) & ~bf16_scales));
 }
 
-// The fragments of COUNT steps of k 16 of a unit in a stage, from step FIRST on; they are in one tile of codes.
-template <int MODE, bool FP8, int FIRST, int COUNT>
+// What load_fragments takes of it.
+template <int FORM, int FIRST, int STEPS, int GROUPS>
+__device__ __forceinline__ const uint32_t (&side_of(const Side<GROUPS> &side))[2] {
+    return FORM == FP4_TILES && FIRST == 0 ? side.scale[0] : side.zero[FIRST / STEPS];
+}
+
+// The fragments of COUNT steps of k 16 of a unit in a stage, from step FIRST on; they are in one tile of codes. `zero`:
+// zero points, of fp4 words of scales.
+template <int MODE, int FORM, int FIRST, int COUNT>
 __device__ __forceinline__ void load_fragments(uint32_t stage, const Lane &of, const uint32_t (&zero)[2],
                                                uint32_t (&a)[COUNT][4]) {
-    constexpr int OWN = MODE == GATE_UP ? 2 : 1, TILE = FIRST / 4 * TILE_BYTES<FP8>;
-    if constexpr (FP8) {
+    constexpr int OWN = MODE == GATE_UP ? 2 : 1, TILE = FIRST / 4 * TILE_BYTES<FORM>;
+    if constexpr (FORM == FP8_TILES) {
         static_assert(COUNT == 4, "a tile");
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -134,13 +156,31 @@ __device__ __forceinline__ void load_fragments(uint32_t stage, const Lane &of, c
             const uint4 v = load_shared16(stage + of.codes[i] + TILE);
             words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
         }
-        const uint32_t bias[2] = {0x43004300u + zero[0] * 0x00010001u, 0x43004300u + zero[1] * 0x00010001u};
+        if constexpr (FORM == FP4_TILES) {
+            static_assert(COUNT == 4, "a tile");
 #pragma unroll
-        for (int j = 0; j < COUNT; j++) {
+            for (int j = 0; j < 4; j++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t codes = words[i % OWN][FIRST % 4 + j] >> (MODE == GATE_UP ? of.shift : 4 * i);
-                a[j][i] = from_int4(codes, bias[i]), a[j][i + 2] = from_int4(codes >> 8, bias[i]);
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t word = words[i % OWN][j], scale = fp4_scale(zero[i], j);
+                    uint32_t codes[2];
+                    if (MODE == GATE_UP) {
+                        fp4_codes_of(word, of.shift, codes);
+                    } else {
+                        codes[0] = fp4_codes(word, i), codes[1] = fp4_codes(word, i + 2);
+                    }
+                    a[j][i] = fp4_times(codes[0], scale), a[j][i + 2] = fp4_times(codes[1], scale);
+                }
+            }
+        } else {
+            const uint32_t bias[2] = {0x43004300u + zero[0] * 0x00010001u, 0x43004300u + zero[1] * 0x00010001u};
+#pragma unroll
+            for (int j = 0; j < COUNT; j++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t codes = words[i % OWN][FIRST % 4 + j] >> (MODE == GATE_UP ? of.shift : 4 * i);
+                    a[j][i] = from_int4(codes, bias[i]), a[j][i + 2] = from_int4(codes >> 8, bias[i]);
+                }
             }
         }
     }
@@ -229,24 +269,24 @@ __device__ __forceinline__ void store_tile(const Task &t, const Item &item, cons
 // N columns of a tile: a row's sums are the same whatever N and the other columns are. A scale is for STEPS steps of k
 // 16. While the tensor cores are at some of them, the codes of the next are converted; while a warpgroup scales its
 // sums, the other has them.
-template <int MODE, bool FP8, int STEPS, int N>
+template <int MODE, int FORM, int STEPS, int N>
 __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_t shared, uint32_t released,
                                         uint32_t done, const int (&places)[TOKENS / 32], int warp, int lane) {
     constexpr int COUNT = STEPS < 4 ? STEPS : 4, PARTS = 8 / COUNT, GROUPS = 8 / STEPS;
     const int units = t.w.k / UNIT;
-    const Lane of = lane_of<MODE, FP8>(t, item, warp, lane);
+    const Lane of = lane_of<MODE, FORM>(t, item, warp, lane);
     float acc[N / 2] = {}, sum[N / 2] = {};
     uint32_t a[2][COUNT][4];
-    auto stage_of = [&](uint32_t use) { return shared + use % STAGES * STAGE_BYTES<FP8>; };
-    auto wait_for = [&](uint32_t use) { barrier_wait(shared + FULL<FP8> + use % STAGES * 8, use / STAGES & 1); };
+    auto stage_of = [&](uint32_t use) { return shared + use % STAGES * STAGE_BYTES<FORM>; };
+    auto wait_for = [&](uint32_t use) { barrier_wait(shared + FULL<FORM> + use % STAGES * 8, use / STAGES & 1); };
 
-    Side<GROUPS> side = load_side<FP8, GROUPS>(t, of, 0);
+    Side<GROUPS> side = load_side<FORM, GROUPS>(t, of, 0);
     wait_for(done);
-    load_fragments<MODE, FP8, 0, COUNT>(stage_of(done), of, side.zero[0], a[0]);
+    load_fragments<MODE, FORM, 0, COUNT>(stage_of(done), of, side_of<FORM, 0, STEPS>(side), a[0]);
 #pragma unroll 1
     for (int unit = 0; unit < units; unit++) {
         const uint32_t use = done + unit, stage = stage_of(use);
-        const Side<GROUPS> next = load_side<FP8, GROUPS>(t, of, min(unit + 1, units - 1));
+        const Side<GROUPS> next = load_side<FORM, GROUPS>(t, of, min(unit + 1, units - 1));
         auto part = [&](auto number) {
             constexpr int PART = decltype(number)::value, GROUP = PART * COUNT / STEPS;
             constexpr bool STARTS = PART * COUNT % STEPS == 0, ENDS = (PART + 1) * COUNT % STEPS == 0;
@@ -262,18 +302,21 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
             if (!STARTS) products_wait<1>();  // for the registers of the part before
             if constexpr (PART + 1 < PARTS) {
                 constexpr int LATER = (PART + 1) * COUNT;
-                load_fragments<MODE, FP8, LATER, COUNT>(stage, of, side.zero[LATER / STEPS], a[(PART + 1) % 2]);
+                load_fragments<MODE, FORM, LATER, COUNT>(stage, of, side_of<FORM, LATER, STEPS>(side),
+                                                             a[(PART + 1) % 2]);
             } else if (unit + 1 < units) {
                 wait_for(use + 1);
-                load_fragments<MODE, FP8, 0, COUNT>(stage_of(use + 1), of, next.zero[0], a[0]);
+                load_fragments<MODE, FORM, 0, COUNT>(stage_of(use + 1), of, side_of<FORM, 0, STEPS>(next), a[0]);
             }
             if constexpr (ENDS) {
                 products_wait<0>();
                 products_end(acc);
-                const float low = scale_of<FP8>(side.scale[GROUP][0], t.w.bf16_scales);
-                const float high = scale_of<FP8>(side.scale[GROUP][1], t.w.bf16_scales);
+                const float low = scale_of<FORM>(side.scale[GROUP][0], t.w.bf16_scales);
+                const float high = scale_of<FORM>(side.scale[GROUP][1], t.w.bf16_scales);
 #pragma unroll
-                for (int i = 0; i < N / 2; i++) sum[i] = fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
+                for (int i = 0; i < N / 2; i++) {
+                    sum[i] = FORM == FP4_TILES ? sum[i] + acc[i] : fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
+                }
             }
         };
         part(std::integral_constant<int, 0>());
@@ -285,12 +328,16 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
         if (lane < BLOCKS<MODE>) barrier_arrive_there(released + use % STAGES * 8);
         side = next;
     }
+    if constexpr (FORM == FP4_TILES) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) sum[i] *= of.whole[i % 4 / 2];
+    }
     const int feature = item.feature + warp * (MODE == GATE_UP ? 8 : 16);
-    store_tile<MODE, N>(t, item, sum, shared + STAGING<FP8> + warp * STAGING_BYTES, places, feature, lane);
+    store_tile<MODE, N>(t, item, sum, shared + STAGING<FORM> + warp * STAGING_BYTES, places, feature, lane);
 }
 
 // As many blocks as multiprocessors, each cluster taking every so-many'th tile: a warpgroup copies, two multiply.
-template <int MODE, bool FP8, int STEPS>
+template <int MODE, int FORM, int STEPS>
 __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
     packed_wgmma_kernel(const __grid_constant__ Task t, const __grid_constant__ CUtensorMap tokens) {
     if constexpr (HERE) {
@@ -301,8 +348,8 @@ __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
         const int rank = MODE == ROWS ? rank_in_pair() : 0;
         if (threadIdx.x == 0) {
             for (int i = 0; i < STAGES; i++) {
-                barrier_init(shared + FULL<FP8> + i * 8, MODE == GATE_UP ? 2 : 1);  // for the copies, and a gather
-                barrier_init(shared + EMPTY<FP8> + i * 8, BLOCKS<MODE> * WARPS);    // that multiply
+                barrier_init(shared + FULL<FORM> + i * 8, MODE == GATE_UP ? 2 : 1);  // for the copies, and a gather
+                barrier_init(shared + EMPTY<FORM> + i * 8, BLOCKS<MODE> * WARPS);    // that multiply
             }
             barriers_are_there();
             if (MODE == ROWS) prefetch_map(&tokens);
@@ -313,10 +360,10 @@ __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
         const int total = num_items(t);
         if (warp < 4) {
             give_registers<PRODUCER_REGISTERS>();
-            produce<MODE, FP8, STEPS>(t, tokens, total, shared, rank, warp, lane);
+            produce<MODE, FORM, STEPS>(t, tokens, total, shared, rank, warp, lane);
         } else {
             take_registers<CONSUMER_REGISTERS>();
-            const uint32_t released = address_of(shared + EMPTY<FP8>, lane % BLOCKS<MODE>);
+            const uint32_t released = address_of(shared + EMPTY<FORM>, lane % BLOCKS<MODE>);
             const int stride = gridDim.x / BLOCKS<MODE>, units = t.w.k / UNIT;
             int index = blockIdx.x / BLOCKS<MODE>;
             int2 entry = entry_at(t, total, index);
@@ -332,8 +379,8 @@ __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
                 }
                 const int columns = columns_of(item);
                 auto run = [&](auto n) {
-                    consume<MODE, FP8, STEPS, decltype(n)::value>(t, item, shared, released, done, places, warp - 4,
-                                                                  lane);
+                    consume<MODE, FORM, STEPS, decltype(n)::value>(t, item, shared, released, done, places,
+                                                                   warp - 4, lane);
                 };
                 if (columns > 96) {
                     run(std::integral_constant<int, 128>());

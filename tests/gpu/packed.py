@@ -3,7 +3,8 @@
 import torch
 from launch import PackedMatrix
 
-KINDS = {"bf16": 0, "int4_f16": 1, "int4_bf16": 2, "fp8_block": 3, "fp8_row": 4}
+KINDS = {"bf16": 0, "int4_f16": 1, "int4_bf16": 2, "fp8_block": 3, "fp8_row": 4, "fp4": 5}
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _STEP = 1 << 16  # rows that are drawn and laid out at a time
 
 
@@ -19,6 +20,39 @@ def lay_out(codes, bits):
     return (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1)
 
 
+def lay_out_fp4(codes):
+    """Codes of e2m1, uint8 [rows, k], in tiles."""
+    rows, k = codes.shape
+    tiles = codes.view(
+        rows // 16, 2, 8, k // 64, 4, 2, 4, 2
+    )  # row: tile, +8, g; k: tile, step, 8, pair, element
+    tiles = tiles.permute(0, 3, 2, 6, 4, 5, 1, 7)
+    words = torch.zeros(tiles.shape[:5], dtype=torch.int32, device=codes.device)
+    for i in range(4):
+        for element in range(2):
+            code = tiles[..., i // 2, i % 2, element].to(torch.int32)
+            words |= (code & 7) << (3 * i + 16 * element) | (code >> 3) << (12 + (i ^ 1) + 16 * element)
+    return words.view(torch.uint8).reshape(-1)
+
+
+def lay_out_fp4_scales(scales, wholes):
+    """Bytes [rows, k / 16] in tiles, and float32 [rows / 16] behind them."""
+    rows, groups = scales.shape
+    tiles = scales.view(rows // 16, 2, 8, groups // 4, 4).permute(0, 3, 2, 1, 4)
+    return torch.cat([tiles.reshape(-1), wholes.view(torch.uint8)])
+
+
+def of_e2m1(codes):
+    numbers = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float64, device=codes.device)
+    return numbers[codes.int()]
+
+
+def of_fp4_scales(scales):
+    """What their bytes stand for."""
+    scales = scales.double()
+    return (8 + scales % 8) * torch.exp2(torch.floor(scales / 8) - 12)
+
+
 def of_e4m3(codes):
     return codes.view(torch.float8_e4m3fn).to(torch.float32).double()
 
@@ -29,7 +63,7 @@ class Packed:
     def __init__(self, rows, k, kind, group, zeros, *, scale, generator):
         self.rows, self.k, self.kind, self.group = rows, k, kind, group if 0 < group < k else k
         self.scales = self.zeros = None
-        self.bits = {"bf16": 16, "int4": 4, "fp8_": 8}[kind[:4]]
+        self.bits = {"bf16": 16, "int4": 4, "fp8_": 8, "fp4": 4}[kind[:4]]
         if self.bits == 16:
             self.codes = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
             self.laid_out = self.codes.normal_(std=scale, generator=generator)
@@ -43,6 +77,10 @@ class Packed:
             self.group = 128
         elif self.kind == "fp8_row":
             self.group = k
+        elif self.kind == "fp4":
+            self.group = 16
+            self._draw_fp4(scale, generator)
+            return
         shape = (rows // 16, -(-k // self.group), 1 if self.kind == "fp8_block" else 16)
         rms = 4.6 if self.bits == 4 else 130.0
         scales = (0.5 + torch.rand(shape, generator=generator, device="cuda")) * (scale / rms)
@@ -51,6 +89,15 @@ class Packed:
         if zeros:
             self.zeros = torch.randint(5, 12, shape, generator=generator, device="cuda", dtype=torch.uint8)
         self._lay_out()
+
+    def _draw_fp4(self, scale, generator):
+        """Of each row tile its own f32 scale; of 16 neighbours one of 32 others."""
+        self.steps = torch.empty(self.rows, self.k // 16, dtype=torch.uint8, device="cuda")
+        self.steps.random_(56, 88, generator=generator)
+        wholes = 0.5 + torch.rand(self.rows // 16, generator=generator, device="cuda")
+        self.wholes = wholes * (scale / 5.0)
+        self.scales = lay_out_fp4_scales(self.steps, self.wholes)
+        self.laid_out = torch.cat([lay_out_fp4(part) for part in self.codes.split(_STEP)])
 
     def _lay_out(self):
         self.laid_out = torch.cat([lay_out(part, self.bits) for part in self.codes.split(_STEP)])
@@ -71,6 +118,10 @@ class Packed:
             t = t[start // 16 : end // 16].double().transpose(1, 2).expand(-1, 16, -1)
             return t.reshape(end - start, -1).repeat_interleave(self.group, dim=1)[:, : self.k]
 
+        if self.kind == "fp4":
+            steps = of_fp4_scales(self.steps[start:end]).repeat_interleave(16, dim=1)
+            wholes = self.wholes[start // 16 : end // 16].double().repeat_interleave(16)
+            return of_e2m1(codes) * steps * wholes[:, None]
         if self.bits == 8:
             return of_e4m3(codes) * spread(self.scales)
         return (codes.double() - (8 if self.zeros is None else spread(self.zeros))) * spread(self.scales)

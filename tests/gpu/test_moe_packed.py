@@ -22,12 +22,14 @@ ODD = [
 INT4 = ("int4_f16", 128, False)
 FP8 = ("fp8_block", 128, False)
 BF16 = ("bf16", 0, False)
+NVFP4 = ("fp4", 0, False)
 FORMATS = [
     *(("int4_f16", group, zeros) for group in (32, 64, 128, 1 << 30) for zeros in (False, True)),
     ("int4_bf16", 32, True),
     ("int4_bf16", 128, False),
     FP8,
     ("fp8_row", 0, False),
+    NVFP4,
 ]
 
 
@@ -128,7 +130,7 @@ class Block:
         assert (rows[sure] < TOLERANCE).all(), "one token is off"
 
 
-@pytest.mark.parametrize("form", [INT4, ("int4_bf16", 32, True), FP8], ids=str)
+@pytest.mark.parametrize("form", [INT4, ("int4_bf16", 32, True), FP8, NVFP4], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name, form):
     block = Block(FAMILIES[name], [form] * 4)
@@ -153,6 +155,9 @@ def test_odd_sizes(dims, form):
         (("int4_f16", 64, True), ("int4_bf16", 1 << 30, False), ("int4_f16", 32, False), INT4),
         (BF16, INT4, FP8, FP8),
         (FP8, BF16, BF16, ("int4_f16", 32, True)),
+        (NVFP4, NVFP4, BF16, BF16),
+        (NVFP4, INT4, FP8, NVFP4),
+        (FP8, NVFP4, NVFP4, INT4),
     ],
     ids=str,
 )
@@ -173,7 +178,7 @@ def test_the_smallest_numbers_of_8_bits(kind):
         block.check(n)
 
 
-@pytest.mark.parametrize("form", [INT4, FP8], ids=str)
+@pytest.mark.parametrize("form", [INT4, FP8, NVFP4], ids=str)
 def test_one_expert_takes_all_tokens(form):
     block = Block((2048, 64, 1, 512, 512), [form] * 4)
     block.router.zero_()
@@ -182,7 +187,15 @@ def test_one_expert_takes_all_tokens(form):
 
 
 @pytest.mark.parametrize(
-    "formats", [[INT4] * 4, [FP8] * 4, [("int4_bf16", 32, True)] * 2 + [BF16] * 2], ids=str
+    "formats",
+    [
+        [INT4] * 4,
+        [FP8] * 4,
+        [("int4_bf16", 32, True)] * 2 + [BF16] * 2,
+        [NVFP4] * 4,
+        [NVFP4] * 2 + [BF16] * 2,
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dims", [SMALL_FAMILY, (576, 12, 3, 320, 64)], ids=str)
 def test_a_token_does_not_see_the_batch(dims, formats):
@@ -196,7 +209,7 @@ def test_a_token_does_not_see_the_batch(dims, formats):
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
-@pytest.mark.parametrize("form", [INT4, FP8], ids=str)
+@pytest.mark.parametrize("form", [INT4, FP8, NVFP4], ids=str)
 def test_layer_after_layer(form, n):
     """Kernels of neighbouring layers overlap, and share a workspace: many in a graph, against one at a time."""
     blocks = [Block(SMALL_FAMILY, [form] * 4, seed=seed) for seed in (0, 5)]

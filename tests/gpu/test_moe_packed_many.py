@@ -5,7 +5,7 @@ import pytest
 import torch
 from launch import MoeDims, call, error, poisoned, same_bits
 from test_moe import EPS, LARGE_FAMILY, SMALL_FAMILY, TOLERANCE, norm_inputs
-from test_moe_packed import BF16, FORMATS, FP8, INT4, ODD, Block
+from test_moe_packed import BF16, FORMATS, FP8, INT4, NVFP4, ODD, Block
 
 pytestmark = pytest.mark.gpu
 MIXED = [
@@ -15,6 +15,8 @@ MIXED = [
     (("int4_f16", 64, True), ("int4_bf16", 1 << 30, False), ("int4_f16", 32, False), INT4),
     (BF16, INT4, FP8, FP8),
     (FP8, BF16, BF16, ("int4_f16", 32, True)),
+    (NVFP4, NVFP4, BF16, INT4),
+    (INT4, NVFP4, NVFP4, FP8),
 ]
 
 
@@ -72,6 +74,7 @@ def test_small_family(small_family, n):
     [
         (SMALL_FAMILY, [FP8] * 4),
         (LARGE_FAMILY, [INT4, INT4, BF16, BF16]),
+        (LARGE_FAMILY, [NVFP4, NVFP4, BF16, BF16]),
         ((4096, 512, 10, 1024, 1024), [("int4_bf16", 32, True)] * 4),
     ],
     ids=str,
@@ -105,7 +108,7 @@ def test_mixed_kinds(dims, formats):
             block.check_norm(x, out)
 
 
-@pytest.mark.parametrize("formats", [[INT4] * 4, [FP8] * 4, [INT4, INT4, BF16, BF16]], ids=str)
+@pytest.mark.parametrize("formats", [[INT4] * 4, [FP8] * 4, [NVFP4] * 4, [INT4, INT4, BF16, BF16]], ids=str)
 @pytest.mark.parametrize("shared", [0, 64])
 def test_one_expert_takes_every_token(shared, formats):
     block = Many((128, 16, 1, 64, shared), formats)
@@ -137,7 +140,7 @@ def test_outputs_by_blocks_of_columns(small_family):
     small_family.check_norm(x, out)
 
 
-@pytest.mark.parametrize("formats", [[INT4] * 4, [FP8, FP8, BF16, BF16], MIXED[3]], ids=str)
+@pytest.mark.parametrize("formats", [[INT4] * 4, [FP8, FP8, BF16, BF16], MIXED[3], [NVFP4] * 4], ids=str)
 @pytest.mark.parametrize("dims", [(256, 8, 2, 128, 192), (1088, 64, 8, 64, 576)], ids=str)
 def test_a_token_does_not_see_the_batch(dims, formats):
     """Tiles of few and of many tokens, and all places in them."""

@@ -5,9 +5,10 @@ import ctypes
 import pytest
 import torch
 from launch import PackedMatrix, call, error, poisoned, randn, same_bits
+from packed import of_e2m1, of_fp4_scales
 
 pytestmark = pytest.mark.gpu
-INT4_F16, INT4_BF16, FP8_BLOCK, FP8_ROW = 1, 2, 3, 4
+INT4_F16, INT4_BF16, FP8_BLOCK, FP8_ROW, FP4 = 1, 2, 3, 4, 5
 PACKED, GPTQ, AWQ = 0, 1, 2
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -19,14 +20,16 @@ class Matrix:
 
     def __init__(self, kind, rows, k, group=128, with_zeros=False):
         self.kind, self.rows, self.k, self.int4 = kind, rows, k, kind in (INT4_F16, INT4_BF16)
-        self.group = {FP8_BLOCK: 128, FP8_ROW: k}.get(kind, min(group, k))
+        self.group = {FP8_BLOCK: 128, FP8_ROW: k, FP4: 16}.get(kind, min(group, k))
         self.groups = -(-k // self.group)
         self.codes = torch.full(
-            (rows * k // (2 if self.int4 else 1),), 0x77, dtype=torch.uint8, device="cuda"
+            (rows * k // (2 if self.int4 or kind == FP4 else 1),), 0x77, dtype=torch.uint8, device="cuda"
         )
         dtype = {INT4_F16: torch.float16, INT4_BF16: torch.bfloat16}.get(kind, torch.float32)
         each = 1 if kind == FP8_BLOCK else 16
         self.scales = poisoned(rows // 16, self.groups, each, dtype=dtype)
+        if kind == FP4:
+            self.scales = torch.full((rows * k // 16 + rows // 4,), 0xFF, dtype=torch.uint8, device="cuda")
         self.zeros = None
         if with_zeros:
             self.zeros = torch.full((rows // 16, self.groups, 16), 99, dtype=torch.uint8, device="cuda")
@@ -42,7 +45,10 @@ class Matrix:
         g, t = lane // 4, lane % 4
         for step in range(4):
             for i in range(4):
-                if self.int4:
+                if self.kind == FP4:
+                    word = words.view(tiles, k_tiles, 32, 4)[..., step]
+                    pair = (word >> (3 * i) & 0x00070007) | (word >> (12 + (i ^ 1)) & 0x00010001) << 3
+                elif self.int4:
                     word = words.view(tiles, k_tiles, 32, 4)[..., step]
                     pair = (word >> (4 * i)) & 0x000F000F
                 else:
@@ -62,9 +68,19 @@ class Matrix:
     def rows_of(self, parts):
         return self.by_row(parts).cpu()
 
+    def fp4_scales(self):
+        """Bytes [rows, k / 16], and f32 [row tiles]."""
+        wholes = self.scales[self.rows * self.k // 16 :].view(torch.float32)
+        tiles = self.scales[: self.rows * self.k // 16].view(self.rows // 16, self.k // 64, 8, 2, 4)
+        return tiles.permute(0, 3, 2, 1, 4).reshape(self.rows, self.k // 16), wholes
+
     def dequantised(self):
         """float64 [rows, k]."""
         codes = self.unpacked()
+        if self.kind == FP4:
+            scales, wholes = self.fp4_scales()
+            scales = of_fp4_scales(scales) * wholes.double().repeat_interleave(16)[:, None]
+            return of_e2m1(codes) * scales.repeat_interleave(16, 1)
         scales = self.by_row(self.scales).double().repeat_interleave(self.group, 1)[:, : self.k]
         if not self.int4:
             return codes.view(torch.float8_e4m3fn).float().double() * scales
@@ -101,6 +117,14 @@ def filled(kind, rows, k, group=128, with_zeros=False, seed=0):
     """A matrix of random codes, packed from a checkpoint's layout."""
     m = Matrix(kind, rows, k, group, with_zeros)
     generator, kept = torch.Generator("cuda").manual_seed(seed), []
+    if kind == FP4:
+        kept += [drawn(256, rows, k // 2, seed=seed).cuda(), drawn_fp8(rows, k // 16, seed=seed + 1).cuda()]
+        codes, scales = kept
+        middle = rows // 32 * 16
+        call("q35_pack_fp4", m.struct, 0, middle, codes, scales, 0.5)
+        call("q35_pack_fp4", m.struct, middle, rows - middle, codes[middle:], scales[middle:], -0.3)
+        torch.cuda.synchronize()
+        return m
     if m.int4:
         words = torch.randint(-(1 << 31), 1 << 31, (rows, k // 8), generator=generator, device="cuda")
         kept.append(words.to(torch.int32))
@@ -278,9 +302,9 @@ def test_int4_linear(rows, k, group, kind, with_zeros):
     check(filled(kind, rows, k, group, with_zeros, seed=k), range(1, 17))
 
 
-@pytest.mark.parametrize("kind", [FP8_BLOCK, FP8_ROW])
+@pytest.mark.parametrize("kind", [FP8_BLOCK, FP8_ROW, FP4])
 @pytest.mark.parametrize(("rows", "k"), [(16, 64), (48, 192), (16, 320), (2080, 1088), (112, 3072)])
-def test_fp8_linear(rows, k, kind):
+def test_float_linear(rows, k, kind):
     check(filled(kind, rows, k, seed=k), range(1, 17))
 
 
@@ -292,7 +316,7 @@ FAMILY = [
 
 @pytest.mark.parametrize(("rows", "k"), [*FAMILY, (5120, 17408)])
 @pytest.mark.parametrize(
-    ("kind", "group"), [(INT4_F16, 128), (INT4_BF16, 32), (FP8_BLOCK, 128), (FP8_ROW, 128)]
+    ("kind", "group"), [(INT4_F16, 128), (INT4_BF16, 32), (FP8_BLOCK, 128), (FP8_ROW, 128), (FP4, 16)]
 )
 def test_sizes_of_the_family(rows, k, kind, group):
     check(filled(kind, rows, k, group, seed=rows), (1, 4, 8, 13, 16))
@@ -337,7 +361,7 @@ def test_all_codes_of_fp8():
     assert (found[[0, 2]] == 0).all()
 
 
-@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK])
+@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK, FP4])
 def test_rows_do_not_leak_into_each_other(kind):
     m = filled(kind, 208, 256, seed=11)
     for n in (2, 16):
@@ -349,7 +373,7 @@ def test_rows_do_not_leak_into_each_other(kind):
         assert found[-1].isnan().all()
 
 
-@pytest.mark.parametrize("kind", [INT4_BF16, FP8_BLOCK])
+@pytest.mark.parametrize("kind", [INT4_BF16, FP8_BLOCK, FP4])
 @pytest.mark.parametrize("n", [1, 8, 16])
 def test_a_chain_in_a_graph(n, kind):
     """Kernels that start under the ones before them see what those wrote, in a graph too."""
@@ -388,75 +412,13 @@ def test_a_chain_in_a_graph(n, kind):
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 17, 200])
-@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK])
+@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK, FP4])
 def test_columns_of_something_wider(n, kind):
     m, x = filled(kind, 48, 256, 128), randn(n, 256, seed=18)
     wide = poisoned(n, 48 + 9)
     call("q35_packed_linear", n, m.struct, x, wide[:, 4:], 0, 48 + 9)
     assert same_bits(wide[:, 4:52], linear(m, x, False))
     assert wide[:, :4].isnan().all() and wide[:, 52:].isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("rows", "k", "tail"), [(48, 192, 1), (208, 1088, 40), (20480, 3072, 128), (112, 8192, 17)]
-)
-@pytest.mark.parametrize(
-    ("kind", "group"), [(INT4_F16, 128), (INT4_BF16, 32), (FP8_BLOCK, 128), (FP8_ROW, 128)]
-)
-def test_a_tail_of_bf16(rows, k, tail, kind, group):
-    """The packed rows have the bits that they have alone, and every row those that it has among 16."""
-    m, w, all_x = filled(kind, rows, k, group, seed=k), randn(tail, k, seed=19), randn(16, k, seed=20)
-    stride, most = rows + tail + 3, None
-    want = all_x.double() @ w.double().T
-    for n in (16, 1, 2, 7, 8, 9, 15):
-        x = all_x[16 - n :].contiguous()
-        for wide, dtype, bound in ((1, torch.float32, 1e-5), (0, torch.bfloat16, 4e-3)):
-            out = poisoned(n, stride, dtype=dtype)
-            call("q35_packed_linear_tail", n, m.struct, w, tail, x, out, wide, stride)
-            assert out[:, rows + tail :].isnan().all()
-            found = out[:, rows : rows + tail]
-            assert error(found, want[16 - n :]) < bound, (n, wide)
-            assert same_bits(out[:, :rows].contiguous(), linear(m, x, bool(wide)))
-            most = found.clone() if most is None else most
-            assert same_bits(found.contiguous(), most[16 - n :].to(dtype)), (n, wide)
-
-
-@pytest.mark.parametrize("n", [1, 16])
-def test_a_tail_in_a_graph(n):
-    """The tail reads its inputs when they are there, though its weights are loaded before."""
-    up, down = filled(INT4_F16, 4096, 2048, seed=21), filled(INT4_F16, 2048, 4096 + 64, seed=22)
-    tail = randn(64, 2048, seed=23, scale=0.1)
-    norm = 0.01 + torch.zeros(2048, dtype=torch.float32, device="cuda")
-    start, residual = randn(n, 2048, seed=24), torch.zeros(n, 2048, dtype=torch.float32, device="cuda")
-    x, y, z = poisoned(n, 2048), poisoned(n, 4096 + 64), poisoned(n, 2048)
-
-    def layers(between):
-        for _ in range(4):
-            call("q35_rmsnorm_residual", n, 2048, z, residual, norm, 1e-6, x)
-            between()
-            call("q35_packed_linear_tail", n, up.struct, tail, 64, x, y, 0, 4096 + 64)
-            between()
-            call("q35_packed_linear", n, down.struct, y, z, 0, 2048)
-            between()
-
-    def reset():
-        z.copy_(start)
-        residual.zero_()
-        torch.cuda.synchronize()
-
-    reset()
-    layers(torch.cuda.synchronize)
-    want = z.clone()
-    assert torch.isfinite(want).all()
-    graph = torch.cuda.CUDAGraph()
-    reset()
-    with torch.cuda.graph(graph):
-        layers(lambda: None)
-    for _ in range(3):
-        reset()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert same_bits(z, want)
 
 
 def test_plain_rows_of_bf16():
@@ -486,7 +448,7 @@ def test_what_is_refused():
         return struct
 
     refused("q35_packed_linear", 1, m.struct, x, out, 0, 31)
-    for fields in ({"kind": 5}, {"group": 48}, {"rows": 24}, {"k": 96}, {"codes": m.codes.data_ptr() + 4}):
+    for fields in ({"kind": 6}, {"group": 48}, {"rows": 24}, {"k": 96}, {"codes": m.codes.data_ptr() + 4}):
         refused("q35_packed_linear", 1, changed(**fields), x, out, 0, 32)
     for n, tail, stride in ((17, 16, 48), (1, 0, 48), (1, 16, 47), (-1, 16, 48)):
         refused("q35_packed_linear_tail", n, m.struct, x, tail, x, out, 0, stride)

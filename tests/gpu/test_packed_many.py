@@ -3,7 +3,18 @@
 import pytest
 import torch
 from launch import PackedMatrix, call, error, poisoned, randn, same_bits
-from test_packed import FP8_BLOCK, FP8_ROW, INT4_BF16, INT4_F16, PACKED, ROW, Matrix, filled, linear
+from test_packed import (
+    FP4,
+    FP8_BLOCK,
+    FP8_ROW,
+    INT4_BF16,
+    INT4_F16,
+    PACKED,
+    ROW,
+    Matrix,
+    filled,
+    linear,
+)
 
 pytestmark = pytest.mark.gpu
 NS = (17, 31, 64, 65, 200, 1000)
@@ -34,28 +45,28 @@ def test_int4(rows, k, group, kind, with_zeros):
     check(filled(kind, rows, k, group, with_zeros, seed=k))
 
 
-@pytest.mark.parametrize("kind", [FP8_BLOCK, FP8_ROW])
+@pytest.mark.parametrize("kind", [FP8_BLOCK, FP8_ROW, FP4])
 @pytest.mark.parametrize(("rows", "k"), SHAPES)
-def test_fp8(rows, k, kind):
+def test_floats(rows, k, kind):
     check(filled(kind, rows, k, seed=k))
 
 
 @pytest.mark.parametrize("k", [64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 1024])
-@pytest.mark.parametrize(("kind", "group"), [(INT4_F16, 32), (INT4_F16, 128), (FP8_BLOCK, 128)])
+@pytest.mark.parametrize(("kind", "group"), [(INT4_F16, 32), (INT4_F16, 128), (FP8_BLOCK, 128), (FP4, 16)])
 def test_every_end_of_k(kind, group, k):
     """The two parts of k, of all lengths that differ."""
     check(filled(kind, 80, k, group, kind == INT4_F16, seed=k), (17, 33))
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 112, 128, 144, 4096, 8464, 16400])
-@pytest.mark.parametrize(("kind", "group"), [(INT4_F16, 128), (FP8_ROW, 128)])
+@pytest.mark.parametrize(("kind", "group"), [(INT4_F16, 128), (FP8_ROW, 128), (FP4, 16)])
 def test_every_height_of_a_block(kind, group, rows):
     check(filled(kind, rows, 256, group, seed=rows), (17, 32, 33, 64, 129))
 
 
 @pytest.mark.parametrize(("rows", "k"), [(20608, 3072), (3072, 8192), (12352, 2048), (5120, 17408)])
 @pytest.mark.parametrize(
-    ("kind", "group"), [(INT4_F16, 128), (INT4_BF16, 32), (FP8_BLOCK, 128), (FP8_ROW, 128)]
+    ("kind", "group"), [(INT4_F16, 128), (INT4_BF16, 32), (FP8_BLOCK, 128), (FP8_ROW, 128), (FP4, 16)]
 )
 def test_sizes_of_the_family(rows, k, kind, group):
     check(filled(kind, rows, k, group, seed=rows), (17, 64, 200))
@@ -65,7 +76,7 @@ def test_many_tiles_of_tokens():
     check(filled(INT4_F16, 272, 192, seed=3), (17, 1024, 1025, 5000))
 
 
-@pytest.mark.parametrize(("kind", "wide"), [(INT4_F16, 0), (FP8_BLOCK, 0), (INT4_F16, 1)])
+@pytest.mark.parametrize(("kind", "wide"), [(INT4_F16, 0), (FP8_BLOCK, 0), (INT4_F16, 1), (FP4, 0)])
 @pytest.mark.parametrize("stride", [48, 56, 57])
 def test_columns_of_something_wider(kind, wide, stride):
     m, x = filled(kind, 48, 256), randn(70, 256, seed=4)
@@ -115,7 +126,7 @@ def test_all_codes_of_int4():
     assert (found == 0).all()
 
 
-@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK])
+@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK, FP4])
 @pytest.mark.parametrize("n", [17, 64, 100])
 def test_rows_do_not_leak_into_each_other(n, kind):
     m, x = filled(kind, 208, 256, seed=11), randn(n, 256, seed=12)
@@ -126,7 +137,7 @@ def test_rows_do_not_leak_into_each_other(n, kind):
     assert found[-1].isnan().all()
 
 
-@pytest.mark.parametrize("kind", [INT4_BF16, FP8_BLOCK])
+@pytest.mark.parametrize("kind", [INT4_BF16, FP8_BLOCK, FP4])
 @pytest.mark.parametrize("n", [17, 64, 300])
 def test_a_chain_in_a_graph(n, kind):
     """Kernels that start under the ones before them see what those wrote, in a graph too."""

@@ -5,9 +5,11 @@ The bound is the same model with its decoded matrices rounded to bf16: codes are
 
 import json
 
+import gguf_file as g
 import numpy as np
 import pytest
 import quantised as q
+import test_gguf as gguf
 import test_quantised as whole
 from qwen35rs import LLM, SamplingParams
 
@@ -130,6 +132,8 @@ FORMATS = {
         lambda x: q.make_packed(x, 32, "F16", symmetric=False),
         lambda parts: q.decode_packed(parts, 32),
     ),
+    "nvfp4 of modelopt": whole.FORMATS["nvfp4 of modelopt"],
+    "nvfp4 of compressed-tensors": whole.FORMATS["nvfp4 of compressed-tensors"],
 }
 KEPT = {
     "all": whole.KEPT,
@@ -190,6 +194,19 @@ def test_codes_are_as_close_as_bf16(name, kept, tmp_path):
         told = [answer.outputs[0].logprobs[i][token].logprob for i, token in enumerate(tokens)]
         exact = logprobs(on_cpu.logits(PROMPT + tokens)[len(PROMPT) - 1 : -1], tokens)
         assert np.median(np.abs(np.array(told) - exact)) < 2 * noise
+
+
+@pytest.mark.parametrize("count", [8, 90])
+def test_four_bits_of_gguf(count, tmp_path):
+    """Q4_0 keeps its codes, also where the file has heads in another order."""
+    values, stored, config = gguf.wide("Q4_0")
+    one = g.write(tmp_path / "one.gguf", values, stored)
+    plain = g.as_hugging_face(stored, config, tmp_path / "plain")
+    prompt = gguf.ids(count)
+    want = LLM(one, device="cpu").logits(prompt)
+    on_gpu, rounded = LLM(one, device="cuda"), LLM(plain, device="cuda")
+    assert on_gpu.memory["weights"] < 0.8 * rounded.memory["weights"]
+    assert distance(on_gpu.logits(prompt), want) < 1.25 * distance(rounded.logits(prompt), want)
 
 
 @pytest.mark.parametrize("scheme", ["int4", "fp8", "mixed"])

@@ -12,7 +12,15 @@ from qwen35rs import LLM
 pytestmark = pytest.mark.gpu
 
 # Not those whose matrices keep their codes: the output projections of this model are 48 x 128.
-KEEPS_CODES = [("moe_bf16", name) for name in ("fp8", "fp8 per row", "fp8 per matrix", "gptq, symmetric")]
+KEPT = (
+    "fp8",
+    "fp8 per row",
+    "fp8 per matrix",
+    "gptq, symmetric",
+    "nvfp4 of modelopt",
+    "nvfp4 of compressed-tensors",
+)
+KEEPS_CODES = [("moe_bf16", name) for name in KEPT]
 CASES = [(s, name) for s in whole.SOURCES for name in whole.FORMATS if (s, name) not in KEEPS_CODES]
 
 

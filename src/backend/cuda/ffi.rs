@@ -444,6 +444,15 @@ unsafe extern "C" {
         minus_one: c_int,
     ) -> c_int;
     pub fn q35_pack_fp8(stream: Stream, to: Packed, row0: c_int, rows: c_int, codes: *const u8) -> c_int;
+    pub fn q35_pack_fp4(
+        stream: Stream,
+        to: Packed,
+        row0: c_int,
+        rows: c_int,
+        codes: *const u8,
+        scales: *const u8,
+        whole: f32,
+    ) -> c_int;
     pub fn q35_pack_scales(
         stream: Stream,
         to: Packed,

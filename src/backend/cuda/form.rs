@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::device::Memory;
 use super::weights::{BUFFER_BYTES, Uploader};
 use super::{ffi, launch_failed};
-use crate::weights::quant::{BLOCK, Encoded, Fp8, Int4, Layout, Scheme};
+use crate::weights::quant::{BLOCK, Encoded, Fp8, Gguf, Int4, Layout, Nvfp4, Scheme};
 use crate::weights::{DType, Random, Tensor};
 use crate::{Error, Result};
 
@@ -38,7 +38,13 @@ pub(super) enum Form {
     Fp8Blocks,
     /// 8-bit floats, a scale for a row.
     Fp8Rows,
+    /// 4-bit floats, a scale for 16 inputs of a row, and one for 16 rows.
+    Nvfp4,
 }
+
+/// Inputs that share a scale of NVFP4, and of GGUF's Q4_0.
+const NVFP4_GROUP: usize = 16;
+const Q4_0_GROUP: usize = 32;
 
 /// Consecutive rows of a matrix, in one form.
 pub(super) struct Part {
@@ -61,6 +67,10 @@ impl Form {
         match (tensor.encoded(), tensor.scheme()) {
             (Some(Encoded::Int4(int4)), _) => Self::of_int4(int4),
             (Some(Encoded::Fp8(fp8)), _) => Self::of_fp8(fp8),
+            (Some(Encoded::Nvfp4(_)), _) => Form::Nvfp4,
+            (Some(Encoded::Gguf(gguf)), _) if gguf.is_int4() => {
+                Form::Int4 { bf16_scales: false, group: Q4_0_GROUP, zeros: false }
+            }
             (None, Some(Scheme::Int4 { group })) if group >= k || GROUPS.contains(&group) => {
                 Form::Int4 { bf16_scales: true, group, zeros: false }
             }
@@ -106,6 +116,7 @@ impl Form {
             Form::Int4 { group, .. } => k.div_ceil(group.max(1)),
             Form::Fp8Blocks => k.div_ceil(BLOCK),
             Form::Fp8Rows => 1,
+            Form::Nvfp4 => k / NVFP4_GROUP,
         }
     }
 
@@ -119,6 +130,7 @@ impl Form {
             }
             Form::Fp8Blocks => [rows * k, 4 * rows / TILE[0] * groups, 0],
             Form::Fp8Rows => [rows * k, 4 * rows, 0],
+            Form::Nvfp4 => [rows * k / 2, rows * groups + 4 * rows / TILE[0], 0],
         }
     }
 }
@@ -152,6 +164,7 @@ impl Part {
             Form::Int4 { bf16_scales, group, .. } => (if bf16_scales { 2 } else { 1 }, group as i32),
             Form::Fp8Blocks => (3, BLOCK as i32),
             Form::Fp8Rows => (4, k as i32),
+            Form::Nvfp4 => (5, NVFP4_GROUP as i32),
         };
         packed.scales = scales;
         if let Form::Int4 { zeros: true, .. } = self.form {
@@ -180,6 +193,8 @@ impl Uploader {
             match (tensor.encoded(), tensor.scheme()) {
                 (Some(Encoded::Int4(int4)), _) => self.pack_int4(&mut filling, int4)?,
                 (Some(Encoded::Fp8(fp8)), _) => self.pack_fp8(&mut filling, fp8, &tensor.name)?,
+                (Some(Encoded::Nvfp4(fp4)), _) => self.pack_fp4(&mut filling, fp4, &tensor.name)?,
+                (Some(Encoded::Gguf(gguf)), _) => self.pack_q4_0(&mut filling, gguf)?,
                 (_, Some(scheme)) => self.quantise(&mut filling, tensor, scheme)?,
                 _ => return Err(Error::Internal(format!("{} has no codes", tensor.name))),
             }
@@ -296,16 +311,7 @@ impl Uploader {
             for rows in pieces(first..end, k, unit) {
                 let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
                 let codes = from.code_rows(rows.clone());
-                // 127 and 255 are no numbers; kernels take them for some.
-                if let Some(at) =
-                    codes.par_iter().with_min_len(BLOCK * BLOCK).position_any(|code| code & 0x7f == 0x7f)
-                {
-                    return Err(Error::Tensor {
-                        name: name.to_string(),
-                        found: format!("NaN in row {}, column {}", rows.start + at / k, at % k),
-                        expected: "finite numbers".into(),
-                    });
-                }
+                check_e4m3(codes, rows.start, k, name)?;
                 let codes = self.stage(codes.len(), 1, |place, out| out.copy_from_slice(&codes[place]))?;
                 // SAFETY: rows of this matrix, all of which were sent.
                 self.run("pack_fp8", |stream| unsafe {
@@ -333,6 +339,60 @@ impl Uploader {
                     ffi::q35_pack_scales(stream, to, row0, n, scales, 0, block_rows, stride, 1)
                 })?;
             }
+        }
+        f.row += from.codes.num_rows();
+        Ok(())
+    }
+
+    fn pack_fp4(&mut self, f: &mut Filling, from: &Nvfp4, name: &str) -> Result<()> {
+        let (k, whole) = (from.num_cols, from.whole());
+        let (line, scale_line) = (k / 2, k / NVFP4_GROUP);
+        for rows in pieces(0..from.codes.num_rows(), line + scale_line, TILE[0]) {
+            let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
+            let (codes, scales) = (from.code_rows(rows.clone()), from.scale_rows(rows.clone()));
+            check_e4m3(scales, rows.start, scale_line, name)?;
+            // The scales behind the codes.
+            let at = self.stage(codes.len() + scales.len(), 1, |place, out| {
+                let (first, rest) = out.split_at_mut(codes.len().saturating_sub(place.start).min(out.len()));
+                first.copy_from_slice(&codes[place.start.min(codes.len())..][..first.len()]);
+                let start = (place.start + first.len()).saturating_sub(codes.len());
+                rest.copy_from_slice(&scales[start..][..rest.len()]);
+            })?;
+            let scales_at = at + codes.len() as u64;
+            // SAFETY: rows of this matrix, all of which were sent.
+            self.run("pack_fp4", |stream| unsafe {
+                ffi::q35_pack_fp4(stream, to, row0, n, at as *const u8, scales_at as *const u8, whole)
+            })?;
+        }
+        f.row += from.codes.num_rows();
+        Ok(())
+    }
+
+    fn pack_q4_0(&mut self, f: &mut Filling, from: &Gguf) -> Result<()> {
+        let (k, groups) = (from.num_cols, from.num_cols / Q4_0_GROUP);
+        for rows in pieces(0..from.codes.num_rows(), k / 2, TILE[0]) {
+            let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
+            let line = k / 2;
+            let codes = self.stage(rows.len() * line, line, |place, out| {
+                for (i, out) in out.chunks_exact_mut(line).enumerate() {
+                    from.read_int4_codes(rows.start + place.start / line + i, out);
+                }
+            })?;
+            // SAFETY: rows of this matrix, all of which were sent.
+            self.run("pack_int4", |stream| unsafe {
+                ffi::q35_pack_int4(stream, to, row0, n, codes as *const i32, 0)
+            })?;
+            let line = 2 * groups;
+            let scales = self.stage(rows.len() * line, line, |place, out| {
+                for (i, out) in out.chunks_exact_mut(line).enumerate() {
+                    from.read_int4_scales(rows.start + place.start / line + i, out);
+                }
+            })?;
+            // SAFETY: as above.
+            self.run("pack_scales", |stream| unsafe {
+                let scales = scales as *const c_void;
+                ffi::q35_pack_scales(stream, to, row0, n, scales, 1, 1, groups as i64, 1)
+            })?;
         }
         f.row += from.codes.num_rows();
         Ok(())
@@ -374,6 +434,19 @@ impl Uploader {
         }
         f.row += tensor.num_rows();
         Ok(())
+    }
+}
+
+/// Refuses e4m3 codes, rows of `width` from row `first` on, that are no numbers: kernels take them for some.
+fn check_e4m3(codes: &[u8], first: usize, width: usize, name: &str) -> Result<()> {
+    let is_nan = |code: &u8| code & 0x7f == 0x7f;
+    match codes.par_iter().with_min_len(BLOCK * BLOCK).position_any(is_nan) {
+        None => Ok(()),
+        Some(at) => Err(Error::Tensor {
+            name: name.to_string(),
+            found: format!("NaN in row {}, column {}", first + at / width, at % width),
+            expected: "finite numbers".into(),
+        }),
     }
 }
 

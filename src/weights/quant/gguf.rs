@@ -80,6 +80,43 @@ impl Gguf {
         &self.codes.bytes().unwrap_or_default()[source * len..(source + 1) * len]
     }
 
+    /// Whether it is 4-bit integers with an f16 scale for 32 inputs, in the order of the file's blocks.
+    pub fn is_int4(&self) -> bool {
+        let whole = |order: HeadOrder| {
+            let len = self.kind.block_len();
+            order.start.is_multiple_of(len) && order.head_dim.is_multiple_of(len)
+        };
+        self.kind == TensorType::Q4_0 && !matches!(self.moved, Some(Moved::Cols(order)) if !whole(order))
+    }
+
+    /// The blocks of a row, in the order of the matrix, of one that [`Gguf::is_int4`].
+    fn int4_blocks(&self, row: usize) -> impl Iterator<Item = &[u8]> {
+        let (codes, len) = (self.row_codes(row), self.kind.block_len());
+        (0..self.num_cols / len).map(move |block| {
+            let source = match self.moved {
+                Some(Moved::Cols(order)) => order.source(block * len) / len,
+                _ => block,
+            };
+            &codes[source * self.kind.block_bytes()..][..self.kind.block_bytes()]
+        })
+    }
+
+    /// Writes the codes of a row, two to a byte, that of the lower input in the low half: `[in / 2]`.
+    pub fn read_int4_codes(&self, row: usize, out: &mut [u8]) {
+        for (block, out) in self.int4_blocks(row).zip(out.chunks_exact_mut(16)) {
+            // In a block a byte has two that are 16 apart.
+            let half = |i: usize| if i < 16 { block[2 + i] & 15 } else { block[2 + i - 16] >> 4 };
+            out.iter_mut().enumerate().for_each(|(i, out)| *out = half(2 * i) | half(2 * i + 1) << 4);
+        }
+    }
+
+    /// Writes the scales of a row, f16: `[in / 32]`.
+    pub fn read_int4_scales(&self, row: usize, out: &mut [u8]) {
+        for (block, out) in self.int4_blocks(row).zip(out.chunks_exact_mut(2)) {
+            out.copy_from_slice(&block[..2]);
+        }
+    }
+
     pub(super) fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         let mut decoded = vec![0.0; self.num_cols];
         for (row, out) in rows.zip(out.chunks_exact_mut(self.num_cols.max(1))) {
@@ -164,7 +201,7 @@ fn six_bits(block: &[u8], out: &mut [f32]) {
 mod tests {
     use std::path::Path;
 
-    use super::{Gguf, HeadOrder, Moved, TensorType};
+    use super::{Gguf, HeadOrder, Moved, TensorType, half_at};
     use crate::weights::Checkpoint;
 
     const KINDS: [TensorType; 5] =
@@ -193,6 +230,37 @@ mod tests {
             let moved: Vec<f32> = (0..num_cols).map(|i| row[ORDER.source(i)]).collect();
             assert_eq!(bits(&last), bits(&moved), "{kind}");
         }
+    }
+
+    /// What a device takes of Q4_0 is what is decoded.
+    #[test]
+    fn blocks_of_four_bits_are_int4() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gguf/blocks.safetensors");
+        let golden = Checkpoint::open(&path).unwrap();
+        let codes = golden.get("Q4_0").unwrap();
+        let num_cols = golden.get("expected.Q4_0").unwrap().num_cols();
+        let num_rows = codes.num_rows();
+        let odd = HeadOrder { head_dim: 16, ..ORDER };
+        let rows = HeadOrder { start: 0, num_k_heads: 2, per_k_head: num_rows / 2, head_dim: 1 };
+        let mut gguf = Gguf { codes, kind: TensorType::Q4_0, num_cols, moved: Some(Moved::Cols(odd)) };
+        assert!(!gguf.is_int4());
+        for moved in [None, Some(Moved::Rows(rows)), Some(Moved::Cols(ORDER))] {
+            gguf.moved = moved;
+            assert!(gguf.is_int4());
+            let mut want = vec![0.0; num_rows / 2 * 2 * num_cols];
+            gguf.read_rows(0..num_rows / 2 * 2, &mut want);
+            for (row, want) in want.chunks_exact(num_cols).enumerate() {
+                let (mut codes, mut scales) = (vec![0; num_cols / 2], vec![0; num_cols / 16]);
+                gguf.read_int4_codes(row, &mut codes);
+                gguf.read_int4_scales(row, &mut scales);
+                for (i, &want) in want.iter().enumerate() {
+                    let code = codes[i / 2] >> (i % 2 * 4) & 15;
+                    assert_eq!(half_at(&scales, i / 32 * 2) * f32::from(code as i8 - 8), want);
+                }
+            }
+        }
+        gguf.kind = TensorType::Q8_0;
+        assert!(!gguf.is_int4());
     }
 
     #[test]

@@ -66,11 +66,21 @@ impl Nvfp4 {
         &self.codes.bytes().unwrap_or_default()[rows.start * len..rows.end * len]
     }
 
+    /// Scales of `rows`: e4m3 `[rows, in / 16]`.
+    pub fn scale_rows(&self, rows: Range<usize>) -> &[u8] {
+        let len = self.num_cols / GROUP;
+        &self.scales.bytes().unwrap_or_default()[rows.start * len..rows.end * len]
+    }
+
+    /// What codes times scales are multiplied with.
+    pub fn whole(&self) -> f32 {
+        if self.divides { 1.0 / self.global() } else { self.global() }
+    }
+
     /// Writes the steps of `rows`: `[rows, in / 16]`.
     pub fn read_steps(&self, rows: Range<usize>, out: &mut [f32]) {
-        let (len, global) = (self.num_cols / GROUP, self.global());
-        let scales = &self.scales.bytes().unwrap_or_default()[rows.start * len..rows.end * len];
-        for (&scale, out) in scales.iter().zip(out) {
+        let global = self.global();
+        for (&scale, out) in self.scale_rows(rows).iter().zip(out) {
             let scale = decode_e4m3(scale);
             *out = if self.divides { scale / global } else { scale * global };
         }

@@ -20,8 +20,8 @@ use crate::{Error, Result};
 ///
 /// Norms, routers, gates of shared experts, convolutions, the decay and beta projections of the delta layers, the
 /// embedding (also where it is the head), the `fc` of the MTP module and the vision tower stay as they are; and so does
-/// every matrix that the checkpoint has in as few bits or in fewer: 4-bit integers, and FP8. NVFP4 and GGUF, whose codes no
-/// device multiplies, are quantised anew.
+/// every matrix that the checkpoint has in as few bits or in fewer: 4-bit integers, GGUF's Q4_0 among them, NVFP4, and FP8.
+/// Other types of GGUF, whose codes no device multiplies, are quantised anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Quantization {
@@ -152,10 +152,11 @@ impl Tensor {
     pub fn requantised(self, scheme: Scheme) -> Self {
         let bits = |scheme: Scheme| if matches!(scheme, Scheme::Int4 { .. }) { 4 } else { 8 };
         let stored = match (self.encoded(), self.scheme()) {
-            (Some(Encoded::Int4(_)), _) => 4,
+            (Some(Encoded::Int4(_) | Encoded::Nvfp4(_)), _) => 4,
+            (Some(Encoded::Gguf(gguf)), _) if gguf.is_int4() => 4,
             (Some(Encoded::Fp8(_)), _) => 8,
             // No device multiplies their codes: whoever asks for fewer bits gets them.
-            (Some(Encoded::Gguf(_) | Encoded::Nvfp4(_)), _) => 16,
+            (Some(Encoded::Gguf(_)), _) => 16,
             (None, Some(scheme)) => bits(scheme),
             (None, None) => 16,
         };

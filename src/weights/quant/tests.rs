@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Encoded, decode_e2m1, decode_e4m3, find, is_ignored};
+use super::{Encoded, Scheme, decode_e2m1, decode_e4m3, find, is_ignored};
 use crate::config::{ModelConfig, QuantConfig};
 use crate::weights::tests::{dir, file};
 use crate::weights::{Checkpoint, DType, Tensor};
@@ -40,6 +40,12 @@ fn recorded_matrices_are_decoded_to_the_bit() {
             check(&tensor, &checkpoint.get(&format!("expected.{module}")).unwrap(), &shape);
             let encoded = tensor.encoded().unwrap();
             formats.insert(encoded.format());
+            // What has 4 bits stays as it is, whatever is asked for.
+            let four = matches!(encoded, Encoded::Int4(_) | Encoded::Nvfp4(_));
+            let asked = tensor.clone().requantised(Scheme::Int4 { group: 32 });
+            assert_eq!((asked.scheme().is_none(), asked.encoded().is_some()), (four, four));
+            let asked = tensor.clone().requantised(Scheme::Fp8 { matrix_rows: shape[shape.len() - 2] });
+            assert!(asked.scheme().is_none() && asked.encoded().is_some());
             let stored: usize = encoded.parts().iter().map(|t| t.bytes().unwrap().len()).sum();
             assert_eq!(tensor.num_bytes(), stored);
             assert!(tensor.bytes().is_none() && stored < 4 * tensor.num_elements());

@@ -54,7 +54,9 @@ bool few_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x);
 // With a norm, which asks for few_is_fast, x is written, else read.
 int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *out);
 // Its parts: p.logits and p.gate; then routing and the list of experts hit; and, for any sizes, the whole of it.
-int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x);
+// `tiles`: rows of x are written there too, in the order of tiles; or null.
+int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x,
+                  bf16 *tiles = nullptr);
 int launch_route(cudaStream_t stream, const Plan &p);
 int launch_any(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 // p.logits of any number of tokens.
@@ -140,6 +142,11 @@ __device__ __forceinline__ void warp_dots(const bf16 *const (&w)[R], const bf16 
 }
 
 __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+
+// Where word `i` of a row (of two elements) is in the order of tiles: of each 64 elements lane t of four takes the words
+// t, t + 4, .. for tensor-core fragments, and has them one after the other.
+__device__ __forceinline__ int in_tile_order(int i) { return (i & ~31) | (i % 4 * 8 + i % 32 / 4); }
+__device__ __forceinline__ int from_tile_order(int i) { return (i & ~31) | (i % 8 * 4 + i % 32 / 8); }
 
 // The `i`-th token of a mask, or 0.
 __device__ __forceinline__ int token_of(unsigned mask, int i) {

@@ -56,8 +56,8 @@ __device__ __forceinline__ void times(float (&acc)[MATS][N][4], const float (&wh
 // gate_up and the activation, in tiles of 16 features: a row tile of gate and the one of up. Tiles of experts hit go
 // round the blocks; those of the shared expert are the first of the last blocks, so that few have one of each. The
 // warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order.
-// ONE: a single token, which goes to shared memory. `spread`: a step round the blocks that keeps
-// those with one tile more apart, on whichever SMs they settle.
+// ONE: a single token, which goes to shared memory. `spread`: a step round the blocks that keeps those with one tile
+// more apart, on whichever SMs they settle. x and the activations are in the order of tiles.
 template <int N, bool ONE, bool FP4>
 __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     packed_up(Plan p, Packed gate_up, Packed shared_gate_up, int spread, const bf16 *x, Norm norm) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     uint32_t *const token = reinterpret_cast<uint32_t *>(hits + p.slots);
     if (ONE) {
         for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x)
-            OneToken::put(token, i, *reinterpret_cast<const uint4 *>(x + i));
+            *reinterpret_cast<uint4 *>(token + i / 2) = *reinterpret_cast<const uint4 *>(x + i);
         if (warp == 0) {
             const int e = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
             if (lane < p.top_k) hits[lane] = make_int4(e, 1, lane, 0);
@@ -120,17 +120,17 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 #pragma unroll
                 for (int i = 0; i < 2; i++) whole[i] = whole_of(m, row_tile_of(tile) + i * tiles);
             }
-            if constexpr (ONE) {
-                const OneToken source{token + warp * TILE_K / 2};
-                walk<N, form, 2, UP_WARPS>(held, m, now, next, after < end, own, source, acc);
-            } else {
-                Tokens<N> source;
-                source.count = num_tokens;
+            Tokens<N> source;
+            source.both = num_tokens > 8;
 #pragma unroll
-                for (int i = 0; i < N; i++)
-                    source.rows[i] = x + int64_t(token_of(hit.y, 8 * i + g)) * hidden + warp * TILE_K + token_offset<form>();
-                walk<N, form, 2, UP_WARPS>(held, m, now, next, after < end, own, source, acc);
+            for (int i = 0; i < N; i++) {
+                const uint32_t *row = token;
+                if (!ONE) {
+                    row = reinterpret_cast<const uint32_t *>(x + int64_t(token_of(hit.y, 8 * i + g)) * hidden);
+                }
+                source.rows[i] = row + warp * TILE_K / 2;
             }
+            walk<N, form, 2, UP_WARPS>(held, m, now, next, after < end, own, source, acc);
             if constexpr (form == FP4_TILES) times<N, 2>(acc, whole);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
                 for (int k = 0; k < UP_WARPS; k++)
                     gate += sums[turn][k][token][i], up += sums[turn][k][token][TILE_ROWS + i];
                 bf16 *to = (shared ? p.shared_act : p.act) + int64_t(hit.z + token) * width;
-                to[tile % tiles * TILE_ROWS + i] = __float2bfloat16_rn(swiglu(gate, up));
+                const int feature = tile % tiles * TILE_ROWS + i;
+                to[2 * in_tile_order(feature / 2) + feature % 2] = __float2bfloat16_rn(swiglu(gate, up));
             }
             turn ^= 1;
             tile = after, now = next;
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     extern __shared__ int4 hits[];  // [slots]
     const int assignments = p.n * p.top_k, routed = p.top_k * p.width, staged = ONE ? routed + p.shared_width : 0;
     uint32_t *const token = reinterpret_cast<uint32_t *>(hits + p.slots);  // [staged / 2]
-    float *const scales = reinterpret_cast<float *>(token + staged / 2);  // [assignments], then [n] of the shared expert
+    float *const scales = reinterpret_cast<float *>(token + staged / 2);  // [assignments], then [n] of the shared one
     int *const places = reinterpret_cast<int *>(scales + assignments + p.n);
     float *const sums = reinterpret_cast<float *>(places + assignments);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32, g = lane / 4;
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     if (ONE) {
         for (int i = 8 * threadIdx.x; i < staged; i += 8 * blockDim.x) {
             const bf16 *from = i < routed ? p.act + i : p.shared_act + (i - routed);
-            OneToken::put(token, i, *reinterpret_cast<const uint4 *>(from));
+            *reinterpret_cast<uint4 *>(token + i / 2) = *reinterpret_cast<const uint4 *>(from);
         }
         __syncthreads();
     }
@@ -257,18 +258,15 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
             const int num_tokens = __popc(hit.y);
             float acc[1][N][4] = {}, whole[1];
             if constexpr (form == FP4_TILES) whole[0] = whole_of(m, shared ? row_tile : row_tile_of(item));
-            if constexpr (ONE) {
-                const OneToken source{token + (shared ? routed : hit.z * m.k) / 2};
-                walk<N, form, 1, 1>(held, m, now, next, after < end, share(m), source, acc);
-            } else {
-                Tokens<N> source;
-                source.count = num_tokens;
+            Tokens<N> source;
+            source.both = num_tokens > 8;
 #pragma unroll
-                for (int i = 0; i < N; i++)
-                    source.rows[i] = (shared ? p.shared_act : p.act) +
-                                     int64_t(hit.z + min(8 * i + g, num_tokens - 1)) * m.k + token_offset<form>();
-                walk<N, form, 1, 1>(held, m, now, next, after < end, share(m), source, acc);
+            for (int i = 0; i < N; i++) {
+                const int64_t row = hit.z + min(8 * i + g, num_tokens - 1);
+                source.rows[i] = ONE ? token + (shared ? routed : hit.z * m.k) / 2
+                                     : reinterpret_cast<const uint32_t *>((shared ? p.shared_act : p.act) + row * m.k);
             }
+            walk<N, form, 1, 1>(held, m, now, next, after < end, share(m), source, acc);
             if constexpr (form == FP4_TILES) times<N, 1>(acc, whole);
             float *to = sums + (shared ? assignments : hit.z) * DOWN_PITCH;
 #pragma unroll
@@ -367,13 +365,14 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
     q35_moe_weights routing = {};
     routing.router = weights.router, routing.shared_gate = weights.shared_gate;
     const Norm before = {as_bf16(delta), residual, norm, eps};
-    int code = launch_logits(as_stream(stream), p, routing, before, as_bf16(x));
+    bf16 *const tiles = reinterpret_cast<bf16 *>(p.y);  // which nothing else here uses
+    int code = launch_logits(as_stream(stream), p, routing, before, as_bf16(x), tiles);
     if (code == cudaSuccess && n > 1) code = launch_route(as_stream(stream), p);
     if (code != cudaSuccess) return code;
     bool fp4 = false;
     for (const Packed &matrix : m) fp4 = fp4 || matrix.form == FP4_TILES;
     const auto run = [&](auto experts) {
-        return experts(as_stream(stream), p, m, before, as_bf16(x), as_bf16(out));
+        return experts(as_stream(stream), p, m, before, tiles, as_bf16(out));
     };
     if (fp4) return n <= 8 ? run(launch_experts<1, true>) : run(launch_experts<2, true>);
     return n <= 8 ? run(launch_experts<1, false>) : run(launch_experts<2, false>);

@@ -250,73 +250,35 @@ __device__ __forceinline__ void fragment(const uint4 *w, int j, const uint32_t (
     }
 }
 
-// Rows of tokens, from the first element of a k tile that this lane takes.
+// Rows of tokens in the order of tiles, at a k tile; past the last any row, whose products nobody reads.
 template <int N>
 struct Tokens {
-    const bf16 *rows[N];
-    int count;
+    const uint32_t *rows[N];
+    bool both;  // there are more than 8
 
-    // Weights in rows of bf16 ask for 8 elements and 8 more, 32 on, those in tiles for pairs, 8 apart.
     template <int FORM>
     __device__ __forceinline__ void load(uint32_t (&b)[N][8], int k) const {
-        const int g = threadIdx.x % 32 / 4;
+        const int t4 = threadIdx.x % 4;
 #pragma unroll
         for (int s = 0; s < N; s++) {
-            const bf16 *from = rows[s] + k;
+            const uint32_t *const from = rows[s] + k / 2;
+            if (s > 0 && !both) break;
+            if (FORM == BF16_ROWS) {  // those have the words 4 t4 .. 4 t4 + 3, and 16 on
 #pragma unroll
-            for (int i = 0; i < 8; i++) b[s][i] = 0;
-            if (8 * s + g >= count) continue;
-            if (FORM == BF16_ROWS) {
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const uint4 v = *reinterpret_cast<const uint4 *>(from + 32 * h);
-                    b[s][4 * h] = v.x, b[s][4 * h + 1] = v.y, b[s][4 * h + 2] = v.z, b[s][4 * h + 3] = v.w;
-                }
+                for (int i = 0; i < 8; i++) b[s][i] = from[i % 4 * 8 + i / 4 * 4 + t4];
             } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++) b[s][i] = *reinterpret_cast<const uint32_t *>(from + 8 * i);
+                const uint4 *const own = reinterpret_cast<const uint4 *>(from + t4 * 8);
+                const uint4 lo = own[0], hi = own[1];
+                b[s][0] = lo.x, b[s][1] = lo.y, b[s][2] = lo.z, b[s][3] = lo.w;
+                b[s][4] = hi.x, b[s][5] = hi.y, b[s][6] = hi.z, b[s][7] = hi.w;
             }
         }
     }
-    __device__ __forceinline__ bool both() const { return count > 8; }
-};
-
-template <int FORM>
-__device__ __forceinline__ int token_offset() {
-    return threadIdx.x % 4 * (FORM == BF16_ROWS ? 8 : 2);
-}
-
-// A single token in shared memory: of each k tile the words that a lane takes together, those of lanes 0 .. 3 one after
-// the other. All columns of a product are this token, and one is used.
-struct OneToken {
-    const uint32_t *words;  // at a k tile
-
-    // 8 elements from `k` on, a multiple of 8.
-    static __device__ __forceinline__ void put(uint32_t *token, int k, uint4 v) {
-        uint32_t *const to = token + k / TILE_K * 32 + k % TILE_K / 8;
-        to[0] = v.x, to[8] = v.y, to[16] = v.z, to[24] = v.w;
-    }
-
-    template <int FORM>
-    __device__ __forceinline__ void load(uint32_t (&b)[1][8], int k) const {
-        const int t4 = threadIdx.x % 4;
-        const uint32_t *const from = words + k / 2;
-        if (FORM == BF16_ROWS) {  // of the row 4 t4 .. 4 t4 + 3, and 16 on
-#pragma unroll
-            for (int i = 0; i < 8; i++) b[0][i] = from[i % 4 * 8 + i / 4 * 4 + t4];
-        } else {
-            const uint4 *const pair = reinterpret_cast<const uint4 *>(from + t4 * 8);
-            const uint4 lo = pair[0], hi = pair[1];
-            b[0][0] = lo.x, b[0][1] = lo.y, b[0][2] = lo.z, b[0][3] = lo.w;
-            b[0][4] = hi.x, b[0][5] = hi.y, b[0][6] = hi.z, b[0][7] = hi.w;
-        }
-    }
-    __device__ __forceinline__ bool both() const { return false; }
 };
 
 // acc[i][s] += the tile of matrix i in place `slot`, with scales in place `side`, times tokens 8 s .. 8 s + 7; `both`:
-// there are more than 8. Of int4: products of 16 + code, from whose sum over a group (16 + the zero point) times the sum of
-// the tokens' elements is taken, which comes from the tensor cores as well.
+// there are more than 8. Of int4: products of 16 + code, from whose sum over a group (16 + the zero point) times the sum
+// of the tokens' elements is taken, which comes from the tensor cores as well.
 template <int N, bool HALVES, int MATS>
 __device__ __forceinline__ void add_int4(const Held &held, int slot, int side, const Packed &m,
                                          const uint32_t (&b)[N][8], bool both, float (&acc)[MATS][N][4]) {
@@ -439,12 +401,11 @@ __device__ __forceinline__ void start_walk(Held &held, const Packed &m, const Cu
 
 // acc += those k tiles, times the tokens. What is done with is loaded again, at the end with what start_walk would load
 // of the row tile at `next`, if there is `more`.
-template <int N, int FORM, int MATS, int STRIDE, typename Source>
+template <int N, int FORM, int MATS, int STRIDE>
 __device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &now, const Cursor &next, bool more,
-                                     const Share &of, const Source &tokens, float (&acc)[MATS][N][4]) {
+                                     const Share &of, const Tokens<N> &tokens, float (&acc)[MATS][N][4]) {
     typedef Walk<FORM, MATS> W;
     constexpr int STEP = STRIDE * W::STEP;
-    const bool both = tokens.both();
     const uint8_t *codes = now.codes;
 #pragma unroll 1
     for (int base = 0; base < of.count; base += W::DEPTH) {
@@ -456,9 +417,9 @@ __device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &
                 uint32_t b[N][8];
                 tokens.template load<FORM>(b, i * STRIDE * TILE_K);
                 if constexpr (IS_INT4<FORM>) {
-                    add_int4<N, FORM == INT4_HALVES, MATS>(held, s, slot, m, b, both, acc);
+                    add_int4<N, FORM == INT4_HALVES, MATS>(held, s, slot, m, b, tokens.both, acc);
                 } else {
-                    add_tile<N, FORM, MATS>(held, s, slot, m, b, both, acc);
+                    add_tile<N, FORM, MATS>(held, s, slot, m, b, tokens.both, acc);
                 }
                 const bool here = i + W::DEPTH < of.count;
                 if (here || more)

@@ -16,7 +16,7 @@ static_assert(MOST_HIDDEN == 2 * 8 * LANES, "");
 // residual is written by few_up, when no block reads it any more. VECS: groups of 8 elements of a row a thread has.
 template <int M, int VECS, bool NORM>
 __global__ void __launch_bounds__(LANES) few_logits(Plan p, const bf16 *router, const bf16 *shared_gate, Norm norm,
-                                                    bf16 *x) {
+                                                    bf16 *x, bf16 *tiles) {
     __shared__ __align__(16) bf16 rows[M][8 * LANES * VECS];
     __shared__ float parts[M][LOGITS_WARPS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, hidden = p.hidden;
@@ -105,6 +105,16 @@ __global__ void __launch_bounds__(LANES) few_logits(Plan p, const bf16 *router, 
         }
     }
     __syncthreads();
+
+    if (tiles != nullptr) {
+        const int words = hidden / 2;
+        for (int i = blockIdx.x * LANES + threadIdx.x; i < M * words; i += gridDim.x * LANES) {
+            const int m = i / words, at = i % words;
+            if (first + m < p.n)
+                reinterpret_cast<uint32_t *>(tiles + int64_t(first + m) * hidden)[at] =
+                    reinterpret_cast<const uint32_t *>(rows[m])[from_tile_order(at)];
+        }
+    }
 
     float acc[M] = {};
 #pragma unroll
@@ -249,19 +259,21 @@ __global__ void __launch_bounds__(128) any_rows(Plan p, const bf16 *weights, con
 // -------------------------------------------------------------------------------------------------------- launchers
 
 template <int M, bool NORM>
-int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x) {
+int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x,
+                  bf16 *tiles) {
     const dim3 grid(ceil_div(p.num_experts + p.has_shared, LOGITS_WARPS), ceil_div(p.n, M));
     auto kernel = p.hidden <= MOST_HIDDEN / 2 ? few_logits<M, 1, NORM> : few_logits<M, 2, NORM>;
-    return launch(kernel, grid, LANES, 0, stream, p, as_bf16(w.router), as_bf16(w.shared_gate), norm, x);
+    return launch(kernel, grid, LANES, 0, stream, p, as_bf16(w.router), as_bf16(w.shared_gate), norm, x, tiles);
 }
 
 }  // namespace
 
-int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x) {
+int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x,
+                  bf16 *tiles) {
     auto launch = norm.w == nullptr ? p.n == 1 ? launch_logits<1, false> : launch_logits<4, false>
                   : p.n == 1        ? launch_logits<1, true>
                                     : launch_logits<4, true>;
-    return launch(stream, p, w, norm, x);
+    return launch(stream, p, w, norm, x, tiles);
 }
 
 int launch_route(cudaStream_t stream, const Plan &p) {

@@ -200,9 +200,11 @@ fn six_bits(block: &[u8], out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::sync::Arc;
 
     use super::{Gguf, HeadOrder, Moved, TensorType, half_at};
-    use crate::weights::Checkpoint;
+    use crate::weights::quant::{Encoded, Scheme};
+    use crate::weights::{Checkpoint, DType, Data, Tensor};
 
     const KINDS: [TensorType; 5] =
         [TensorType::Q8_0, TensorType::Q4_0, TensorType::Q4_K, TensorType::Q5_K, TensorType::Q6_K];
@@ -259,8 +261,16 @@ mod tests {
                 }
             }
         }
+        // So it stays, where others are quantised anew.
+        let asked = |gguf: &Gguf| {
+            let data = Data::Encoded(Arc::new(Encoded::Gguf(gguf.clone())));
+            let shape = vec![num_rows, num_cols];
+            let tensor = Tensor { name: "x".into(), dtype: DType::F32, shape, data };
+            tensor.requantised(Scheme::Int4 { group: 32 }).scheme().is_some()
+        };
+        assert!(!asked(&gguf));
         gguf.kind = TensorType::Q8_0;
-        assert!(!gguf.is_int4());
+        assert!(!gguf.is_int4() && asked(&gguf));
     }
 
     #[test]

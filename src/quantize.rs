@@ -242,7 +242,8 @@ fn copy_others(from: &Path, to: &Path) -> Result<()> {
             || ["LICENSE", "NOTICE"].iter().any(|start| name.starts_with(start));
         let is_index = name.ends_with(".safetensors.index.json");
         if wanted && !is_index && !own.contains(&name.as_str()) && path.is_file() {
-            std::fs::copy(&path, to.join(&name)).map_err(|e| Error::io(&path, e))?;
+            let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+            std::fs::write(to.join(&name), bytes).map_err(|e| Error::io(to.join(&name), e))?;
         }
     }
     Ok(())

@@ -49,8 +49,8 @@ def plan(
         list[str] | None,
         typer.Option(
             help="bf16, fp8, fp8-head, int4, int4-experts, nvfp4, nvfp4-experts, mixed, or stored: as the checkpoint has "
-            "them; may be repeated. \\[default: stored for a quantised checkpoint, else bf16, fp8, int4; all of them "
-            "for a --gpu]"
+            "them; may be repeated. \\[default: bf16, fp8, int4; all of them for a --gpu; stored for a checkpoint that is "
+            "quantised]"
         ),
     ] = None,
     context: Annotated[
@@ -137,10 +137,10 @@ def plan(
             raise _core.RequestError(f"cards: found {number}; allowed: 1 or more")
     if context is not None and context < 1:
         raise _core.RequestError(f"context: found {context}; allowed: 1 or more")
-    config = ask([], [], [], 1)["config"]
-    quantised = config["quantization"]
+    planned = ask([], [], [], 1)["config"]
+    quantised = planned["quantization"]
     if context is None:
-        context = min(CONTEXT, config["max_position"])
+        context = min(CONTEXT, planned["max_position"])
     schemes = scheme or ([] if gpu else SCHEMES)
     if quantised and not scheme and not memory:
         schemes = [STORED]
@@ -155,8 +155,8 @@ def plan(
     found = ask(gpu or GPUS, cards or CARDS, schemes, context)
     for named in found["cards"]:
         if gpu and named["others"]:
-            others = " and ".join(named["others"])
-            note(f"note: --gpu {named['named']} is taken as {named['card']}; there is {others} too")
+            too = " and ".join(named["others"])
+            note(f"note: --gpu {named['named']} is taken as {named['card']}; there is {too} too")
     if memory:
         limits: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
         limits |= {"max_model_len": None, "mtp": mtp}
@@ -167,9 +167,9 @@ def plan(
         weights = next(row["resident"] for row in ask([], [], [counted], context)["weights"])
         held = {name: _held(source, name, limits, weights) for name in gpu or ["H100 80GB"]}
         if not json:
-            names = {named["named"]: named["card"] for named in found["cards"]}
+            cards_of = {named["named"]: named["card"] for named in found["cards"]}
             for name, report in held.items():
-                _show_held(names.get(name, name), report)
+                _show_held(cards_of.get(name, name), report)
             return
         found["memory"] = held
     if json:

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 
+from synthetic_checkpoint import text_config
+
 EXPERTS = ("grouped_mm", "batched_mm")
 
 
@@ -34,45 +36,6 @@ def ours(args):
     loaded = time.perf_counter() - start
     step, prompt = speed.decode(llm, 1, args.context, args.steps), speed.prefill(llm, args.prompt)
     return {"load_seconds": loaded, "decode_seconds": step.seconds, "prefill_seconds": prompt.seconds}
-
-
-def text_config(name):
-    from qwen35rs import _core
-
-    found = json.loads(
-        _core.plan_model(
-            name, gpus=[], cards=[], schemes=[], context=1, fp8_kv=False, with_vision=False, with_mtp=False
-        )
-    )["config"]
-    moe, attention, delta = found["ffn"]["moe"], found["attention"], found["delta"]
-    kinds = ["full_attention" if kind == "attention" else "linear_attention" for kind in found["layers"]]
-    return {
-        "vocab_size": found["vocab"],
-        "hidden_size": found["hidden"],
-        "num_hidden_layers": len(kinds),
-        "layer_types": kinds,
-        "num_attention_heads": attention["num_q_heads"],
-        "num_key_value_heads": attention["num_kv_heads"],
-        "head_dim": attention["head_dim"],
-        "linear_num_key_heads": delta["num_k_heads"],
-        "linear_num_value_heads": delta["num_v_heads"],
-        "linear_key_head_dim": delta["k_dim"],
-        "linear_value_head_dim": delta["v_dim"],
-        "linear_conv_kernel_dim": delta["conv_kernel"],
-        "num_experts": moe["num_experts"],
-        "num_experts_per_tok": moe["top_k"],
-        "moe_intermediate_size": moe["expert_width"],
-        "shared_expert_intermediate_size": moe["shared_width"],
-        "max_position_embeddings": 262144,
-        "tie_word_embeddings": False,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000_000,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [11, 11, 10],
-            "mrope_interleaved": True,
-        },
-    }
 
 
 def theirs(args):

@@ -33,3 +33,10 @@ pub fn release(map: &Mmap, range: Range<usize>) {
     let _ =
         unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
 }
+
+/// Asks the system to read a part of the file now. Waits until the disk has been asked for all of it.
+pub fn read_ahead(map: &Mmap, range: Range<usize>) {
+    #[cfg(unix)]
+    // A refusal changes nothing.
+    let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+}

@@ -1,5 +1,5 @@
-//! "Will it fit, and how fast could it be": arithmetic on a configuration alone. Touches no file, no
-//! weight and no device. Speeds are floors on time (bytes that must be read over bandwidth), so real
+//! "Will it fit, and how fast could it be": arithmetic on a configuration alone, or ([`stored`]) on the headers of a
+//! checkpoint. Touches no weight and no device. Speeds are floors on time (bytes that must be read over bandwidth), so real
 //! speeds lie below them.
 //!
 //! GB is 1e9 bytes, GiB is 2^30. One decode step of a batch reads each weight it needs once, and for each
@@ -10,12 +10,14 @@ mod family;
 mod gpus;
 #[cfg(feature = "cuda")]
 mod memory;
+mod stored;
 
 pub use caches::{CacheBytes, cache_bytes};
 pub use family::{FAMILY, family_config};
 pub use gpus::{GPUS, Gpu, gpu};
 #[cfg(feature = "cuda")]
 pub use memory::memory;
+pub use stored::stored;
 
 use serde::Serialize;
 
@@ -127,10 +129,12 @@ pub enum Scheme {
     Nvfp4Experts,
     /// Int4 for the experts, FP8 for the other large matrices and the head: `quantization="mixed"`.
     Mixed,
+    /// As a checkpoint's files have them: [`stored`] counts them, no configuration says.
+    Stored,
 }
 
 impl Scheme {
-    /// Every scheme.
+    /// Every scheme that a configuration is enough for.
     pub const ALL: [Scheme; 8] = [
         Scheme::Bf16,
         Scheme::Fp8,
@@ -153,6 +157,7 @@ impl Scheme {
             Scheme::Nvfp4 => "nvfp4",
             Scheme::Nvfp4Experts => "nvfp4-experts",
             Scheme::Mixed => "mixed",
+            Scheme::Stored => "stored",
         }
     }
 
@@ -161,9 +166,9 @@ impl Scheme {
     /// # Errors
     /// `Request` with the list of names.
     pub fn from_name(name: &str) -> Result<Self> {
-        let known = Scheme::ALL.into_iter().find(|scheme| scheme.name() == name);
-        known.ok_or_else(|| {
-            let names = Scheme::ALL.map(Scheme::name).join(", ");
+        let all = || Scheme::ALL.into_iter().chain([Scheme::Stored]);
+        all().find(|scheme| scheme.name() == name).ok_or_else(|| {
+            let names = all().map(Scheme::name).collect::<Vec<_>>().join(", ");
             Error::request("scheme", name, names)
         })
     }
@@ -171,7 +176,7 @@ impl Scheme {
     fn format(self, role: Role) -> WeightFormat {
         use WeightFormat::{Bf16, Fp8, Int4, Nvfp4};
         let [experts, shared, dense, mixer, head] = match self {
-            Scheme::Bf16 => [Bf16; 5],
+            Scheme::Bf16 | Scheme::Stored => [Bf16; 5],
             Scheme::Fp8 => [Fp8, Fp8, Fp8, Fp8, Bf16],
             Scheme::Fp8Head => [Fp8; 5],
             Scheme::Int4 => [Int4, Int4, Int4, Int4, Fp8],
@@ -192,7 +197,10 @@ impl Scheme {
 
     /// Whether the scheme says anything about this model.
     pub fn applies_to(self, config: &ModelConfig) -> bool {
-        self != Scheme::Nvfp4Experts || matches!(config.ffn, FfnConfig::Moe { .. })
+        match self {
+            Scheme::Nvfp4Experts => matches!(config.ffn, FfnConfig::Moe { .. }),
+            scheme => scheme != Scheme::Stored,
+        }
     }
 }
 
@@ -308,9 +316,13 @@ pub fn step_bytes_with(
             bytes * read
         })
         .sum();
+    Some(weights + batch as f64 * sequence_bytes(config, context, caches))
+}
+
+/// Keys and values of one sequence, and its states twice.
+fn sequence_bytes(config: &ModelConfig, context: usize, caches: Caches) -> f64 {
     let cache = cache_bytes(config);
-    let per_seq = cache.kv(caches).0 as f64 * context as f64 + 2.0 * cache.state_per_seq(caches) as f64;
-    Some(weights + batch as f64 * per_seq)
+    cache.kv(caches).0 as f64 * context as f64 + 2.0 * cache.state_per_seq(caches) as f64
 }
 
 /// Every matrix of the text model but the embedding, unless the head is the embedding.
@@ -485,7 +497,7 @@ pub struct Plan {
     pub rows: Vec<PlanRow>,
 }
 
-/// Plans a model on each of `gpus`, for each of `card_counts` and each scheme that applies.
+/// Plans a model on each of `gpus`, for each of `card_counts` and each of `weights`.
 ///
 /// Weights and delta-rule states are split evenly; keys and values by whole heads, so more cards than
 /// heads hold copies.
@@ -496,7 +508,7 @@ pub fn plan(
     config: &ModelConfig,
     gpus: &[Gpu],
     card_counts: &[usize],
-    schemes: &[Scheme],
+    weights: Vec<WeightBytes>,
     options: &PlanOptions,
 ) -> Result<Plan> {
     if options.context == 0 || options.context > config.max_context() {
@@ -513,7 +525,6 @@ pub fn plan(
     if card_counts.contains(&0) {
         return Err(Error::request("card_counts", 0, "1 or more"));
     }
-    let weights: Vec<_> = schemes.iter().filter_map(|&scheme| weight_bytes(config, scheme)).collect();
     let mut rows = Vec::new();
     for gpu in gpus {
         for &num_cards in card_counts {
@@ -557,7 +568,7 @@ fn row(
     let max_context = (max_context.floor() as usize).min(config.max_context());
     let per_seq = state_per_card + kv_per_card * options.context as f64;
     let max_seqs = (free / per_seq).floor() as usize;
-    let bytes = step_bytes(config, weights.scheme, 1, options.context, caches).unwrap_or(f64::INFINITY);
+    let bytes = weights.read_per_token as f64 + sequence_bytes(config, options.context, caches);
     let fits = free >= state_per_card + kv_per_card;
     PlanRow {
         gpu: gpu.name,

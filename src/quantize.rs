@@ -18,7 +18,7 @@ use serde_json::{Map, json};
 use self::matrix::{Deviation, Work};
 use crate::config::ModelConfig;
 use crate::gguf;
-use crate::weights::quant::{BLOCK, Encoded, Quantization, Scheme};
+use crate::weights::quant::{BLOCK, Encoded, Fp8, Quantization, Scheme};
 use crate::weights::write::{write_checkpoint, write_json};
 use crate::weights::{Checkpoint, ExpertTensors, FfnTensors, LayerTensors, ModelTensors, MtpTensors, Tensor};
 use crate::{Error, Result};
@@ -67,6 +67,7 @@ pub fn quantize(
     let has_module = config.num_mtp_layers > 0 && !tensors.mtp.is_empty();
     let module = has_module.then(|| MtpTensors::resolve(&checkpoint, &config)).transpose()?;
     let module = module.map(|module| module_for_file(module, quantization));
+    check_groups(tensors.tensors().chain(module.iter().flat_map(MtpTensors::tensors)), quantization)?;
 
     let mut work = Vec::new();
     add(&mut work, [&tensors.embed_tokens, &tensors.norm], quantization)?;
@@ -84,11 +85,15 @@ pub fn quantize(
     work.extend(tensors.vision.iter().cloned().map(Work::Copied));
 
     let folder = Folder::beside(to)?;
-    let deviations = write_checkpoint(&folder.path, &work, progress)?;
-    let summary = report(&folder.path, quantization, &checkpoint, &work, &deviations)?;
-    copy_others(from, &folder.path)?;
-    // Last: a folder without it is no checkpoint.
-    write_json(&folder.path.join("config.json"), &config::quantised(from, quantization, &work)?)?;
+    let write = || {
+        let deviations = write_checkpoint(&folder.path, &work, progress)?;
+        let summary = report(&folder.path, quantization, &checkpoint, &work, &deviations)?;
+        copy_others(from, &folder.path)?;
+        // Last: a folder without it is no checkpoint.
+        write_json(&folder.path.join("config.json"), &config::quantised(from, quantization, &work)?)?;
+        Ok(summary)
+    };
+    let summary = write().map_err(|error| folder.named(error, to))?;
     folder.rename(to)?;
     Ok(summary)
 }
@@ -237,7 +242,8 @@ fn copy_others(from: &Path, to: &Path) -> Result<()> {
             || ["LICENSE", "NOTICE"].iter().any(|start| name.starts_with(start));
         let is_index = name.ends_with(".safetensors.index.json");
         if wanted && !is_index && !own.contains(&name.as_str()) && path.is_file() {
-            std::fs::copy(&path, to.join(&name)).map_err(|e| Error::io(&path, e))?;
+            let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+            std::fs::write(to.join(&name), bytes).map_err(|e| Error::io(to.join(&name), e))?;
         }
     }
     Ok(())
@@ -253,8 +259,20 @@ impl Folder {
         let name = to.file_name().map(|name| name.to_string_lossy().into_owned());
         let name = name.ok_or_else(|| Error::request("OUT", to.display(), "a path that ends in a name"))?;
         let path = to.with_file_name(format!(".{name}.partial-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
-        Ok(Self { path })
+        let folder = Self { path };
+        std::fs::create_dir_all(&folder.path).map_err(|e| folder.named(Error::io(&folder.path, e), to))?;
+        Ok(folder)
+    }
+
+    /// An error of writing to it says `to`, which is what the caller knows.
+    fn named(&self, error: Error, to: &Path) -> Error {
+        let Error::Io { path, source } = error else { return error };
+        let Ok(file) = path.strip_prefix(&self.path) else { return Error::Io { path, source } };
+        let what = match file.file_name() {
+            Some(name) => format!("OUT could not be written: {}: {source}", name.to_string_lossy()),
+            None => format!("OUT could not be made: {source}"),
+        };
+        Error::io(to, std::io::Error::new(source.kind(), what))
     }
 
     fn rename(self, to: &Path) -> Result<()> {
@@ -270,6 +288,28 @@ impl Drop for Folder {
     }
 }
 
+/// Sees that rows are whole groups: where a file says groups, no reader takes a shorter one. Loading does.
+fn check_groups<'a>(tensors: impl Iterator<Item = &'a Tensor>, quantization: Quantization) -> Result<()> {
+    let int4: Vec<&Tensor> =
+        tensors.filter(|tensor| matches!(tensor.scheme(), Some(Scheme::Int4 { .. }))).collect();
+    let whole =
+        |tensor: &Tensor, group: usize| tensor.num_cols() > 0 && tensor.num_cols().is_multiple_of(group);
+    let group = quantization.group().unwrap_or(1);
+    let Some(tensor) = int4.iter().find(|tensor| !whole(tensor, group)) else { return Ok(()) };
+    let fits = Quantization::GROUPS.into_iter().rev().find(|&size| int4.iter().all(|t| whole(t, size)));
+    let instead = match fits {
+        Some(size) => format!("--group-size {size} does for all"),
+        None => {
+            format!("no --group-size does for all; --scheme fp8, or quantization=\"{quantization}\" at load")
+        }
+    };
+    Err(Error::Tensor {
+        name: tensor.name.clone(),
+        found: format!("rows of {}", tensor.num_cols()),
+        expected: format!("rows of whole groups of {group} (--group-size); {instead}"),
+    })
+}
+
 /// Sees that rows of a matrix that is stored in as few bits as it would get can be copied: they are in the form that is
 /// written, and begin a block.
 fn check_kept(tensor: &Tensor, first: usize, quantization: Quantization) -> Result<()> {
@@ -279,9 +319,14 @@ fn check_kept(tensor: &Tensor, first: usize, quantization: Quantization) -> Resu
         // Its groups name projections only.
         Quantization::Mixed { .. } => tensor.name.contains("_proj"),
     };
+    // A matrix of one block may be read as one with one scale: the same.
+    let blocks = |fp8: &Fp8| {
+        let sizes = [fp8.num_rows, fp8.num_cols];
+        fp8.block.iter().zip(sizes).all(|(&block, size)| block == BLOCK || block >= size && size <= BLOCK)
+    };
     match tensor.encoded() {
         Some(Encoded::Fp8(fp8))
-            if known && fp8.block == [BLOCK; 2] && (first % fp8.num_rows.max(1)).is_multiple_of(BLOCK) =>
+            if known && blocks(fp8) && (first % fp8.num_rows.max(1)).is_multiple_of(BLOCK) =>
         {
             Ok(())
         }

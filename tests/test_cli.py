@@ -413,32 +413,6 @@ def test_inspect_says_what_is_refused(demo, tmp_path):
     assert as_json("inspect", tmp_path)["config"] is None
 
 
-def test_plan(demo):
-    text = ok("plan", "122b-a10b")
-    for part in ["122.1 B", "9.0 B", "24.0 KiB per token", "227.5 GiB", "H100 80GB", "tok/s", "more than 8"]:
-        assert part in text
-    assert len(text.splitlines()) < 60
-    assert max(map(len, text.splitlines()[:-1])) <= 120
-    for name in ("Qwen/Qwen3.5-122B-A10B", "122B"):
-        assert ok("plan", name).splitlines()[1:] == text.splitlines()[1:]
-    found = as_json(
-        "plan", "35b-a3b", "--gpu", "4090", "--gpu", "h100", "--cards", 1, "--cards", 3, "--scheme", "int4"
-    )
-    rows = [(r["gpu"], r["num_cards"], r["scheme"]) for r in found["rows"]]
-    assert rows == [(g, c, "int4") for g in ("RTX 4090", "H100 80GB") for c in (1, 3)]
-    options = as_json("plan", "35b", "--context", 32768, "--fp8-kv", "--vision", "--mtp")["options"]
-    assert (
-        options["context"] == 32768 and options["fp8_kv"] and options["with_vision"] and options["with_mtp"]
-    )
-    schemes = {r["scheme"] for r in as_json("plan", "9b", "--gpu", "l40s")["rows"]}
-    assert schemes == {"bf16", "fp8", "fp8-head", "int4", "int4-experts", "nvfp4", "mixed"}
-    assert "does not fit" in ok("plan", "397b", "--gpu", "4090", "--cards", 1, "--scheme", "bf16")
-    for path in (demo, f"{demo}/config.json"):
-        assert as_json("plan", path)["config"]["hidden"] == 128
-    # A context shorter than the default.
-    assert as_json("plan", DATA / "dense_r3")["options"]["context"] == 2048
-
-
 def test_demo(tmp_path):
     where = tmp_path / "a demo"
     found = as_json("demo", where, "--vocab", "bytes", "--layers", 4, "--hidden", 64)

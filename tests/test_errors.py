@@ -163,6 +163,24 @@ def test_places_that_hold_no_checkpoint(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("option", "allowed"),
+    [
+        ("device", "auto, cpu, cuda, cuda:N"),
+        ("load_format", "auto, dummy"),
+        ("dtype", "auto, float32, bfloat16, float16"),
+        ("kv_cache_dtype", "auto, fp8"),
+        ("state_dtype", "float32, float16"),
+    ],
+)
+def test_options_that_are_names(checkpoint, option, allowed):
+    for value in (None, 16):
+        with pytest.raises(RequestError, match=f"^{option}: found {value}; allowed: {allowed}$"):
+            LLM(checkpoint, **{option: value})
+    with pytest.raises(RequestError, match="^quantization: found 4; allowed: None, int4, fp8, mixed$"):
+        LLM(checkpoint, quantization=4)
+
+
+@pytest.mark.parametrize(
     ("file", "content", "error", "words"),
     [
         ("config.json", b"{", ConfigError, "config.json"),

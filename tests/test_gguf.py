@@ -6,6 +6,7 @@ to the bit, the model of the checkpoint that this makes.
 """
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -494,3 +495,31 @@ def test_no_header_does_harm(edits, length, tmp_path):
             use(path)
         except Qwen35Error as error:
             assert str(error) and "internal error" not in str(error)
+
+
+def test_files_that_are_not_there_or_not_called_so(tmp_path):
+    other = tmp_path / "dense.bin"
+    shutil.copy(GOLDEN / "dense-f32.gguf", other)
+    missing = tmp_path / "dense.gguf"
+    words = {
+        other: "dense.bin: is a GGUF file under another name; give it one that ends in .gguf",
+        missing: f"dense.gguf: does not exist; {tmp_path} has no GGUF file",
+    }
+    for path, said in words.items():
+        for call in (LLM, Tokenizer):
+            with pytest.raises(FileNotFoundError, match=re.escape(said)):
+                call(path)
+        for command in ("plan", "inspect"):
+            done = subprocess.run(
+                [sys.executable, "-m", "qwen35rs", command, path], check=False, capture_output=True, text=True
+            )
+            assert done.returncode == 1 and said in done.stderr
+    shutil.copy(other, tmp_path / "b.gguf")
+    with pytest.raises(FileNotFoundError, match=r"dense.gguf: does not exist; .* has b\.gguf"):
+        LLM(missing)
+    with pytest.raises(
+        FileNotFoundError, match="nowhere/x.gguf: does not exist; nor does its directory nowhere"
+    ):
+        LLM("nowhere/x.gguf")
+    (tmp_path / "c.gguf").symlink_to(other)
+    assert np.array_equal(LLM(tmp_path / "c.gguf").logits([1]), LLM(tmp_path / "b.gguf").logits([1]))

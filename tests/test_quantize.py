@@ -1,6 +1,8 @@
 """Quantising at load and in a file: the numbers against numpy, the command, what is refused, and what it costs in accuracy."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import quantised as q
 import tiny
 from golden.cases import Golden
-from qwen35rs import LLM, RequestError, _core, hub
+from qwen35rs import LLM, ConfigError, RequestError, _core, hub
 from qwen35rs.bench import measure
 from qwen35rs.cli import app
+from qwen35rs.demo import make_checkpoint
 from typer.testing import CliRunner
 
 SCHEMES = ["int4", "fp8", "mixed"]
@@ -155,6 +158,81 @@ def test_what_is_refused(tmp_path):
     ):
         convert(tmp_path / "out", "fp8", source=GGUF)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link"]
+
+
+def test_what_the_command_refuses(tmp_path):
+    def run(*args):
+        done = CliRunner().invoke(
+            app, ["quantize", str(hub.EMBEDDED), str(tmp_path / "out"), *map(str, args)]
+        )
+        assert done.exit_code == 1 and not list(tmp_path.iterdir())
+        return " ".join(done.output.split())
+
+    for size in (-1, 0, 48, 2**70):
+        text = run("--scheme", "int4", "--group-size", size)
+        assert text == f"error: --group-size: found {size}; allowed: 32, 64, 128"
+    text = run("--scheme", "fp8", "--group-size", 64)
+    assert text.startswith("error: --group-size: found 64 with --scheme fp8; allowed: it with int4 and mixed")
+    assert run("--scheme", "int4").endswith(
+        "found rows of 32; expected rows of whole groups of 128 (--group-size); --group-size 32 does for all"
+    )
+
+
+def test_groups_that_no_size_divides(tmp_path):
+    make_checkpoint(tmp_path / "odd", vocab="bytes", hidden=72, layers=4)
+    assert LLM(tmp_path / "odd", device="cpu", quantization="mixed").logits([1]).size
+    with pytest.raises(
+        ConfigError, match='no --group-size does for all; --scheme fp8, or quantization="mixed" at load'
+    ):
+        convert(tmp_path / "out", "mixed", 64, source=tmp_path / "odd")
+    convert(tmp_path / "out", "fp8", source=tmp_path / "odd")
+
+
+def test_errors_of_writing_name_out(tmp_path):
+    out = tmp_path / "missing" / "out"
+    (tmp_path / "missing").write_text("a file")
+    with pytest.raises(OSError, match=rf"^{out}: OUT could not be made: ") as caught:
+        convert(out, "fp8")
+    assert "partial" not in str(caught.value)
+    code = (
+        "import resource, signal, sys; from qwen35rs import _core;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "_core.quantize_checkpoint(*sys.argv[1:], scheme='fp8', group_size=128, progress=None)"
+    )
+    out = tmp_path / "full"
+    command = [sys.executable, "-c", code, hub.EMBEDDED, out]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert (
+        f"{out}: OUT could not be written: model.safetensors: File too large" in last
+        and "partial" not in last
+    )
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_its_own_output_is_quantised_again(tmp_path):
+    """Experts of the embedded model are smaller than a block of fp8."""
+
+    def logits(name):
+        return LLM(tmp_path / name, device="cpu").logits(IDS)
+
+    convert(tmp_path / "fp8", "fp8")
+    again = convert(tmp_path / "again", "fp8", source=tmp_path / "fp8")
+    assert again["num_quantised"] == 0 and again["num_kept"] > 300
+    assert np.array_equal(logits("again"), logits("fp8"))
+    before = tensors(tmp_path / "fp8")
+    for scheme in ("mixed", "int4"):
+        other = convert(tmp_path / scheme, scheme, source=tmp_path / "fp8")
+        after = tensors(tmp_path / scheme)
+        kept = [name for name, (dtype, *_) in after.items() if dtype == "F8_E4M3"]
+        assert all(after[name] == before[name] for name in kept) and len(kept) == other["num_kept"]
+        assert other["num_quantised"] > 300 and (len(kept) > 10) == (scheme == "mixed")
+        assert np.isfinite(logits(scheme)).all()
+    for scheme in SCHEMES:
+        with pytest.raises(
+            ConfigError, match="found int4 .*; expected a matrix in more bits than it is to have"
+        ):
+            convert(tmp_path / "out", scheme, source=tmp_path / "mixed")
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):

@@ -201,7 +201,7 @@ def config(num_ranks: int, **text: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """A tensor and how it is drawn: normal around `mean`, or by a rule of its own."""
 
     name: str
@@ -218,21 +218,21 @@ class _Tensor:
         return int(np.prod(self.shape))
 
 
-def _tensors(text: dict[str, Any]) -> Iterator[_Tensor]:
+def tensors(text: dict[str, Any]) -> Iterator[Tensor]:
     """Every tensor by its published name. Scales are about those of a trained model: unit activations inside
     a layer, a residual stream that grows slowly, logits some units wide.
     """
     hidden, vocab, layers = text["hidden_size"], text["vocab_size"], text["num_hidden_layers"]
     prefix = "model.language_model."
 
-    def matrix(name: str, *shape: int, gain: float = 1.0) -> _Tensor:
-        return _Tensor(name, shape, gain / shape[-1] ** 0.5)
+    def matrix(name: str, *shape: int, gain: float = 1.0) -> Tensor:
+        return Tensor(name, shape, gain / shape[-1] ** 0.5)
 
-    def norm(name: str, size: int, mean: float = 0.0, float32: bool = False) -> _Tensor:
-        return _Tensor(name, (size,), 0.1, mean, float32=float32)
+    def norm(name: str, size: int, mean: float = 0.0, float32: bool = False) -> Tensor:
+        return Tensor(name, (size,), 0.1, mean, float32=float32)
 
     out = (2 * layers) ** -0.5  # of what a layer adds to the stream
-    yield _Tensor(f"{prefix}embed_tokens.weight", (vocab, hidden), 0.5)
+    yield Tensor(f"{prefix}embed_tokens.weight", (vocab, hidden), 0.5)
     for i, kind in enumerate(text["layer_types"]):
         at = f"{prefix}layers.{i}."
         yield norm(f"{at}input_layernorm.weight", hidden)
@@ -256,13 +256,20 @@ def _tensors(text: dict[str, Any]) -> Iterator[_Tensor]:
             yield matrix(f"{mixer}in_proj_a.weight", heads, hidden)
             yield matrix(f"{mixer}conv1d.weight", channels, 1, text["linear_conv_kernel_dim"])
             # Two families of float32 tensors, as in the releases.
-            yield _Tensor(f"{mixer}A_log", (heads,), rule="A_log", float32=True)
-            yield _Tensor(f"{mixer}dt_bias", (heads,), rule="dt_bias")
+            yield Tensor(f"{mixer}A_log", (heads,), rule="A_log", float32=True)
+            yield Tensor(f"{mixer}dt_bias", (heads,), rule="dt_bias")
             yield norm(f"{mixer}norm.weight", v_dim, 1.0, float32=True)
             yield matrix(f"{mixer}out_proj.weight", hidden, values, gain=3 * out)
-        experts, width = text["num_experts"], text["moe_intermediate_size"]
-        shared, mlp = text["shared_expert_intermediate_size"], f"{at}mlp."
         yield norm(f"{at}post_attention_layernorm.weight", hidden)
+        mlp = f"{at}mlp."
+        if "num_experts" not in text:
+            width = text["intermediate_size"]
+            yield matrix(f"{mlp}gate_proj.weight", width, hidden)
+            yield matrix(f"{mlp}up_proj.weight", width, hidden)
+            yield matrix(f"{mlp}down_proj.weight", hidden, width, gain=3 * out)
+            continue
+        experts, width = text["num_experts"], text["moe_intermediate_size"]
+        shared = text["shared_expert_intermediate_size"]
         yield matrix(f"{mlp}gate.weight", experts, hidden, gain=2.0)
         yield matrix(f"{mlp}experts.gate_up_proj", experts, 2 * width, hidden)
         yield matrix(f"{mlp}experts.down_proj", experts, hidden, width, gain=3 * out)
@@ -271,11 +278,13 @@ def _tensors(text: dict[str, Any]) -> Iterator[_Tensor]:
         yield matrix(f"{mlp}shared_expert.down_proj.weight", hidden, shared, gain=3 * out)
         yield matrix(f"{mlp}shared_expert_gate.weight", 1, hidden)
     yield norm(f"{prefix}norm.weight", hidden)
-    # Added tokens and padding are rare, so that a text goes on and is mostly letters.
-    yield _Tensor("lm_head.weight", (vocab, hidden), 3 * hidden**-0.5, quiet_from=text["eos_token_id"])
+    if not text["tie_word_embeddings"]:
+        # Added tokens and padding are rare, so that a text goes on and is mostly letters.
+        yield Tensor("lm_head.weight", (vocab, hidden), 3 * hidden**-0.5, quiet_from=text["eos_token_id"])
 
 
-def _draw(tensor: _Tensor, rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
+def draw(tensor: Tensor, rng: np.random.Generator, count: int) -> npt.NDArray[np.float32]:
+    """`count` elements of a tensor."""
     if tensor.rule == "A_log":
         return np.log(rng.uniform(1, 16, count)).astype(np.float32)
     if tensor.rule == "dt_bias":  # softplus of it is a time step between 1/1000 and 1/10
@@ -287,7 +296,8 @@ def _draw(tensor: _Tensor, rng: np.random.Generator, count: int) -> npt.NDArray[
     return scaled
 
 
-def _to_bytes(values: npt.NDArray[np.float32], name: str) -> bytes:
+def to_bytes(values: npt.NDArray[np.float32], name: str) -> bytes:
+    """Elements as BF16, F16 or F32, rounded to the nearest."""
     if name == "F16":
         return values.astype("<f2").tobytes()
     if name == "F32":
@@ -299,10 +309,10 @@ def _to_bytes(values: npt.NDArray[np.float32], name: str) -> bytes:
 
 def _write_safetensors(path: Path, text: dict[str, Any], dtype: str, seed: int) -> tuple[int, int]:
     """Eight bytes of header length, a JSON header, then the data. Returns the numbers of parameters and bytes."""
-    tensors = list(_tensors(text))
+    drawn = list(tensors(text))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in tensors:
+    for tensor in drawn:
         name, width = _DTYPES["float32" if tensor.float32 else dtype]
         start, end = end, end + width * tensor.size
         header[tensor.name] = {"dtype": name, "shape": tensor.shape, "data_offsets": [start, end]}
@@ -313,11 +323,11 @@ def _write_safetensors(path: Path, text: dict[str, Any], dtype: str, seed: int) 
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(len(text_header).to_bytes(8, "little") + text_header)
-        for tensor in tensors:
+        for tensor in drawn:
             for start in range(0, tensor.size, 1 << 22):
-                values = _draw(tensor, rng, min(1 << 22, tensor.size - start))
+                values = draw(tensor, rng, min(1 << 22, tensor.size - start))
                 if tensor.quiet_from is not None:
                     values[max(tensor.quiet_from * tensor.shape[1] - start, 0) :] *= np.float32(0.1)
-                file.write(_to_bytes(values, header[tensor.name]["dtype"]))
+                file.write(to_bytes(values, header[tensor.name]["dtype"]))
     part.replace(path)
-    return sum(tensor.size for tensor in tensors), 8 + len(text_header) + end
+    return sum(tensor.size for tensor in drawn), 8 + len(text_header) + end

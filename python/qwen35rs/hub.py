@@ -38,6 +38,7 @@ def resolve(
     path, name = Path(model), os.fspath(model)
     if name and (path.is_dir() or path.is_file() and is_gguf(path)):
         return path
+    check_gguf(path)
     if not isinstance(model, str) or path.exists() or not _is_hub_id(name):
         what = "is a file" if path.is_file() else "does not exist"
         size = (
@@ -70,6 +71,37 @@ def resolve(
 def is_gguf(path: Path) -> bool:
     """Whether a path's name is that of a GGUF file."""
     return path.suffix.lower() == ".gguf"
+
+
+def check_gguf(path: Path) -> None:
+    """Raises FileNotFoundError for a GGUF file that is not there, or not called one."""
+    if is_gguf(path) and not path.exists():
+        raise FileNotFoundError(f"{path}: does not exist; {_beside(path)}")
+    if not is_gguf(path) and _begins_as_gguf(path):
+        raise FileNotFoundError(
+            f"{path}: is a GGUF file under another name; give it one that ends in .gguf (a link will do)"
+        )
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    """Whether a path is that of a file which begins as GGUF does."""
+    try:
+        if not path.is_file():  # a FIFO would be waited for
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def _beside(path: Path) -> str:
+    """What there is in place of a GGUF file that is missing."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"nor does its directory {folder}"
+    others = sorted(other.name for other in folder.iterdir() if is_gguf(other))
+    found = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "") if others else "no GGUF file"
+    return f"{folder} has {found}"
 
 
 def _is_hub_id(name: str) -> bool:

@@ -109,6 +109,17 @@ class LLM:
         token: str | bool | None = None,
         progress: bool | None = None,
     ) -> None:
+        names = {
+            "device": (device, "auto, cpu, cuda, cuda:N"),
+            "load_format": (load_format, "auto, dummy"),
+            "dtype": (dtype, "auto, float32, bfloat16, float16"),
+            "quantization": ("" if quantization is None else quantization, "None, int4, fp8, mixed"),
+            "kv_cache_dtype": (kv_cache_dtype, "auto, fp8"),
+            "state_dtype": (state_dtype, "float32, float16"),
+        }
+        for option, (found, allowed) in names.items():
+            if not isinstance(found, str):
+                raise RequestError(f"{option}: found {_short(found)}; allowed: {allowed}")
         device = _core.find_device(device)
         if load_format == "dummy" and model is not None and not Path(model).is_dir():
             path = Path(model)

@@ -29,6 +29,7 @@ class Tokenizer:
         or asks for something that is not done exactly here.
         """
         path = Path(path)
+        hub.check_gguf(path)
         is_checkpoint = path.is_dir() or hub.is_gguf(path)
         self._directory = path if is_checkpoint else path.parent
         make = _core.Tokenizer.from_directory if is_checkpoint else _core.Tokenizer.from_file

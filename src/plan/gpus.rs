@@ -39,11 +39,11 @@ pub const GPUS: [Gpu; 16] = [
     card("DGX Spark", 119.7, 273.0),
 ];
 
-/// The card of a name, in any case, with or without spaces and dashes.
+/// The card of a name, in any case, with or without spaces and dashes; and other cards that the name may mean.
 ///
 /// # Errors
 /// `Request` with the list of names.
-pub fn gpu(name: &str) -> Result<Gpu> {
+pub fn gpu(name: &str) -> Result<(Gpu, Vec<&'static str>)> {
     let plain = |text: &str| -> String {
         text.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
     };
@@ -56,8 +56,11 @@ pub fn gpu(name: &str) -> Result<Gpu> {
             || known.strip_suffix("gb").is_some_and(|short| short == wanted)
             || (wanted == "a100" || wanted == "h100") && known == format!("{wanted}80gb")
     };
-    GPUS.iter()
-        .find(matches)
-        .copied()
-        .ok_or_else(|| Error::request("gpu", name, GPUS.map(|gpu| gpu.name).join(", ")))
+    let found = GPUS.iter().find(matches).copied();
+    let found = found.ok_or_else(|| Error::request("gpu", name, GPUS.map(|gpu| gpu.name).join(", ")))?;
+    // Longer names by another word: an L4 is no L40S.
+    let start = format!("{} ", name.trim().to_ascii_lowercase());
+    let others =
+        GPUS.iter().filter(|gpu| gpu.name != found.name && gpu.name.to_ascii_lowercase().starts_with(&start));
+    Ok((found, others.map(|gpu| gpu.name).collect()))
 }

@@ -10,28 +10,28 @@ use crate::model::Model;
 use crate::weights::quant::Quantization;
 use crate::weights::{Checkpoint, ModelTensors, MtpTensors};
 
-/// What a model of this configuration holds on a card of so many bytes, in bf16 or quantised at load, and what is left
-/// for keys and values.
+/// What a model of this configuration holds on a card of so many bytes, as its checkpoint has it (of a
+/// [random](Checkpoint::random) one, in bf16) or quantised at load, and what is left for keys and values.
 ///
 /// # Errors
 /// `OutOfMemory` for what does not fit, `Request` for limits that cannot be.
 pub fn memory(
     config: &ModelConfig,
+    checkpoint: &Checkpoint,
     quantization: Option<Quantization>,
     mtp: bool,
     caches: Caches,
     limits: &EngineLimits,
     card_bytes: usize,
 ) -> Result<Report> {
-    let checkpoint = Checkpoint::random();
-    let mut tensors = ModelTensors::resolve(&checkpoint, config)?;
+    let mut tensors = ModelTensors::resolve(checkpoint, config)?;
     if let Some(quantization) = quantization {
         tensors = tensors.requantised(quantization);
     }
     let model = Model::load(config, tensors, None, Cuda::imagine(card_bytes)?, |_, _| Ok(()))?;
     let mut model = model.with_caches(caches);
     if mtp {
-        let module = MtpTensors::resolve(&checkpoint, config)?;
+        let module = MtpTensors::resolve(checkpoint, config)?;
         let module = match quantization {
             Some(quantization) => module.requantised(quantization),
             None => module,
@@ -54,7 +54,7 @@ mod tests {
     fn held(name: &str, gib: usize, caches: Caches) -> Result<Report> {
         let limits =
             EngineLimits { max_num_seqs: 64, max_num_batched_tokens: 8192, ..EngineLimits::default() };
-        memory(&family_config(name)?, None, false, caches, &limits, gib << 30)
+        memory(&family_config(name)?, &Checkpoint::random(), None, false, caches, &limits, gib << 30)
     }
 
     #[test]
@@ -66,6 +66,32 @@ mod tests {
         let total: usize = report.stats.memory.values().sum();
         assert!(total < 80 << 30 && report.num_pages * report.page_bytes < total);
         assert!(report.max_model_len > 8192);
+    }
+
+    #[test]
+    fn a_quantised_checkpoint_is_held_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = ("python/qwen35rs/model", folder.path().join("fp8"));
+        let from = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(from);
+        crate::quantize::quantize(&from, &to, Quantization::Fp8, |_, _| Ok(())).unwrap();
+        let config = ModelConfig::from_dir(&to).unwrap();
+        let held = |checkpoint: &Checkpoint, quantization| {
+            let limits = EngineLimits::default();
+            let report =
+                memory(&config, checkpoint, quantization, false, Caches::default(), &limits, 8 << 30)
+                    .unwrap();
+            report.stats.memory["weights"] as f64
+        };
+        let checkpoint = Checkpoint::open(&to).unwrap();
+        let (codes, plain) = (held(&checkpoint, None), held(&Checkpoint::random(), None));
+        // Its experts are too small for kernels that take codes; its projections are a byte an element, and scales.
+        let tensors = ModelTensors::resolve(&checkpoint, &config).unwrap();
+        let projections =
+            tensors.tensors().filter(|tensor| tensor.encoded().is_some() && !tensor.name.contains("expert"));
+        let saved: usize = projections.map(|tensor| tensor.num_elements()).sum();
+        let found = (plain - codes) as usize;
+        assert!(found < saved && found > saved - saved / 100, "{found} {saved}");
+        assert!(saved > 1 << 20 && crate::plan::stored(&to, &config).unwrap().resident < codes as u64);
     }
 
     #[test]

@@ -4,6 +4,11 @@ use super::{
 use super::{param_counts, plan, step_bytes, weight_bytes};
 use crate::Error;
 use crate::backend::Caches;
+use crate::config::ModelConfig;
+
+fn all_weights(config: &ModelConfig) -> Vec<WeightBytes> {
+    Scheme::ALL.into_iter().filter_map(|scheme| weight_bytes(config, scheme)).collect()
+}
 
 #[test]
 fn counts_equal_the_published_totals() {
@@ -106,10 +111,18 @@ fn names_of_cards() {
     for (said, name) in
         [("4090", "RTX 4090"), ("h100", "H100 80GB"), ("a100-80", "A100 80GB"), ("A6000", "RTX A6000")]
     {
-        assert_eq!(gpu(said).unwrap().name, name);
+        assert_eq!(gpu(said).unwrap().0.name, name);
     }
     for card in GPUS {
-        assert_eq!(gpu(card.name).unwrap(), card);
+        assert_eq!(gpu(card.name).unwrap().0, card);
+    }
+    for (said, others) in [
+        ("A100", vec!["A100 40GB"]),
+        ("h100", vec!["H100 PCIe", "H100 NVL"]),
+        ("l4", vec![]),
+        ("a100-40", vec![]),
+    ] {
+        assert_eq!(gpu(said).unwrap().1, others, "{said}");
     }
     assert!(matches!(gpu("rtx"), Err(Error::Request { .. })));
 }
@@ -136,7 +149,7 @@ fn experts_touched_by_a_batch() {
 fn a_plan_of_the_122b() {
     let config = family_config("122b").unwrap();
     let options = PlanOptions::default();
-    let plan = plan(&config, &GPUS, &[1, 2, 4, 8], &Scheme::ALL, &options).unwrap();
+    let plan = plan(&config, &GPUS, &[1, 2, 4, 8], all_weights(&config), &options).unwrap();
     assert_eq!(plan.rows.len(), GPUS.len() * 4 * Scheme::ALL.len());
     let find = |gpu: &str, cards: usize, scheme: Scheme| {
         plan.rows.iter().find(|r| r.gpu == gpu && r.num_cards == cards && r.scheme == scheme).unwrap()
@@ -159,11 +172,16 @@ fn a_plan_of_the_122b() {
 #[test]
 fn a_plan_refuses_by_name() {
     let config = family_config("0.8b").unwrap();
-    let field =
-        |options: PlanOptions, cards: usize| match plan(&config, &GPUS, &[cards], &Scheme::ALL, &options) {
-            Err(Error::Request { field, .. }) => field,
-            other => panic!("{other:?}"),
-        };
+    let field = |options: PlanOptions, cards: usize| match plan(
+        &config,
+        &GPUS,
+        &[cards],
+        all_weights(&config),
+        &options,
+    ) {
+        Err(Error::Request { field, .. }) => field,
+        other => panic!("{other:?}"),
+    };
     let with = PlanOptions::default;
     assert_eq!(field(PlanOptions { context: 0, ..with() }, 1), "context");
     assert_eq!(field(PlanOptions { context: 1 << 40, ..with() }, 1), "context");

@@ -27,7 +27,7 @@ use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
 use crate::weights::quant::Quantization;
-use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors};
+use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, ReadAhead};
 use crate::{Error, Result};
 
 /// Most samples of one prompt.
@@ -206,9 +206,13 @@ impl Load {
                 tensors = tensors.requantised(quantization);
             }
             check_decoded(&tensors, self.dtype, room)?;
-            let report = |done, total| match seen.load(Ordering::Relaxed) {
-                true => Err(Error::Interrupted),
-                false => report(&self.progress, done, total),
+            let mut ahead = ReadAhead::new(&tensors);
+            let report = |done, total| {
+                ahead.loaded(done);
+                match seen.load(Ordering::Relaxed) {
+                    true => Err(Error::Interrupted),
+                    false => report(&self.progress, done, total),
+                }
             };
             let module = match self.mtp {
                 Some(false) => None,

@@ -16,6 +16,8 @@ use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
 use crate::quantize::quantize;
 use crate::tokenizer::chat::ChatTemplate;
+#[cfg(feature = "cuda")]
+use crate::weights::Checkpoint;
 use crate::weights::Depth;
 use crate::weights::quant::Quantization;
 use crate::{Error, Result};
@@ -130,8 +132,17 @@ fn quantize_checkpoint(
 #[derive(Serialize)]
 struct ModelPlan {
     config: ModelConfig,
+    /// Of each card that was named: which it is, and others that the name may mean.
+    cards: Vec<NamedCard>,
     #[serde(flatten)]
     plan: plan::Plan,
+}
+
+#[derive(Serialize)]
+struct NamedCard {
+    named: String,
+    card: &'static str,
+    others: Vec<&'static str>,
 }
 
 /// The configuration of a directory, of a GGUF file, of a `config.json`, or of a size of the family by its name.
@@ -164,18 +175,31 @@ fn plan_model(
 ) -> PyResult<String> {
     let make = || {
         let config = model_config(Path::new(model))?;
-        let gpus = match gpus.is_empty() {
+        let named: Vec<_> = gpus.iter().map(|name| Ok((name, plan::gpu(name)?))).collect::<Result<_>>()?;
+        let gpus = match named.is_empty() {
             true => plan::GPUS.to_vec(),
-            false => gpus.iter().map(|name| plan::gpu(name)).collect::<Result<_>>()?,
+            false => named.iter().map(|(_, (gpu, _))| *gpu).collect(),
         };
+        let card = |(name, (gpu, others)): (&String, (plan::Gpu, _))| NamedCard {
+            named: name.clone(),
+            card: gpu.name,
+            others,
+        };
+        let named = named.into_iter().map(card).collect();
         let schemes = match schemes.is_empty() {
             true => Scheme::ALL.to_vec(),
             false => schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?,
         };
+        let weights = |scheme: Scheme| match scheme {
+            Scheme::Stored => plan::stored(Path::new(model), &config).map(Some),
+            scheme => Ok(plan::weight_bytes(&config, scheme)),
+        };
+        let weights =
+            schemes.into_iter().filter_map(|scheme| weights(scheme).transpose()).collect::<Result<_>>()?;
         let options =
             PlanOptions { context, fp8_kv, f16_state, with_vision, with_mtp, ..PlanOptions::default() };
-        let plan = plan::plan(&config, &gpus, &cards, &schemes, &options)?;
-        json(&ModelPlan { config, plan })
+        let plan = plan::plan(&config, &gpus, &cards, weights, &options)?;
+        json(&ModelPlan { config, cards: named, plan })
     };
     py.detach(make).map_err(to_py)
 }
@@ -202,7 +226,7 @@ fn plan_memory(
     return py
         .detach(|| {
             let config = model_config(Path::new(model))?;
-            let bytes = (plan::gpu(gpu)?.memory_gib * f64::from(1 << 30)) as usize;
+            let bytes = (plan::gpu(gpu)?.0.memory_gib * f64::from(1 << 30)) as usize;
             let limits = EngineLimits {
                 max_model_len,
                 max_num_seqs,
@@ -211,8 +235,12 @@ fn plan_memory(
                 ..EngineLimits::default()
             };
             let quantization = parse_quantization(quantization)?;
+            let checkpoint = match config.quantization {
+                Some(_) => Checkpoint::open(Path::new(model))?,
+                None => Checkpoint::random(),
+            };
             let caches = PlanOptions { fp8_kv, f16_state, ..PlanOptions::default() }.caches();
-            json(&plan::memory(&config, quantization, mtp, caches, &limits, bytes)?).map(Some)
+            json(&plan::memory(&config, &checkpoint, quantization, mtp, caches, &limits, bytes)?).map(Some)
         })
         .map_err(to_py);
     #[cfg(not(feature = "cuda"))]

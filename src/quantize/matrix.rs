@@ -72,15 +72,6 @@ impl Work {
             check_kept(&tensor, rows.start, quantization)?;
             return Ok(Work::Kept { module, tensor, rows, scale_name });
         };
-        // No reader takes the whole row where the file says groups.
-        let (k, group) = (tensor.num_cols(), quantization.group().unwrap_or(1));
-        if matches!(scheme, Scheme::Int4 { .. }) && (k == 0 || !k.is_multiple_of(group)) {
-            return Err(Error::Tensor {
-                name: tensor.name.clone(),
-                found: format!("rows of {k}"),
-                expected: format!("rows of whole groups of {group}; --group-size may be 32, 64 or 128"),
-            });
-        }
         Ok(Work::Matrix { module, tensor, rows, scheme, scale_name })
     }
 

@@ -268,7 +268,7 @@ fn nothing_is_left_of_what_fails() {
     let groups = refused(&embedded(), Quantization::Int4 { group: 128 });
     assert!(
         groups.ends_with(
-            "found rows of 32; expected rows of whole groups of 128; --group-size may be 32, 64 or 128"
+            "found rows of 32; expected rows of whole groups of 128 (--group-size); --group-size 32 does for all"
         ),
         "{groups}"
     );

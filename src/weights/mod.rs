@@ -1,5 +1,6 @@
 //! Checkpoints: safetensors and GGUF files, mapped and checked, and the map from their names to the net.
 
+mod ahead;
 mod checkpoint;
 mod dtype;
 mod elements;
@@ -12,6 +13,7 @@ mod random;
 pub mod safetensors;
 pub mod write;
 
+pub use ahead::{ReadAhead, release_behind};
 pub use checkpoint::{Checkpoint, Depth};
 pub use dtype::DType;
 pub use random::Random;

@@ -54,12 +54,16 @@ impl ModelTensors {
     /// Bytes of weights that one token reads, as they are stored (of a quantised matrix codes, scales and zero points):
     /// everything but the embedding (unless it is the head) and the experts the token is not sent to.
     pub fn bytes_per_token(&self, config: &ModelConfig) -> u64 {
-        let size = |tensor: &Tensor| tensor.num_bytes() as u64;
+        self.per_token(config, |tensor| tensor.num_bytes() as u64)
+    }
+
+    /// The same sum of another size.
+    pub fn per_token(&self, config: &ModelConfig, size: impl Fn(&Tensor) -> u64) -> u64 {
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
         let mut total = size(head) + size(&self.norm);
         for layer in &self.layers {
             total += size(&layer.input_layernorm) + size(&layer.post_attention_layernorm);
-            total += layer.mixer.tensors().into_iter().map(size).sum::<u64>();
+            total += layer.mixer.tensors().into_iter().map(&size).sum::<u64>();
             total += match &layer.ffn {
                 FfnTensors::Dense { gate_proj, up_proj, down_proj } => {
                     size(gate_proj) + size(up_proj) + size(down_proj)
@@ -88,7 +92,7 @@ impl ModelTensors {
                     all / num_experts * top_k
                         + [gate, shared_gate_proj, shared_up_proj, shared_down_proj, shared_expert_gate]
                             .into_iter()
-                            .map(size)
+                            .map(&size)
                             .sum::<u64>()
                 }
             };

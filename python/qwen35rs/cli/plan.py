@@ -11,7 +11,7 @@ import typer
 from .. import _core, hub
 from .inspect import cache, facts, parameters, table_of
 from .options import Json
-from .terminal import BOLD, console, gib, guarded, write, write_json
+from .terminal import BOLD, console, gib, guarded, note, write, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,6 +20,7 @@ GPUS = ["RTX 4090", "RTX 5090", "RTX PRO 6000", "L40S", "A100 80GB", "H100 80GB"
 CARDS = [1, 2, 4, 8]
 SCHEMES = ["bf16", "fp8", "int4"]
 SCHEME_OF = {None: "bf16", "int4": "int4", "fp8": "fp8-head", "mixed": "mixed"}
+STORED = "stored"
 CONTEXT = 8192
 
 
@@ -47,8 +48,9 @@ def plan(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="bf16, fp8, fp8-head, int4, int4-experts, nvfp4, nvfp4-experts or mixed; may be repeated. "
-            "\\[default: bf16, fp8, int4; all of them for a --gpu]"
+            help="bf16, fp8, fp8-head, int4, int4-experts, nvfp4, nvfp4-experts, mixed, or stored: as the checkpoint has "
+            "them; may be repeated. \\[default: bf16, fp8, int4; all of them for a --gpu; stored for a checkpoint that is "
+            "quantised]"
         ),
     ] = None,
     context: Annotated[
@@ -63,7 +65,7 @@ def plan(
         bool,
         typer.Option(
             "--memory",
-            help="What this version holds on one card of each kind, byte by byte: in bf16, or with --quantization.",
+            help="What this version holds on one card of each kind, byte by byte: as published, or with --quantization.",
         ),
     ] = False,
     quantization: Annotated[
@@ -135,27 +137,53 @@ def plan(
             raise _core.RequestError(f"cards: found {number}; allowed: 1 or more")
     if context is not None and context < 1:
         raise _core.RequestError(f"context: found {context}; allowed: 1 or more")
+    planned = ask([], [], [], 1)["config"]
+    quantised = planned["quantization"]
     if context is None:
-        context = min(CONTEXT, ask([], [], [], 1)["config"]["max_position"])
+        context = min(CONTEXT, planned["max_position"])
     schemes = scheme or ([] if gpu else SCHEMES)
+    if quantised and not scheme and not memory:
+        schemes = [STORED]
+        try:
+            ask([], [], schemes, context)
+        except (_core.ConfigError, OSError) as error:
+            schemes = [_declared(quantised)]
+            note(
+                f"note: {model} is quantised, and its weights cannot be counted ({error}); this counts {schemes[0]}, the "
+                "nearest to what config.json says"
+            )
     found = ask(gpu or GPUS, cards or CARDS, schemes, context)
+    for named in found["cards"]:
+        if gpu and named["others"]:
+            too = " and ".join(named["others"])
+            note(f"note: --gpu {named['named']} is taken as {named['card']}; there is {too} too")
     if memory:
         limits: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
         limits |= {"max_model_len": None, "mtp": mtp}
         limits |= {"fp8_kv": fp8_kv, "f16_state": f16_state}
         limits |= {name: value for name, value in sizes.items() if value is not None}
         limits["quantization"] = quantization
-        weights = next(row["resident"] for row in ask([], [], [SCHEME_OF[quantization]], context)["weights"])
+        counted = STORED if quantised and quantization is None else SCHEME_OF[quantization]
+        weights = next(row["resident"] for row in ask([], [], [counted], context)["weights"])
         held = {name: _held(source, name, limits, weights) for name in gpu or ["H100 80GB"]}
         if not json:
+            cards_of = {named["named"]: named["card"] for named in found["cards"]}
             for name, report in held.items():
-                _show_held(name, report)
+                _show_held(cards_of.get(name, name), report)
             return
         found["memory"] = held
     if json:
         write_json({"model": model, **found})
         return
     _show(model, found, fewest=not cards)
+
+
+def _declared(quantised: dict[str, Any]) -> str:
+    """The scheme that is nearest to a `quantization_config`, which names forms and hardly the matrices that have them."""
+    if quantised["int4"]:
+        experts = "int4-experts" if quantised["method"] == "gptq" else "int4"
+        return "mixed" if quantised["fp8"] else experts
+    return "nvfp4" if quantised["nvfp4"] else "fp8"
 
 
 def _held(source: str, gpu: str, limits: dict[str, Any], weights: int) -> dict[str, Any]:
@@ -190,6 +218,7 @@ def _show_held(gpu: str, report: dict[str, Any]) -> None:
 
 def _source(model: str) -> str:
     """What the core plans: an existing path as it is, a family name, else a name on the hub."""
+    hub.check_gguf(Path(model))
     if Path(model).exists() or "/" not in model or model.lower().startswith("qwen/") and _is_size(model):
         return model
     return str(hub.resolve(model, patterns=["config.json"]))

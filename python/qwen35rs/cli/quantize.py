@@ -11,6 +11,8 @@ from .. import _core, hub
 from .options import Json
 from .terminal import gib, guarded, write, write_json
 
+GROUPS = (32, 64, 128)
+
 
 @guarded
 def quantize(
@@ -29,7 +31,12 @@ def quantize(
             help="int4; fp8; or mixed: routed experts int4, every other projection fp8.", show_default=False
         ),
     ],
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale of int4: 32, 64, 128.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale of int4: 32, 64, 128. \\[default: 128]", show_default=False
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a quantised copy of a checkpoint.
@@ -49,6 +56,14 @@ def quantize(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
+    if group_size is not None and group_size not in GROUPS:
+        allowed = ", ".join(map(str, GROUPS))
+        raise _core.RequestError(f"--group-size: found {group_size}; allowed: {allowed}")
+    if group_size is not None and scheme == "fp8":
+        raise _core.RequestError(
+            f"--group-size: found {group_size} with --scheme fp8; allowed: it with int4 and mixed (a scale of fp8 is "
+            "that of 128 x 128 weights)"
+        )
     path = hub.resolve(model)
     # On stderr, and only on a terminal.
     console = Console(stderr=True)
@@ -59,7 +74,7 @@ def quantize(
             path,
             out,
             scheme=scheme,
-            group_size=group_size,
+            group_size=group_size or GROUPS[-1],
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     found = json_text.loads(text)

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_int;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -263,15 +264,15 @@ impl Memory {
             .map_err(|e| failed("clearing memory", e))
     }
 
-    /// Fills `len` bytes from `offset` with what is at the start of host memory, on the stream.
-    pub fn write(&self, offset: usize, host: &Pinned, len: usize) -> Result<()> {
-        self.check(offset, len)?;
+    /// Fills what begins at `offset` with a range of host memory, on the stream.
+    pub fn write(&self, offset: usize, host: &Pinned, range: Range<usize>) -> Result<()> {
+        self.check(offset, range.len())?;
         if self.device.is_imagined() {
             return Ok(());
         }
         self.device.bind()?;
         // SAFETY: inside the allocation; the caller waits before host memory changes (`Pinned::wait`).
-        unsafe { result::memcpy_htod_async(self.at(offset), &host.as_slice()[..len], self.device.stream) }
+        unsafe { result::memcpy_htod_async(self.at(offset), &host.as_slice()[range], self.device.stream) }
             .map_err(|e| failed("copying to the device", e))?;
         host.record()
     }

@@ -90,6 +90,9 @@ pub struct Packed {
     pub kind: i32,
 }
 
+// SAFETY: addresses on a device, which this process reads nothing at.
+unsafe impl Send for Packed {}
+
 /// `q35_packed_moe_weights`
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -3,12 +3,13 @@
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
 use super::device::Memory;
+use super::ffi;
 use super::weights::{BUFFER_BYTES, Uploader};
-use super::{ffi, launch_failed};
 use crate::weights::quant::{BLOCK, Encoded, Fp8, Gguf, Int4, Layout, Nvfp4, Scheme};
 use crate::weights::{DType, Random, Tensor};
 use crate::{Error, Result};
@@ -198,21 +199,8 @@ impl Uploader {
                 (_, Some(scheme)) => self.quantise(&mut filling, tensor, scheme)?,
                 _ => return Err(Error::Internal(format!("{} has no codes", tensor.name))),
             }
-            tensor.release();
         }
         Ok(part)
-    }
-
-    /// Runs a launcher of `cuda/pack.cu` on memory of a real device.
-    fn run(&self, name: &str, call: impl FnOnce(ffi::Stream) -> c_int) -> Result<()> {
-        if self.device.is_imagined() {
-            return Ok(());
-        }
-        self.device.bind()?;
-        match call(self.device.stream().cast()) {
-            0 => Ok(()),
-            code => Err(launch_failed(name, code)),
-        }
     }
 
     fn pack_int4(&mut self, f: &mut Filling, from: &Int4) -> Result<()> {
@@ -227,18 +215,18 @@ impl Uploader {
             let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
             let bytes = |tensor: &Tensor| tensor.num_bytes() / from.num_rows;
             let codes = self.stage_grid(&from.codes, from, rows.clone(), bytes(&from.codes))?;
-            // SAFETY: rows of this matrix, of which `stage_grid` sent all that is read.
-            self.run("pack_int4", |stream| unsafe {
+            // SAFETY: rows of this matrix, of which `stage_grid` sends all that is read.
+            self.queue("pack_int4", move |stream| unsafe {
                 ffi::q35_pack_int4(stream, to, row0, n, codes as *const i32, order)
-            })?;
+            });
             if let (Some(zeros), false) = (&from.zeros, to.zeros.is_null()) {
                 // Eight rows share words; a tile has sixteen.
                 let zeros = self.stage_words(zeros, from, rows.clone(), groups)?;
                 // SAFETY: as above.
-                self.run("pack_zeros", |stream| unsafe {
+                self.queue("pack_zeros", move |stream| unsafe {
                     let zeros = zeros as *const i32;
                     ffi::q35_pack_zeros(stream, to, row0, n, zeros, order, minus_one.into())
-                })?;
+                });
             }
             let scales = self.stage_grid(&from.scales, from, rows.clone(), groups * size)?;
             let strides = match from.layout {
@@ -246,10 +234,10 @@ impl Uploader {
                 _ => (1, rows.len() as i64),
             };
             // SAFETY: as above.
-            self.run("pack_scales", |stream| unsafe {
+            self.queue("pack_scales", move |stream| unsafe {
                 let scales = scales as *const c_void;
                 ffi::q35_pack_scales(stream, to, row0, n, scales, kind, 1, strides.0, strides.1)
-            })?;
+            });
         }
         f.row += from.num_rows;
         Ok(())
@@ -264,11 +252,10 @@ impl Uploader {
         rows: Range<usize>,
         row_bytes: usize,
     ) -> Result<u64> {
-        let bytes = tensor.bytes().unwrap_or_default();
         if from.layout == Layout::Packed {
-            let bytes = &bytes[rows.start * row_bytes..rows.end * row_bytes];
-            return self.stage(bytes.len(), 1, |place, out| out.copy_from_slice(&bytes[place]));
+            return self.stage_bytes(tensor, rows.start * row_bytes..rows.end * row_bytes);
         }
+        let bytes = tensor.bytes().unwrap_or_default();
         // Lines of all outputs; of each, those of `rows`.
         let lines = tensor.shape[0].max(1);
         let line = bytes.len() / lines;
@@ -292,9 +279,7 @@ impl Uploader {
         if from.layout != Layout::Packed {
             return self.stage_grid(tensor, from, rows, groups * 4 / 8);
         }
-        let bytes = tensor.bytes().unwrap_or_default();
-        let bytes = &bytes[rows.start / 8 * groups * 4..rows.end / 8 * groups * 4];
-        self.stage(bytes.len(), 1, |place, out| out.copy_from_slice(&bytes[place]))
+        self.stage_bytes(tensor, rows.start / 8 * groups * 4..rows.end / 8 * groups * 4)
     }
 
     fn pack_fp8(&mut self, f: &mut Filling, from: &Fp8, name: &str) -> Result<()> {
@@ -310,13 +295,14 @@ impl Uploader {
             let end = (first + span).min((first / from.num_rows + 1) * from.num_rows);
             for rows in pieces(first..end, k, unit) {
                 let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
-                let codes = from.code_rows(rows.clone());
-                check_e4m3(codes, rows.start, k, name)?;
-                let codes = self.stage(codes.len(), 1, |place, out| out.copy_from_slice(&codes[place]))?;
-                // SAFETY: rows of this matrix, all of which were sent.
-                self.run("pack_fp8", |stream| unsafe {
+                if self.reads {
+                    check_e4m3(from.code_rows(rows.clone()), rows.start, k, name)?;
+                }
+                let codes = self.stage_bytes(&from.codes, rows.start * k..rows.end * k)?;
+                // SAFETY: rows of this matrix, all of which are sent before.
+                self.queue("pack_fp8", move |stream| unsafe {
                     ffi::q35_pack_fp8(stream, to, row0, n, codes as *const u8)
-                })?;
+                });
                 let lines = rows.len().div_ceil(block_rows);
                 let scales = self.stage(4 * lines * num_groups, 4 * num_groups, |place, out| {
                     let mut line = vec![0f32; num_groups];
@@ -334,10 +320,10 @@ impl Uploader {
                 })?;
                 let (block_rows, stride) = (block_rows as c_int, num_groups as i64);
                 // SAFETY: as above.
-                self.run("pack_scales", |stream| unsafe {
+                self.queue("pack_scales", move |stream| unsafe {
                     let scales = scales as *const c_void;
                     ffi::q35_pack_scales(stream, to, row0, n, scales, 0, block_rows, stride, 1)
-                })?;
+                });
             }
         }
         f.row += from.codes.num_rows();
@@ -350,7 +336,9 @@ impl Uploader {
         for rows in pieces(0..from.codes.num_rows(), line + scale_line, TILE[0]) {
             let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
             let (codes, scales) = (from.code_rows(rows.clone()), from.scale_rows(rows.clone()));
-            check_e4m3(scales, rows.start, scale_line, name)?;
+            if self.reads {
+                check_e4m3(scales, rows.start, scale_line, name)?;
+            }
             // The scales behind the codes.
             let at = self.stage(codes.len() + scales.len(), 1, |place, out| {
                 let (first, rest) = out.split_at_mut(codes.len().saturating_sub(place.start).min(out.len()));
@@ -359,10 +347,10 @@ impl Uploader {
                 rest.copy_from_slice(&scales[start..][..rest.len()]);
             })?;
             let scales_at = at + codes.len() as u64;
-            // SAFETY: rows of this matrix, all of which were sent.
-            self.run("pack_fp4", |stream| unsafe {
+            // SAFETY: rows of this matrix, all of which are sent before.
+            self.queue("pack_fp4", move |stream| unsafe {
                 ffi::q35_pack_fp4(stream, to, row0, n, at as *const u8, scales_at as *const u8, whole)
-            })?;
+            });
         }
         f.row += from.codes.num_rows();
         Ok(())
@@ -378,10 +366,10 @@ impl Uploader {
                     from.read_int4_codes(rows.start + place.start / line + i, out);
                 }
             })?;
-            // SAFETY: rows of this matrix, all of which were sent.
-            self.run("pack_int4", |stream| unsafe {
+            // SAFETY: rows of this matrix, all of which are sent before.
+            self.queue("pack_int4", move |stream| unsafe {
                 ffi::q35_pack_int4(stream, to, row0, n, codes as *const i32, 0)
-            })?;
+            });
             let line = 2 * groups;
             let scales = self.stage(rows.len() * line, line, |place, out| {
                 for (i, out) in out.chunks_exact_mut(line).enumerate() {
@@ -389,10 +377,10 @@ impl Uploader {
                 }
             })?;
             // SAFETY: as above.
-            self.run("pack_scales", |stream| unsafe {
+            self.queue("pack_scales", move |stream| unsafe {
                 let scales = scales as *const c_void;
                 ffi::q35_pack_scales(stream, to, row0, n, scales, 1, 1, groups as i64, 1)
-            })?;
+            });
         }
         f.row += from.codes.num_rows();
         Ok(())
@@ -400,7 +388,6 @@ impl Uploader {
 
     /// Quantises on the device: [`crate::weights::quant::quantise_int4`], `quantise_fp8`.
     fn quantise(&mut self, f: &mut Filling, tensor: &Tensor, scheme: Scheme) -> Result<()> {
-        tensor.check_finite()?;
         let (k, source) = (tensor.num_cols(), tensor.source());
         let (matrix_rows, unit) = match scheme {
             Scheme::Int4 { .. } => (tensor.num_rows(), TILE[0]),
@@ -413,23 +400,35 @@ impl Uploader {
                 let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
                 let w = match random {
                     Some(random) => {
+                        // Over what a launch may still wait for.
+                        self.flush()?;
                         let at = self.staging()?;
                         self.draw(at, rows.start * k..rows.end * k, random)?;
                         at
                     }
-                    None => self.stage(2 * rows.len() * k, 2 * k, |place, out| {
-                        let first = rows.start + place.start / (2 * k);
-                        source.read_rows_as(first..first + out.len() / (2 * k), DType::BF16, out);
-                    })?,
+                    None => {
+                        let bad = AtomicUsize::new(usize::MAX);
+                        let at = self.stage(2 * rows.len() * k, 2 * k, |place, out| {
+                            let first = rows.start + place.start / (2 * k);
+                            source.read_rows_as(first..first + out.len() / (2 * k), DType::BF16, out);
+                            if let Some(i) = find_infinite(out) {
+                                bad.fetch_min(first * k + i, Ordering::Relaxed);
+                            }
+                        })?;
+                        match bad.into_inner() {
+                            usize::MAX => at,
+                            i => return Err(tensor.not_finite_at(i)),
+                        }
+                    }
                 };
-                let w = w as *const ffi::Bf16;
-                // SAFETY: rows of this matrix, all of which were sent or drawn.
-                self.run("quantise", |stream| unsafe {
+                // SAFETY: rows of this matrix, all of which are sent or drawn before.
+                self.queue("quantise", move |stream| unsafe {
+                    let w = w as *const ffi::Bf16;
                     match scheme {
                         Scheme::Int4 { .. } => ffi::q35_quantise_int4(stream, to, row0, n, w),
                         Scheme::Fp8 { .. } => ffi::q35_quantise_fp8(stream, to, row0, n, w),
                     }
-                })?;
+                });
             }
         }
         f.row += tensor.num_rows();
@@ -439,8 +438,7 @@ impl Uploader {
 
 /// Refuses e4m3 codes, rows of `width` from row `first` on, that are no numbers: kernels take them for some.
 fn check_e4m3(codes: &[u8], first: usize, width: usize, name: &str) -> Result<()> {
-    let is_nan = |code: &u8| code & 0x7f == 0x7f;
-    match codes.par_iter().with_min_len(BLOCK * BLOCK).position_any(is_nan) {
+    match find_nan(codes) {
         None => Ok(()),
         Some(at) => Err(Error::Tensor {
             name: name.to_string(),
@@ -448,6 +446,26 @@ fn check_e4m3(codes: &[u8], first: usize, width: usize, name: &str) -> Result<()
             expected: "finite numbers".into(),
         }),
     }
+}
+
+/// The place of a code that is no number.
+fn find_nan(codes: &[u8]) -> Option<usize> {
+    let is_nan = |code: &u8| code & 0x7f == 0x7f;
+    let blocks = codes.par_chunks(BLOCK * BLOCK).enumerate();
+    blocks.find_map_first(|(i, block)| {
+        // The largest first: a loop without a way out is one for vectors.
+        let any = block.iter().fold(0, |most, code| most.max(code & 0x7f)) == 0x7f;
+        any.then(|| i * BLOCK * BLOCK + block.iter().position(is_nan).unwrap_or_default())
+    })
+}
+
+/// The place of an element of bf16 that is no finite number.
+fn find_infinite(elements: &[u8]) -> Option<usize> {
+    const EXPONENT: u16 = 0x7f80;
+    let bits = |x: &[u8; 2]| u16::from_le_bytes(*x) & EXPONENT;
+    let elements = elements.as_chunks().0;
+    let any = elements.iter().fold(0, |most, x| most.max(bits(x))) == EXPONENT;
+    any.then(|| elements.iter().position(|x| bits(x) == EXPONENT)).flatten()
 }
 
 /// Rows by pieces that fit the staging memory, each but the last of whole `unit`s.

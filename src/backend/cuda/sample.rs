@@ -89,7 +89,7 @@ impl Sampler {
             };
             num_edits += row.edits.len();
         }
-        self.rows.write(0, &self.staging, size_of::<ffi::Sampling>() * rows.len())?;
+        self.rows.write(0, &self.staging, 0..size_of::<ffi::Sampling>() * rows.len())?;
         if num_edits == 0 {
             return Ok(());
         }
@@ -104,7 +104,7 @@ impl Sampler {
                 count: edit.count as i32,
             };
         }
-        self.edits.write(0, &self.edit_staging, size_of::<ffi::Edit>() * num_edits)
+        self.edits.write(0, &self.edit_staging, 0..size_of::<ffi::Edit>() * num_edits)
     }
 
     /// Chooses for rows `first..first + n` from `n` rows of logits, and puts the tokens where `tokens` begins. Returns the

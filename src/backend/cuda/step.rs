@@ -93,7 +93,7 @@ impl Step {
             let mut host = Pinned::new(device, bytes.len())?;
             host.as_mut_slice().copy_from_slice(bytes);
             let memory = device.alloc(Some(bytes.len()), "frequencies")?;
-            memory.write(0, &host, bytes.len())?;
+            memory.write(0, &host, 0..bytes.len())?;
             host.wait()?;
             Ok(memory)
         };
@@ -198,7 +198,7 @@ impl Step {
         self.batch.pages = ints.push(batch.pages.iter().map(|p| p.0 as i32));
         let len = 4 * ints.len;
         self.logit_rows.clone_from(&batch.logit_rows);
-        self.ints.write(4 * known, &self.staging, len)
+        self.ints.write(4 * known, &self.staging, 0..len)
     }
 
     /// Where the tokens that are chosen go, a row each: they are the first of the next batch, if that follows.
@@ -268,7 +268,7 @@ impl Step {
         let mut ints = Ints { bytes: self.rows_staging.as_mut_slice(), len: 0, base: self.rows.ptr() };
         let at = ints.push(rows.iter().map(|&row| row as i32));
         let len = 4 * ints.len;
-        self.rows.write(0, &self.rows_staging, len)?;
+        self.rows.write(0, &self.rows_staging, 0..len)?;
         Ok(at)
     }
 }

@@ -43,13 +43,15 @@ pub enum Quantization {
 impl Quantization {
     /// Inputs of a row that share a scale of 4-bit integers, where nothing else is asked for.
     pub const GROUP: usize = 128;
+    /// What that may be, in order.
+    pub const GROUPS: [usize; 3] = [32, 64, 128];
 
     /// The one of a name: `int4`, `fp8` or `mixed`.
     ///
     /// # Errors
     /// `Request` with the names, or with the sizes that groups may have.
     pub fn parse(name: &str, group: usize) -> Result<Self> {
-        if ![32, 64, 128].contains(&group) {
+        if !Self::GROUPS.contains(&group) {
             return Err(Error::request("group_size", group, "32, 64, 128"));
         }
         match name {
@@ -66,6 +68,17 @@ impl Quantization {
             Self::Int4 { group } | Self::Mixed { group } => Some(group),
             Self::Fp8 => None,
         }
+    }
+}
+
+impl std::fmt::Display for Quantization {
+    /// Its name.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Int4 { .. } => "int4",
+            Self::Fp8 => "fp8",
+            Self::Mixed { .. } => "mixed",
+        })
     }
 }
 
@@ -216,6 +229,14 @@ impl Tensor {
             None => Ok(()),
             Some((row, column, x)) => Err(self.not_finite(row, column, x)),
         }
+    }
+
+    /// The same of an element by its number, which is read again.
+    pub fn not_finite_at(&self, index: usize) -> Error {
+        let (row, column) = (index / self.num_cols(), index % self.num_cols());
+        let mut w = vec![0.0; self.num_cols()];
+        self.source().read_rounded(row..row + 1, &mut w);
+        self.not_finite(row, column, w[column])
     }
 
     /// The error of an element that cannot be quantised.

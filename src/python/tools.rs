@@ -14,7 +14,7 @@ use crate::engine::EngineLimits;
 use crate::gguf;
 use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
-use crate::quantize::quantize;
+use crate::quantize::{Calibration, quantize};
 use crate::tokenizer::chat::ChatTemplate;
 use crate::weights::Depth;
 use crate::weights::quant::Quantization;
@@ -105,7 +105,9 @@ fn inspect_checkpoint(py: Python<'_>, path: PathBuf, full: bool) -> PyResult<Str
 /// Quantises a checkpoint directory to another one; JSON of what was done. `progress(done, total)`, in bytes, is called
 /// as tensors are written, and may raise; Ctrl-C ends it too, and nothing is left.
 #[pyfunction]
-#[pyo3(signature = (path, out, *, scheme, group_size, progress))]
+#[pyo3(signature = (path, out, *, scheme, group_size, progress, calibrate=Vec::new(),
+    calibration_length=Calibration::LENGTH, calibration_tokens=Calibration::TOKENS))]
+#[allow(clippy::too_many_arguments)]
 fn quantize_checkpoint(
     py: Python<'_>,
     path: PathBuf,
@@ -113,6 +115,9 @@ fn quantize_checkpoint(
     scheme: &str,
     group_size: usize,
     progress: Option<Py<PyAny>>,
+    calibrate: Vec<PathBuf>,
+    calibration_length: usize,
+    calibration_tokens: usize,
 ) -> PyResult<String> {
     let report = |done: u64, total: u64| {
         Python::attach(|py| {
@@ -123,7 +128,10 @@ fn quantize_checkpoint(
     };
     enter(py, || {
         let quantization = Quantization::parse(scheme, group_size)?;
-        json(&quantize(&path, &out, quantization, report)?)
+        let (length, tokens) = (calibration_length, calibration_tokens);
+        let calibration = Calibration { files: calibrate, length, tokens };
+        let calibration = (!calibration.files.is_empty()).then_some(&calibration);
+        json(&quantize(&path, &out, quantization, calibration, report)?)
     })
 }
 

@@ -26,7 +26,7 @@ fn model(dir: &Path) -> (ModelTensors, MtpTensors) {
 }
 
 fn run(from: &Path, to: &Path, quantization: Quantization) -> Result<super::Summary> {
-    quantize(from, to, quantization, |_, _| Ok(()))
+    quantize(from, to, quantization, None, |_, _| Ok(()))
 }
 
 /// What a name is quantised to at load: 4 or 8 bits, or `None`.
@@ -194,7 +194,7 @@ fn a_file_holds_what_loading_computes() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("new/out");
         let mut seen = Vec::new();
-        let summary = quantize(&embedded(), &out, quantization, |done, total| {
+        let summary = quantize(&embedded(), &out, quantization, None, |done, total| {
             seen.push((done, total));
             Ok(())
         })
@@ -295,7 +295,8 @@ fn nothing_is_left_of_what_fails() {
     }
 
     let folder = tempfile::tempdir().unwrap();
-    let stopped = quantize(&embedded(), &folder.path().join("out"), ALL[1], |_, _| Err(Error::Interrupted));
+    let stop = |_, _| Err(Error::Interrupted);
+    let stopped = quantize(&embedded(), &folder.path().join("out"), ALL[1], None, stop);
     assert!(matches!(stopped, Err(Error::Interrupted)));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 
@@ -343,4 +344,22 @@ fn the_configuration_says_what_is_there() {
     run(&folder.path().join("fp8"), &again, Quantization::Int4 { group: 32 }).unwrap();
     let config = ModelConfig::from_dir(&again).unwrap().quantization.unwrap();
     assert!(config.int4.is_some() && config.fp8.is_none());
+}
+
+#[test]
+#[ignore]
+fn experiment() {
+    let var = |name: &str, or: &str| std::env::var(name).unwrap_or(or.into());
+    let (from, to) = (PathBuf::from(var("FROM", embedded().to_str().unwrap())), PathBuf::from(var("TO", "/tmp/calibrate/out")));
+    let _ = std::fs::remove_dir_all(&to);
+    let calibration = super::Calibration {
+        files: vec![PathBuf::from(var("TEXT", "/tmp/calibrate/train.jsonl"))],
+        length: var("LEN", "2048").parse().unwrap(),
+        tokens: var("TOKENS", "32768").parse().unwrap(),
+    };
+    let q = if var("SCHEME", "int4") == "int4" { Quantization::Int4 { group: 32 } } else { Quantization::Mixed { group: 32 } };
+    let began = std::time::Instant::now();
+    let calibration = (var("RTN", "") == "").then_some(&calibration);
+    let s = quantize(&from, &to, q, calibration, |_, _| Ok(())).unwrap();
+    eprintln!("{:?} {:.1} s", s, began.elapsed().as_secs_f64());
 }

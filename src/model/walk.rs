@@ -155,3 +155,6 @@ fn sequence(ids: &[u32]) -> Batch {
         ..Batch::default()
     }
 }
+
+#[cfg(test)]
+mod tests;

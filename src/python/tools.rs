@@ -106,7 +106,7 @@ fn inspect_checkpoint(py: Python<'_>, path: PathBuf, full: bool) -> PyResult<Str
 /// as tensors are written, and may raise; Ctrl-C ends it too, and nothing is left.
 #[pyfunction]
 #[pyo3(signature = (path, out, *, scheme, group_size, progress, calibrate=Vec::new(),
-    calibration_length=Calibration::LENGTH, calibration_tokens=Calibration::TOKENS))]
+    calibration_length=Calibration::LENGTH, calibration_tokens=None))]
 #[allow(clippy::too_many_arguments)]
 fn quantize_checkpoint(
     py: Python<'_>,
@@ -117,7 +117,7 @@ fn quantize_checkpoint(
     progress: Option<Py<PyAny>>,
     calibrate: Vec<PathBuf>,
     calibration_length: usize,
-    calibration_tokens: usize,
+    calibration_tokens: Option<usize>,
 ) -> PyResult<String> {
     let report = |done: u64, total: u64| {
         Python::attach(|py| {

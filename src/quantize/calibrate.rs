@@ -20,7 +20,7 @@ use self::sites::{Place, Site, places};
 use super::gptq::{Curvature, Hessian};
 use super::matrix::{Outcome, Work};
 use crate::backend::cpu::{Cpu, parallel};
-use crate::config::ModelConfig;
+use crate::config::{FfnConfig, ModelConfig};
 use crate::machine::available_memory;
 use crate::model::{Input, Walk};
 use crate::tokenizer::Tokenizer;
@@ -29,8 +29,11 @@ use crate::weights::write::{Entry, Made, Unit, write_checkpoint};
 use crate::weights::{LayerTensors, ModelTensors, MtpTensors, Tensor};
 use crate::{Error, Result};
 
-/// Tokens that an expert must have seen, in terms of the inputs of its matrix, for a Hessian of its own.
-const OWN_TOKENS: usize = 1;
+/// Tokens that an expert must have seen for a Hessian of its own, in terms of the inputs of its matrix: gate and up, which
+/// may have the layer's instead, and down. With fewer, what is fitted to them is farther off on other text
+/// (`benches/results/cpu/calibrated.txt`).
+const EXPERT_IN_TOKENS: usize = 4;
+const EXPERT_DOWN_TOKENS: usize = 2;
 /// Hessians that are factored at once.
 const AT_ONCE: usize = 8;
 
@@ -41,14 +44,15 @@ pub struct Calibration {
     pub files: Vec<PathBuf>,
     /// Tokens of a sequence.
     pub length: usize,
-    /// Tokens of all sequences, at most.
-    pub tokens: usize,
+    /// Tokens of all sequences, at most; by default [`Calibration::TOKENS`], or as many more as let every expert see
+    /// four times as many as it is wide, if all are hit alike.
+    pub tokens: Option<usize>,
 }
 
 impl Calibration {
     /// Tokens of a sequence where nothing else is asked for.
     pub const LENGTH: usize = 2048;
-    /// Tokens of all sequences where nothing else is asked for.
+    /// Tokens of all sequences of a model with few experts or none, where nothing else is asked for.
     pub const TOKENS: usize = 32_768;
 
     /// Refuses what cannot be done, before anything is read.
@@ -65,11 +69,24 @@ impl Calibration {
             let allowed = format!("2 to {longest} tokens (max_position_embeddings)");
             return Err(Error::request("calibration_length", self.length, allowed));
         }
-        if self.tokens < self.length {
-            let allowed = format!("at least calibration_length, {}", self.length);
-            return Err(Error::request("calibration_tokens", self.tokens, allowed));
+        match self.tokens {
+            Some(tokens) if tokens < self.length => {
+                let allowed = format!("at least calibration_length, {}", self.length);
+                Err(Error::request("calibration_tokens", tokens, allowed))
+            }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Sequences that are read, if the text has as many.
+    fn max_sequences(&self, config: &ModelConfig) -> usize {
+        let tokens = self.tokens.unwrap_or(match config.ffn {
+            FfnConfig::Dense { .. } => Self::TOKENS,
+            FfnConfig::Moe { num_experts, top_k, expert_width, .. } => {
+                Self::TOKENS.max(4 * expert_width.saturating_mul(num_experts) / top_k.max(1))
+            }
+        });
+        tokens.max(self.length) / self.length
     }
 }
 
@@ -184,7 +201,7 @@ pub(super) fn write_calibrated(
 ) -> Result<(Read, Vec<Note>)> {
     parallel::claim()?;
     let tokenizer = Tokenizer::from_directory(from)?;
-    let sequences = text::sequences(calibration, &tokenizer, before.config.vocab)?;
+    let sequences = text::sequences(calibration, &tokenizer, before.config)?;
     drop(tokenizer);
     let ready = Ready::default();
     let units = planned(before, work, &ready);
@@ -357,8 +374,13 @@ fn factored(hessians: BTreeMap<Site, Hessian>, poll: &mut dyn FnMut() -> Result<
 }
 
 fn curvature(site: Site, hessian: Hessian) -> std::result::Result<Curvature, String> {
-    let (seen, wanted) = (hessian.num_tokens(), OWN_TOKENS * hessian.num_inputs());
-    if site.is_of_expert() && seen < wanted {
+    let times = match site {
+        Site::ExpertIn(_) => EXPERT_IN_TOKENS,
+        Site::ExpertDown(_) => EXPERT_DOWN_TOKENS,
+        _ => 0,
+    };
+    let (seen, wanted) = (hessian.num_tokens(), times * hessian.num_inputs());
+    if seen < wanted {
         return Err(format!("its expert saw {seen} tokens; {wanted} are needed"));
     }
     Curvature::new(hessian).ok_or_else(|| "its inputs are all zero, or not finite".into())
@@ -402,3 +424,6 @@ fn check_memory(
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -345,21 +345,3 @@ fn the_configuration_says_what_is_there() {
     let config = ModelConfig::from_dir(&again).unwrap().quantization.unwrap();
     assert!(config.int4.is_some() && config.fp8.is_none());
 }
-
-#[test]
-#[ignore]
-fn experiment() {
-    let var = |name: &str, or: &str| std::env::var(name).unwrap_or(or.into());
-    let (from, to) = (PathBuf::from(var("FROM", embedded().to_str().unwrap())), PathBuf::from(var("TO", "/tmp/calibrate/out")));
-    let _ = std::fs::remove_dir_all(&to);
-    let calibration = super::Calibration {
-        files: vec![PathBuf::from(var("TEXT", "/tmp/calibrate/train.jsonl"))],
-        length: var("LEN", "2048").parse().unwrap(),
-        tokens: var("TOKENS", "32768").parse().unwrap(),
-    };
-    let q = if var("SCHEME", "int4") == "int4" { Quantization::Int4 { group: 32 } } else { Quantization::Mixed { group: 32 } };
-    let began = std::time::Instant::now();
-    let calibration = (var("RTN", "") == "").then_some(&calibration);
-    let s = quantize(&from, &to, q, calibration, |_, _| Ok(())).unwrap();
-    eprintln!("{:?} {:.1} s", s, began.elapsed().as_secs_f64());
-}

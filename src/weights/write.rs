@@ -215,14 +215,9 @@ mod tests {
                 Ok(())
             });
             assert_eq!(stages, [7, 14]);
-            // Twice where a stage begins.
-            for (done, times) in [(8, 2), (12, 1), (55, 2), (60, 1)] {
-                let found = seen.iter().filter(|seen| seen.0 == done).count();
-                assert!(
-                    found == times || limit == u64::MAX && found == times && done > 8,
-                    "{limit} {done} {found}"
-                );
-            }
+            // What had been done before a stage is said again where it begins.
+            let twice = seen.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0].0);
+            assert_eq!(twice.collect::<Vec<_>>(), [8, 55]);
             assert_eq!(notes.unwrap(), [1, 2, 3, 4]);
             assert!(seen.is_sorted() && seen.last() == Some(&(60, 60)));
             let found = Checkpoint::open(dir.path()).unwrap();

@@ -38,11 +38,6 @@ impl Site {
         }
     }
 
-    /// Whether fewer tokens come here than the layer sees.
-    pub fn is_of_expert(self) -> bool {
-        matches!(self, Site::ExpertIn(_) | Site::ExpertDown(_))
-    }
-
     /// Inputs of a matrix here, in the layer of that index; behind the last layer is the module's.
     pub fn width(self, config: &ModelConfig, index: usize) -> usize {
         match (self, &config.ffn) {

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::Calibration;
+use crate::config::ModelConfig;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
@@ -15,8 +16,8 @@ const BYTES_PER_TOKEN: u64 = 64;
 /// And however few are wanted: a line of `.jsonl` must be whole.
 const LEAST_BYTES: u64 = 1 << 20;
 
-/// Sequences of `calibration.length` tokens, at most `calibration.tokens` in all: the files one after the other, cut
-/// where a sequence is full. What is left over is not used.
+/// Sequences of `calibration.length` tokens: the files one after the other, cut where a sequence is full, until there are
+/// as many as are wanted. What is left over is not used.
 ///
 /// # Errors
 /// `Io` of a file; `File` for one that is not UTF-8, and for a line of a `.jsonl` file that is no object with a "text".
@@ -24,10 +25,10 @@ const LEAST_BYTES: u64 = 1 << 20;
 pub(super) fn sequences(
     calibration: &Calibration,
     tokenizer: &Tokenizer,
-    vocab: usize,
+    config: &ModelConfig,
 ) -> Result<Vec<Vec<u32>>> {
-    let Calibration { files, length, tokens } = calibration;
-    let (length, wanted) = (*length, *tokens / *length * *length);
+    let (files, length) = (&calibration.files, calibration.length);
+    let wanted = calibration.max_sequences(config).saturating_mul(length);
     let mut ids = Vec::new();
     for path in files {
         if ids.len() >= wanted {
@@ -52,9 +53,9 @@ pub(super) fn sequences(
         return Err(Error::request("calibrate", found, allowed));
     }
     ids.truncate(wanted.min(ids.len() / length * length));
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab) {
         let found = format!("token {id} of the tokenizer");
-        return Err(Error::request("calibrate", found, format!("tokens below the model's {vocab}")));
+        return Err(Error::request("calibrate", found, format!("tokens below the model's {}", config.vocab)));
     }
     Ok(ids.chunks(length).map(<[u32]>::to_vec).collect())
 }

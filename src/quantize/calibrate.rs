@@ -83,7 +83,8 @@ impl Calibration {
         let tokens = self.tokens.unwrap_or(match config.ffn {
             FfnConfig::Dense { .. } => Self::TOKENS,
             FfnConfig::Moe { num_experts, top_k, expert_width, .. } => {
-                Self::TOKENS.max(4 * expert_width.saturating_mul(num_experts) / top_k.max(1))
+                let all = expert_width.saturating_mul(num_experts).saturating_mul(4);
+                Self::TOKENS.max(all / top_k.max(1))
             }
         });
         tokens.max(self.length) / self.length
@@ -383,7 +384,8 @@ fn curvature(site: Site, hessian: Hessian) -> std::result::Result<Curvature, Str
     if seen < wanted {
         return Err(format!("its expert saw {seen} tokens; {wanted} are needed"));
     }
-    Curvature::new(hessian).ok_or_else(|| "its inputs are all zero, or not finite".into())
+    Curvature::new(hessian)
+        .ok_or_else(|| "its Hessian is zero, not finite, or not positive definite with any damping".into())
 }
 
 /// Refuses what the machine has no room for: the residual stream, the Hessians of a layer and their factors, and the

@@ -292,3 +292,6 @@ def test_the_command(text, tmp_path):
     )
     done = run(tmp_path / "c", *options, "--calibrate", tmp_path / "none.txt")
     assert done.exit_code == 1 and "none.txt" in done.stderr
+    done = run(tmp_path / "c", *options)
+    assert done.exit_code == 1
+    assert "calibration_length: found 128, and no text; allowed: with calibrate alone" in done.stderr

@@ -328,6 +328,6 @@ def quantize_checkpoint(
     group_size: int,
     progress: Callable[[int, int], object] | None,
     calibrate: Sequence[str | PathLike[str]] = ...,
-    calibration_length: int = 2048,
+    calibration_length: int | None = None,
     calibration_tokens: int | None = None,
 ) -> str: ...

@@ -39,7 +39,9 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of a sequence of it.")] = 2048,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence of it: 2048 by default.", show_default=False)
+    ] = None,
     calibration_tokens: Annotated[
         int | None,
         typer.Option(

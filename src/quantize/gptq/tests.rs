@@ -242,24 +242,3 @@ fn without_correlation_nothing_is_fed_back() {
     dequantise_int4(&codes, k, group, &scales, &mut want);
     assert_eq!(got, want);
 }
-
-#[test]
-#[ignore]
-fn timing() {
-    for (k, rows) in [(1024, 3072), (3072, 1024), (6144, 128)] {
-        let x = inputs(if k > 5000 { 256 } else { 2048 }, k, 3);
-        let began = std::time::Instant::now();
-        let h = hessian(&x, k);
-        eprintln!("{k}: hessian of {} tokens {:.2} s", x.len() / k, began.elapsed().as_secs_f64());
-        let began = std::time::Instant::now();
-        let c = Curvature::new(h).unwrap();
-        eprintln!("{k}: factor {:.2} s", began.elapsed().as_secs_f64());
-        let w = weights(rows, k, 4);
-        let began = std::time::Instant::now();
-        fed_back(&c, &w, k, 128);
-        eprintln!("{k}: {rows} rows {:.2} s", began.elapsed().as_secs_f64());
-        let began = std::time::Instant::now();
-        c.norm(&w);
-        eprintln!("{k}: norm of {rows} rows {:.2} s", began.elapsed().as_secs_f64());
-    }
-}

@@ -189,7 +189,7 @@ def test_a_dense_model(tmp_path):
 def test_the_same_bytes_on_any_number_of_threads_and_any_instruction_set(text, tmp_path):
     code = (
         "import sys; from qwen35rs import _core; _core.quantize_checkpoint(sys.argv[1], sys.argv[2], scheme='int4', "
-        "group_size=32, progress=None, calibrate=[sys.argv[3]], calibration_length=256, calibration_tokens=1024)"
+        "group_size=32, progress=None, calibrate=[sys.argv[3]], calibration_length=128, calibration_tokens=256)"
     )
     settings = [{"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "3"}, {"QWEN35RS_ISA": "plain"}]
     for i, setting in enumerate(settings):

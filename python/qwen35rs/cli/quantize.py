@@ -56,7 +56,7 @@ def quantize(
     \b
     qwen35rs quantize ./demo ./demo-fp8 --scheme fp8
     qwen35rs quantize ./demo ./demo-mixed --scheme mixed --group-size 32
-    qwen35rs quantize ./demo ./demo-int4 --scheme int4 --calibrate text.txt
+    qwen35rs quantize ./demo ./out --scheme int4 --group-size 64 --calibrate a.txt
 
     \b
     int4 and mixed are written as compressed-tensors has them, fp8 as the

@@ -19,6 +19,7 @@ pub mod error;
 pub mod gguf;
 pub mod inspect;
 pub mod lend;
+pub mod machine;
 pub mod mapped;
 pub mod model;
 pub mod plan;

@@ -4,6 +4,9 @@
 //! asking.
 
 mod mtp;
+mod walk;
+
+pub use self::walk::{Input, Walk};
 
 use self::mtp::Mtp;
 use crate::Result;
@@ -55,6 +58,22 @@ enum Ffn<B: Backend> {
     Dense { gate_up: B::Linear, down: B::Linear },
     Moe(B::Moe),
 }
+
+/// What every layer needs beside its weights.
+struct Net<'a, B: Backend> {
+    config: &'a ModelConfig,
+    caches: Caches,
+    rope: &'a Rope,
+    backend: &'a B,
+}
+
+impl<B: Backend> Clone for Net<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Net<'_, B> {}
 
 /// What sequences leave behind between steps: pages of the attention layers, slots of the delta layers.
 pub struct Memory<B: Backend> {
@@ -151,49 +170,19 @@ impl<B: Backend> Model<B> {
     pub fn memory(&self, num_pages: usize, num_slots: usize) -> Result<Memory<B>> {
         let mut memory = Memory { pages: Vec::new(), slots: Vec::new() };
         for layer in self.layers.iter().chain(self.mtp.iter().map(|mtp| &mtp.layer)) {
-            match layer.mixer {
-                Mixer::Attention { .. } => {
-                    let pages = self.backend.pages(num_pages, &self.config.attention, self.caches.kv)?;
-                    memory.pages.push(pages);
-                }
-                Mixer::Delta { .. } => {
-                    let slots = self.backend.slots(num_slots, &self.config.delta, self.caches.state)?;
-                    memory.slots.push(slots);
-                }
-            }
+            self.net().memory(layer, num_pages, num_slots, &mut memory)?;
         }
         Ok(memory)
     }
 
+    fn net(&self) -> Net<'_, B> {
+        let Self { config, caches, rope, backend, .. } = self;
+        Net { config, caches: *caches, rope, backend }
+    }
+
     /// Buffers for batches of up to these sizes.
     pub fn workspace(&self, limits: &BatchLimits) -> Result<Workspace<B>> {
-        let (c, max_tokens) = (&self.config, limits.max_tokens);
-        let buf = |width: usize| self.backend.buf(max_tokens, width, Precision::Compute);
-        let logit_rows = MAX_LOGIT_ROWS.min(max_tokens);
-        let ffn_width = match c.ffn {
-            FfnConfig::Dense { width } => width,
-            FfnConfig::Moe { .. } => 0,
-        };
-        let mtp_width = if self.has_mtp() { c.hidden } else { 0 };
-        let delta_inputs = c.delta.conv_channels() + c.delta.value_width() + 2 * c.delta.num_v_heads;
-        Ok(Workspace {
-            residual: self.backend.buf(max_tokens, c.hidden, Precision::Full)?,
-            normed: buf(c.hidden)?,
-            block: buf(c.hidden)?,
-            attention_inputs: buf(2 * c.attention.q_width() + 2 * c.attention.kv_width())?,
-            q: buf(c.attention.q_width())?,
-            attended: buf(c.attention.q_width())?,
-            delta_inputs: buf(delta_inputs)?,
-            mixed: buf(c.delta.conv_channels())?,
-            core: buf(c.delta.value_width())?,
-            gate_up: buf(2 * ffn_width)?,
-            act: buf(ffn_width)?,
-            head_rows: self.backend.buf(logit_rows, c.hidden, Precision::Compute)?,
-            logits: self.backend.buf(logit_rows, c.vocab, Precision::Full)?,
-            hidden: buf(mtp_width)?,
-            pair: buf(2 * mtp_width)?,
-            scratch: self.backend.scratch(c, limits, self.caches)?,
-        })
+        self.net().workspace(limits, self.has_mtp())
     }
 
     /// Zeroes a slot for a new sequence.
@@ -276,8 +265,8 @@ impl<B: Backend> Model<B> {
         for (i, layer) in self.layers.iter().enumerate() {
             poll()?;
             n = match self.layers.get(i + 1) {
-                Some(next) => self.layer(layer, batch, None, Some(&next.input_norm), memory, w),
-                None => self.layer(layer, batch, Some(&batch.logit_rows), None, memory, w),
+                Some(next) => self.net().layer(layer, batch, None, Some(&next.input_norm), memory, w),
+                None => self.net().layer(layer, batch, Some(&batch.logit_rows), None, memory, w),
             };
         }
         poll()?;
@@ -285,12 +274,105 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
+    /// Logits of up to [`MAX_LOGIT_ROWS`] of the `logit_rows` of the batch that [`Model::forward`] ran last, by their
+    /// place in that list: `[rows, vocab]`, f32, on the host. With `top` of `(k, num_tokens)`, logits that are not among a row's k largest below
+    /// `num_tokens` may be -inf.
+    pub fn logits<'a>(
+        &self,
+        rows: &[usize],
+        top: Option<(usize, usize)>,
+        w: &'a mut Workspace<B>,
+    ) -> std::borrow::Cow<'a, [f32]> {
+        self.compute_logits(rows, top, w);
+        self.backend.read(&mut w.logits, rows.len())
+    }
+
+    fn compute_logits(&self, rows: &[usize], top: Option<(usize, usize)>, w: &mut Workspace<B>) {
+        let (b, head) = (&self.backend, self.head());
+        b.gather(rows, &w.normed, &mut w.head_rows);
+        match top {
+            Some((k, num_tokens)) => {
+                let head = (head, &self.screen);
+                b.top_logits(rows.len(), &w.head_rows, head, k, num_tokens, &mut w.logits);
+            }
+            None => b.linear(rows.len(), &w.head_rows, head, &mut w.logits),
+        }
+    }
+
+    /// As [`Model::logits`], of neighbouring rows, to row `at` and on of memory of the device.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn lend_logits(
+        &self,
+        rows: std::ops::Range<usize>,
+        to: &dyn Lendable,
+        at: usize,
+        w: &mut Workspace<B>,
+    ) -> Result<()> {
+        let rows: Vec<usize> = rows.collect();
+        self.compute_logits(&rows, None, w);
+        self.backend.lend_rows(rows.len(), &w.logits, to, at)
+    }
+}
+
+impl<B: Backend> Net<'_, B> {
+    /// Pages or slots of one layer.
+    fn memory(
+        self,
+        layer: &Layer<B>,
+        num_pages: usize,
+        num_slots: usize,
+        memory: &mut Memory<B>,
+    ) -> Result<()> {
+        match layer.mixer {
+            Mixer::Attention { .. } => {
+                memory.pages.push(self.backend.pages(num_pages, &self.config.attention, self.caches.kv)?);
+            }
+            Mixer::Delta { .. } => {
+                memory.slots.push(self.backend.slots(num_slots, &self.config.delta, self.caches.state)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Buffers for batches of up to these sizes, and for the MTP module where it `has_mtp`.
+    fn workspace(self, limits: &BatchLimits, has_mtp: bool) -> Result<Workspace<B>> {
+        let (c, max_tokens) = (self.config, limits.max_tokens);
+        let buf = |width: usize| self.backend.buf(max_tokens, width, Precision::Compute);
+        let logit_rows = MAX_LOGIT_ROWS.min(max_tokens);
+        let ffn_width = match c.ffn {
+            FfnConfig::Dense { width } => width,
+            FfnConfig::Moe { .. } => 0,
+        };
+        let mtp_width = if has_mtp { c.hidden } else { 0 };
+        let delta_inputs = c.delta.conv_channels() + c.delta.value_width() + 2 * c.delta.num_v_heads;
+        Ok(Workspace {
+            residual: self.backend.buf(max_tokens, c.hidden, Precision::Full)?,
+            normed: buf(c.hidden)?,
+            block: buf(c.hidden)?,
+            attention_inputs: buf(2 * c.attention.q_width() + 2 * c.attention.kv_width())?,
+            q: buf(c.attention.q_width())?,
+            attended: buf(c.attention.q_width())?,
+            delta_inputs: buf(delta_inputs)?,
+            mixed: buf(c.delta.conv_channels())?,
+            core: buf(c.delta.value_width())?,
+            gate_up: buf(2 * ffn_width)?,
+            act: buf(ffn_width)?,
+            head_rows: self.backend.buf(logit_rows, c.hidden, Precision::Compute)?,
+            logits: self.backend.buf(logit_rows, c.vocab, Precision::Full)?,
+            hidden: buf(mtp_width)?,
+            pair: buf(2 * mtp_width)?,
+            scratch: self.backend.scratch(c, limits, self.caches)?,
+        })
+    }
+
     /// A decoder layer: reads `residual` and what its input norm has made of it, `normed`. It leaves `residual` and
     /// `block`, the change that is still to be added to it; or, given the norm that comes `next`, `residual` with that
     /// change and `normed`. With `keep`, tokens that are not in it get as far as the layer's pages or slots, and the rows
     /// of the others move to the front. Returns the number of rows left.
     fn layer(
-        &self,
+        self,
         layer: &Layer<B>,
         batch: &Batch,
         keep: Option<&[usize]>,
@@ -298,13 +380,13 @@ impl<B: Backend> Model<B> {
         memory: &mut Memory<B>,
         w: &mut Workspace<B>,
     ) -> usize {
-        let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, &self.backend);
+        let (mut n, eps, b) = (batch.num_tokens(), self.config.rms_eps, self.backend);
         match &layer.mixer {
             Mixer::Attention { index, qkv, out, q_norm, k_norm } => {
                 let (dims, pages) = (&self.config.attention, &mut memory.pages[*index]);
                 let inputs = &mut w.attention_inputs;
                 b.linear(n, &w.normed, qkv, inputs);
-                b.qk_norm_rope_write(batch, dims, &self.rope, (q_norm, k_norm), eps, inputs, &mut w.q, pages);
+                b.qk_norm_rope_write(batch, dims, self.rope, (q_norm, k_norm), eps, inputs, &mut w.q, pages);
                 b.gated_attention(batch, dims, &w.q, inputs, pages, &mut w.scratch, &mut w.attended);
                 if let Some(rows) = keep {
                     n = rows.len();
@@ -350,47 +432,6 @@ impl<B: Backend> Model<B> {
             },
         }
         n
-    }
-
-    /// Logits of up to [`MAX_LOGIT_ROWS`] of the `logit_rows` of the batch that [`Model::forward`] ran last, by their
-    /// place in that list: `[rows, vocab]`, f32, on the host. With `top` of `(k, num_tokens)`, logits that are not among a row's k largest below
-    /// `num_tokens` may be -inf.
-    pub fn logits<'a>(
-        &self,
-        rows: &[usize],
-        top: Option<(usize, usize)>,
-        w: &'a mut Workspace<B>,
-    ) -> std::borrow::Cow<'a, [f32]> {
-        self.compute_logits(rows, top, w);
-        self.backend.read(&mut w.logits, rows.len())
-    }
-
-    fn compute_logits(&self, rows: &[usize], top: Option<(usize, usize)>, w: &mut Workspace<B>) {
-        let (b, head) = (&self.backend, self.head());
-        b.gather(rows, &w.normed, &mut w.head_rows);
-        match top {
-            Some((k, num_tokens)) => {
-                let head = (head, &self.screen);
-                b.top_logits(rows.len(), &w.head_rows, head, k, num_tokens, &mut w.logits);
-            }
-            None => b.linear(rows.len(), &w.head_rows, head, &mut w.logits),
-        }
-    }
-
-    /// As [`Model::logits`], of neighbouring rows, to row `at` and on of memory of the device.
-    ///
-    /// # Errors
-    /// What the device says.
-    pub fn lend_logits(
-        &self,
-        rows: std::ops::Range<usize>,
-        to: &dyn Lendable,
-        at: usize,
-        w: &mut Workspace<B>,
-    ) -> Result<()> {
-        let rows: Vec<usize> = rows.collect();
-        self.compute_logits(&rows, None, w);
-        self.backend.lend_rows(rows.len(), &w.logits, to, at)
     }
 }
 

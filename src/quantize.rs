@@ -6,8 +6,12 @@
 //! `fp8`); `int4` and `mixed` in the naming of compressed-tensors. Experts are written one by one, as all of these have
 //! them.
 
+mod calibrate;
 mod config;
+mod gptq;
 mod matrix;
+
+pub use self::calibrate::{Calibration, CalibrationSummary};
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, json};
 
+use self::calibrate::{Before, Note, Read, write_calibrated};
 use self::matrix::{Deviation, Work};
 use crate::config::ModelConfig;
 use crate::gguf;
@@ -40,20 +45,29 @@ pub struct Summary {
     pub worst_relative_rms_error: f64,
     /// The worst matrix; empty where none was quantised.
     pub worst: String,
+    /// Where a text was read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationSummary>,
 }
 
 /// Quantises the checkpoint in the directory `from` to the new or empty directory `to`. Tokenizer, chat template and
 /// generation defaults are copied; `quantization_report.json` has the error of each matrix. It is written beside `to`
 /// and renamed at the end. `progress(done, total)`, in bytes, may end it; nothing is left then.
 ///
+/// With a `calibration` the model reads a text first, layer by layer on the CPU, and 4-bit integers make up for their
+/// errors on it (GPTQ); 8-bit floats are rounded to the nearest as ever. Files and forms are the same.
+///
 /// # Errors
-/// As [`Checkpoint::open`] and [`ModelTensors::resolve`]. `Request` for a `to` that is neither new nor empty. `Tensor`
+/// As [`Checkpoint::open`] and [`ModelTensors::resolve`]; with a calibration as [`crate::tokenizer::Tokenizer::from_directory`], `File` for
+/// a text that is not UTF-8, `Request` for one that is too short and for options that cannot be, `OutOfMemory` where the
+/// machine has no room. `Request` for a `to` that is neither new nor empty. `Tensor`
 /// for a matrix with an element that is not finite, for one that is quantised in another form and would be kept, and
 /// for one whose rows are not a whole number of groups. `Io` of files.
 pub fn quantize(
     from: &Path,
     to: &Path,
     quantization: Quantization,
+    calibration: Option<&Calibration>,
     progress: impl FnMut(u64, u64) -> Result<()>,
 ) -> Result<Summary> {
     check_target(to)?;
@@ -62,11 +76,13 @@ pub fn quantize(
         return Err(Error::request("IN", found, "the directory of a checkpoint with *.safetensors"));
     }
     let config = ModelConfig::from_dir(from)?;
+    calibration.map_or(Ok(()), |calibration| calibration.check(quantization, &config))?;
     let checkpoint = Checkpoint::open(from)?;
-    let tensors = for_file(ModelTensors::resolve(&checkpoint, &config)?, quantization);
-    let has_module = config.num_mtp_layers > 0 && !tensors.mtp.is_empty();
-    let module = has_module.then(|| MtpTensors::resolve(&checkpoint, &config)).transpose()?;
-    let module = module.map(|module| module_for_file(module, quantization));
+    let plain = ModelTensors::resolve(&checkpoint, &config)?;
+    let has_module = config.num_mtp_layers > 0 && !plain.mtp.is_empty();
+    let plain_module = has_module.then(|| MtpTensors::resolve(&checkpoint, &config)).transpose()?;
+    let tensors = for_file(plain.clone(), quantization);
+    let module = plain_module.clone().map(|module| module_for_file(module, quantization));
     check_groups(tensors.tensors().chain(module.iter().flat_map(MtpTensors::tensors)), quantization)?;
 
     let mut work = Vec::new();
@@ -86,8 +102,19 @@ pub fn quantize(
 
     let folder = Folder::beside(to)?;
     let write = || {
-        let deviations = write_checkpoint(&folder.path, &work, progress)?;
-        let summary = report(&folder.path, quantization, &checkpoint, &work, &deviations)?;
+        let (read, notes) = match calibration {
+            Some(calibration) => {
+                let before = Before { config: &config, tensors: &plain, module: plain_module.as_ref() };
+                let (read, notes) =
+                    write_calibrated(calibration, from, &before, &folder.path, &work, progress)?;
+                (Some(read), notes)
+            }
+            None => {
+                let notes = write_checkpoint(&folder.path, &work, |_, _| Ok(()), progress)?;
+                (None, notes.into_iter().map(|note| note.map(|outcome| (outcome, None))).collect())
+            }
+        };
+        let summary = report(&folder.path, quantization, &checkpoint, &work, &notes, calibration.zip(read))?;
         copy_others(from, &folder.path)?;
         // Last: a folder without it is no checkpoint.
         write_json(&folder.path.join("config.json"), &config::quantised(from, quantization, &work)?)?;
@@ -197,24 +224,29 @@ fn report(
     quantization: Quantization,
     checkpoint: &Checkpoint,
     work: &[Work],
-    deviations: &[Option<Deviation>],
+    notes: &[Note],
+    calibration: Option<(&Calibration, Read)>,
 ) -> Result<Summary> {
     let mut matrices = Map::new();
     let (mut all, mut worst, mut worst_error) = (Deviation::default(), String::new(), 0.0);
     let mut num_quantised = 0;
-    for (work, deviation) in work.iter().zip(deviations) {
-        let (Work::Matrix { module, .. }, Some(deviation)) = (work, deviation) else { continue };
+    for (work, note) in work.iter().zip(notes) {
+        let (Work::Matrix { module, .. }, Some((outcome, source))) = (work, note) else { continue };
+        let deviation = &outcome.deviation;
         num_quantised += 1;
         all.add(deviation);
         let error = deviation.relative_rms();
         if error > worst_error {
             (worst_error, worst) = (error, module.clone());
         }
-        let facts = json!({
+        let mut facts = json!({
             "format": work.format(),
             "relative_rms_error": error,
             "max_abs_error": deviation.most,
         });
+        if let Some(source) = source {
+            facts["calibration"] = calibrate::facts(outcome, source);
+        }
         matrices.insert(module.clone(), facts);
     }
     let kept = |work: &&Work| matches!(work, Work::Kept { .. });
@@ -226,8 +258,12 @@ fn report(
         relative_rms_error: all.relative_rms(),
         worst_relative_rms_error: worst_error,
         worst,
+        calibration: calibration.map(|(_, read)| CalibrationSummary::new(read, notes)),
     };
-    let report = json!({"quantization": quantization, "summary": summary, "matrices": matrices});
+    let mut report = json!({"quantization": quantization, "summary": summary, "matrices": matrices});
+    if let Some((calibration, _)) = calibration {
+        report["calibration"] = json!(calibration);
+    }
     write_json(&dir.join("quantization_report.json"), &report)?;
     Ok(summary)
 }

@@ -68,6 +68,7 @@ def test_the_examples_of_the_help_run(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qwen35rs.vocabulary.has_real_ranks", lambda: False)
     (tmp_path / "prompts.txt").write_text("Hello\n")
+    (tmp_path / "a.txt").write_text("A text of some length.\n" * 200)
     examples = []
     for command in app.registered_commands:
         lines = [line.strip() for line in command.callback.__doc__.splitlines()]

@@ -327,4 +327,7 @@ def quantize_checkpoint(
     scheme: str,
     group_size: int,
     progress: Callable[[int, int], object] | None,
+    calibrate: Sequence[str | PathLike[str]] = ...,
+    calibration_length: int | None = None,
+    calibration_tokens: int | None = None,
 ) -> str: ...

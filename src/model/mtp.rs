@@ -1,9 +1,9 @@
 //! The multi-token-prediction module: drafts token t + 2 from the hidden state of token t and from token t + 1, through
 //! one decoder layer with pages of its own. It is loaded only where it is asked for, and runs after a forward.
 
-use super::{Layer, Memory, Model, Workspace};
+use super::{Layer, Memory, Model, Net, Workspace};
 use crate::backend::Backend;
-use crate::batch::DraftBatch;
+use crate::batch::{Batch, DraftBatch};
 use crate::config::LayerKind;
 use crate::weights::{DType, MtpTensors};
 use crate::{Error, Result};
@@ -18,22 +18,52 @@ pub(super) struct Mtp<B: Backend> {
     norm: B::Vector,
 }
 
+impl<B: Backend> Mtp<B> {
+    /// `index` as of an attention layer.
+    pub(super) fn load(
+        tensors: MtpTensors,
+        index: usize,
+        net: Net<'_, B>,
+        dtype: Option<DType>,
+    ) -> Result<Self> {
+        let (config, b) = (net.config, net.backend);
+        Ok(Self {
+            embedding_norm: b.vector(&tensors.pre_fc_norm_embedding, 1.0)?,
+            hidden_norm: b.vector(&tensors.pre_fc_norm_hidden, 1.0)?,
+            fc: b.linear_weight(&[tensors.fc], dtype)?,
+            layer: Layer::load(tensors.layer, index, config, dtype, b)?,
+            norm: b.vector(&tensors.norm, 1.0)?,
+        })
+    }
+
+    /// What its layer reads, to `residual`: the embeddings of the batch's tokens beside those rows of `hidden`.
+    pub(super) fn inputs(
+        &self,
+        net: Net<'_, B>,
+        embed: &B::Linear,
+        batch: &Batch,
+        rows: &[usize],
+        w: &mut Workspace<B>,
+    ) {
+        let (n, eps, b) = (batch.num_tokens(), net.config.rms_eps, net.backend);
+        b.embed(batch, embed, &mut w.residual);
+        b.rmsnorm_residual(n, None, &mut w.residual, &self.embedding_norm, eps, &mut w.block);
+        b.gather(rows, &w.hidden, &mut w.residual);
+        b.rmsnorm_residual(n, None, &mut w.residual, &self.hidden_norm, eps, &mut w.normed);
+        b.concat(n, &w.block, &w.normed, &mut w.pair);
+        b.linear(n, &w.pair, &self.fc, &mut w.residual);
+    }
+}
+
 impl<B: Backend> Model<B> {
     /// Loads the module too, `dtype` as in [`Model::load`]. Memory and workspaces made afterwards have room for it.
     ///
     /// # Errors
     /// Whatever the backend says of memory.
     pub fn with_mtp(mut self, tensors: MtpTensors, dtype: Option<DType>) -> Result<Self> {
-        let (config, b) = (&self.config, &self.backend);
         // Its pages come after those of the model's layers.
-        let index = config.num_layers_of(LayerKind::Attention);
-        self.mtp = Some(Mtp {
-            embedding_norm: b.vector(&tensors.pre_fc_norm_embedding, 1.0)?,
-            hidden_norm: b.vector(&tensors.pre_fc_norm_hidden, 1.0)?,
-            fc: b.linear_weight(&[tensors.fc], dtype)?,
-            layer: Layer::load(tensors.layer, index, config, dtype, b)?,
-            norm: b.vector(&tensors.norm, 1.0)?,
-        });
+        let index = self.config.num_layers_of(LayerKind::Attention);
+        self.mtp = Some(Mtp::load(tensors, index, self.net(), dtype)?);
         Ok(self)
     }
 
@@ -67,14 +97,9 @@ impl<B: Backend> Model<B> {
         // The layer below works in `normed`, so what the forward left there waits in `hidden`.
         std::mem::swap(&mut w.normed, &mut w.hidden);
         b.begin(batch);
-        b.embed(batch, &self.embed, &mut w.residual);
-        b.rmsnorm_residual(n, None, &mut w.residual, &mtp.embedding_norm, eps, &mut w.block);
-        b.gather(rows, &w.hidden, &mut w.residual);
-        b.rmsnorm_residual(n, None, &mut w.residual, &mtp.hidden_norm, eps, &mut w.normed);
-        b.concat(n, &w.block, &w.normed, &mut w.pair);
-        b.linear(n, &w.pair, &mtp.fc, &mut w.residual);
+        mtp.inputs(self.net(), &self.embed, batch, rows, w);
         b.rmsnorm_residual(n, None, &mut w.residual, &mtp.layer.input_norm, eps, &mut w.normed);
-        self.layer(&mtp.layer, batch, None, Some(&mtp.norm), memory, w);
+        self.net().layer(&mtp.layer, batch, None, Some(&mtp.norm), memory, w);
         b.scatter(rows, &w.normed, &mut w.hidden);
         std::mem::swap(&mut w.normed, &mut w.hidden);
         b.check()

@@ -73,7 +73,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (from, to) = ("python/qwen35rs/model", folder.path().join("fp8"));
         let from = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(from);
-        crate::quantize::quantize(&from, &to, Quantization::Fp8, |_, _| Ok(())).unwrap();
+        crate::quantize::quantize(&from, &to, Quantization::Fp8, None, |_, _| Ok(())).unwrap();
         let config = ModelConfig::from_dir(&to).unwrap();
         let held = |checkpoint: &Checkpoint, quantization| {
             let limits = EngineLimits::default();

@@ -11,7 +11,7 @@ use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::dlpack::{DeviceTensor, Element};
-use super::room::{available_memory, check_decoded};
+use super::room::check_decoded;
 use super::tokenizer::{Ids, PyTokenizer};
 use super::tools::{json, model_config, parse_quantization};
 use super::{enter, to_py};
@@ -20,6 +20,7 @@ use crate::backend::{Backend, Caches, Device};
 use crate::config::{GenerationConfig, ModelConfig};
 use crate::engine::{Engine, EngineLimits, StepOutput};
 use crate::gguf;
+use crate::machine::available_memory;
 use crate::model::Model;
 use crate::plan::{self, Scheme};
 use crate::request::{FinishReason, SamplingParams, Wanted};

@@ -21,10 +21,3 @@ pub(super) fn check_decoded(tensors: &ModelTensors, dtype: Option<DType>, room: 
         _ => Ok(()),
     }
 }
-
-/// Bytes that the system says can be taken; `None` where it says nothing.
-pub(super) fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}

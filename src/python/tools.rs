@@ -14,7 +14,7 @@ use crate::engine::EngineLimits;
 use crate::gguf;
 use crate::inspect::inspect;
 use crate::plan::{self, PlanOptions, Scheme};
-use crate::quantize::quantize;
+use crate::quantize::{Calibration, quantize};
 use crate::tokenizer::chat::ChatTemplate;
 #[cfg(feature = "cuda")]
 use crate::weights::Checkpoint;
@@ -105,9 +105,12 @@ fn inspect_checkpoint(py: Python<'_>, path: PathBuf, full: bool) -> PyResult<Str
 }
 
 /// Quantises a checkpoint directory to another one; JSON of what was done. `progress(done, total)`, in bytes, is called
-/// as tensors are written, and may raise; Ctrl-C ends it too, and nothing is left.
+/// as tensors are written, and may raise; Ctrl-C ends it too, and nothing is left. With files of text to `calibrate`,
+/// 4-bit integers by GPTQ.
 #[pyfunction]
-#[pyo3(signature = (path, out, *, scheme, group_size, progress))]
+#[pyo3(signature = (path, out, *, scheme, group_size, progress, calibrate=Vec::new(), calibration_length=None,
+    calibration_tokens=None))]
+#[allow(clippy::too_many_arguments)]
 fn quantize_checkpoint(
     py: Python<'_>,
     path: PathBuf,
@@ -115,6 +118,9 @@ fn quantize_checkpoint(
     scheme: &str,
     group_size: usize,
     progress: Option<Py<PyAny>>,
+    calibrate: Vec<PathBuf>,
+    calibration_length: Option<usize>,
+    calibration_tokens: Option<usize>,
 ) -> PyResult<String> {
     let report = |done: u64, total: u64| {
         Python::attach(|py| {
@@ -125,7 +131,18 @@ fn quantize_checkpoint(
     };
     enter(py, || {
         let quantization = Quantization::parse(scheme, group_size)?;
-        json(&quantize(&path, &out, quantization, report)?)
+        let calibration = if calibrate.is_empty() {
+            let given =
+                [("calibration_length", calibration_length), ("calibration_tokens", calibration_tokens)];
+            if let Some((field, Some(n))) = given.into_iter().find(|(_, n)| n.is_some()) {
+                return Err(Error::request(field, format!("{n}, and no text"), "with calibrate alone"));
+            }
+            None
+        } else {
+            let length = calibration_length.unwrap_or(Calibration::LENGTH);
+            Some(Calibration { files: calibrate, length, tokens: calibration_tokens })
+        };
+        json(&quantize(&path, &out, quantization, calibration.as_ref(), report)?)
     })
 }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::check_kept;
+use super::gptq::Curvature;
 use crate::weights::quant::{
     BLOCK, Encoded, Quantization, Scheme, dequantise_fp8, dequantise_int4, quantise_fp8, quantise_int4,
 };
@@ -57,6 +58,34 @@ impl Deviation {
     }
 }
 
+/// What became of a matrix.
+#[derive(Debug, Clone)]
+pub(super) struct Outcome {
+    pub deviation: Deviation,
+    /// Where error was fed back.
+    pub calibrated: Option<Calibrated>,
+}
+
+/// What feeding back changed.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Calibrated {
+    /// The deviation of rounding to the nearest.
+    pub rounded: Deviation,
+    /// `tr(W H Wᵀ)`, and the same of what rounding is off, and of what the matrix is off.
+    pub squares: f64,
+    pub rounded_errors: f64,
+    pub errors: f64,
+}
+
+impl Calibrated {
+    /// The squared errors that rounding to the nearest and the matrix leave on the calibration text, over the squares of
+    /// its outputs; 0 where those are.
+    pub fn weighted_errors(&self) -> [f64; 2] {
+        let relative = |errors: f64| if self.squares > 0.0 { errors / self.squares } else { 0.0 };
+        [relative(self.rounded_errors), relative(self.errors)]
+    }
+}
+
 impl Work {
     /// Rows of a tensor that has a scheme or is encoded.
     pub fn matrix(
@@ -83,10 +112,33 @@ impl Work {
             _ => "fp8",
         }
     }
+
+    /// Its parts; with a Hessian, 4-bit integers whose errors are fed back.
+    pub fn made(&self, curvature: Option<&Curvature>) -> Result<Made<'_, Option<Outcome>>> {
+        match self {
+            Work::Copied(tensor) => Ok((vec![Cow::Borrowed(tensor.bytes().unwrap_or_default())], None)),
+            Work::Kept { tensor, rows, .. } => {
+                let Some(Encoded::Fp8(fp8)) = tensor.encoded() else {
+                    return Err(Error::Internal(format!("{} is not fp8", tensor.name)));
+                };
+                let mut scales = Vec::new();
+                let mut of_row = vec![0.0; tensor.num_cols().div_ceil(BLOCK)];
+                for row in rows.clone().step_by(BLOCK) {
+                    fp8.read_scales(row, &mut of_row);
+                    scales.extend(of_row.iter().flat_map(|x| x.to_le_bytes()));
+                }
+                Ok((vec![Cow::Borrowed(fp8.code_rows(rows.clone())), scales.into()], None))
+            }
+            Work::Matrix { tensor, rows, scheme, .. } => {
+                let (parts, outcome) = quantised(tensor, rows.clone(), *scheme, curvature)?;
+                Ok((parts.into_iter().map(Cow::Owned).collect(), Some(outcome)))
+            }
+        }
+    }
 }
 
 impl Unit for Work {
-    type Note = Option<Deviation>;
+    type Note = Option<Outcome>;
 
     fn entries(&self) -> Vec<Entry> {
         let entry = |module: &str, part: &str, dtype, shape: &[usize]| Entry {
@@ -116,32 +168,20 @@ impl Unit for Work {
     }
 
     fn make(&self) -> Result<Made<'_, Self::Note>> {
-        match self {
-            Work::Copied(tensor) => Ok((vec![Cow::Borrowed(tensor.bytes().unwrap_or_default())], None)),
-            Work::Kept { tensor, rows, .. } => {
-                let Some(Encoded::Fp8(fp8)) = tensor.encoded() else {
-                    return Err(Error::Internal(format!("{} is not fp8", tensor.name)));
-                };
-                let mut scales = Vec::new();
-                let mut of_row = vec![0.0; tensor.num_cols().div_ceil(BLOCK)];
-                for row in rows.clone().step_by(BLOCK) {
-                    fp8.read_scales(row, &mut of_row);
-                    scales.extend(of_row.iter().flat_map(|x| x.to_le_bytes()));
-                }
-                Ok((vec![Cow::Borrowed(fp8.code_rows(rows.clone())), scales.into()], None))
-            }
-            Work::Matrix { tensor, rows, scheme, .. } => {
-                let (parts, deviation) = quantised(tensor, rows.clone(), *scheme)?;
-                Ok((parts.into_iter().map(Cow::Owned).collect(), Some(deviation)))
-            }
-        }
+        self.made(None)
     }
 }
 
 /// The parts of a matrix, by blocks of rows.
-fn quantised(tensor: &Tensor, rows: Range<usize>, scheme: Scheme) -> Result<(Vec<Vec<u8>>, Deviation)> {
+fn quantised(
+    tensor: &Tensor,
+    rows: Range<usize>,
+    scheme: Scheme,
+    curvature: Option<&Curvature>,
+) -> Result<(Vec<Vec<u8>>, Outcome)> {
     let (source, k) = (tensor.source(), tensor.num_cols());
     let (mut codes_out, mut scales_out, mut deviation) = (Vec::new(), Vec::new(), Deviation::default());
+    let mut calibrated = curvature.map(|_| Calibrated::default());
     for first in rows.clone().step_by(BLOCK) {
         let some = first..rows.end.min(first + BLOCK);
         let mut before = vec![0.0; some.len() * k];
@@ -156,6 +196,18 @@ fn quantised(tensor: &Tensor, rows: Range<usize>, scheme: Scheme) -> Result<(Vec
                 let mut scales = vec![0.0; some.len() * k.div_ceil(group)];
                 quantise_int4(&w, k, group, &mut codes, &mut scales);
                 dequantise_int4(&codes, k, group, &scales, &mut after);
+                if let (Some(curvature), Some(calibrated)) = (curvature, &mut calibrated) {
+                    let error = |after: &[f32]| {
+                        let off: Vec<f32> = w.iter().zip(after).map(|(x, y)| x - y).collect();
+                        curvature.norm(&off)
+                    };
+                    calibrated.rounded.count(&before, &after);
+                    calibrated.squares += curvature.norm(&w);
+                    calibrated.rounded_errors += error(&after);
+                    curvature.quantise_int4(&w, group, &mut codes, &mut scales);
+                    dequantise_int4(&codes, k, group, &scales, &mut after);
+                    calibrated.errors += error(&after);
+                }
                 codes_out.extend(codes.chunks(k).flat_map(|row| row.chunks(WORD)).flat_map(pack));
                 scales_out.extend(scales.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()));
             }
@@ -174,7 +226,7 @@ fn quantised(tensor: &Tensor, rows: Range<usize>, scheme: Scheme) -> Result<(Vec
     if let Scheme::Int4 { .. } = scheme {
         parts.push([rows.len() as i64, k as i64].iter().flat_map(|n| n.to_le_bytes()).collect());
     }
-    Ok((parts, deviation))
+    Ok((parts, Outcome { deviation, calibrated }))
 }
 
 /// Eight codes, or the last ones of a row, to a word: the first in the lowest bits.

@@ -26,7 +26,7 @@ fn model(dir: &Path) -> (ModelTensors, MtpTensors) {
 }
 
 fn run(from: &Path, to: &Path, quantization: Quantization) -> Result<super::Summary> {
-    quantize(from, to, quantization, |_, _| Ok(()))
+    quantize(from, to, quantization, None, |_, _| Ok(()))
 }
 
 /// What a name is quantised to at load: 4 or 8 bits, or `None`.
@@ -194,7 +194,7 @@ fn a_file_holds_what_loading_computes() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("new/out");
         let mut seen = Vec::new();
-        let summary = quantize(&embedded(), &out, quantization, |done, total| {
+        let summary = quantize(&embedded(), &out, quantization, None, |done, total| {
             seen.push((done, total));
             Ok(())
         })
@@ -295,7 +295,8 @@ fn nothing_is_left_of_what_fails() {
     }
 
     let folder = tempfile::tempdir().unwrap();
-    let stopped = quantize(&embedded(), &folder.path().join("out"), ALL[1], |_, _| Err(Error::Interrupted));
+    let stop = |_, _| Err(Error::Interrupted);
+    let stopped = quantize(&embedded(), &folder.path().join("out"), ALL[1], None, stop);
     assert!(matches!(stopped, Err(Error::Interrupted)));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 

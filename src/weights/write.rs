@@ -17,6 +17,8 @@ use crate::{Error, Result};
 const SHARD_BYTES: u64 = 5_000_000_000;
 /// Bytes of tensors that are made at once.
 const MADE_BYTES: u64 = 256 << 20;
+/// The same of tensors of a stage, which take long: `progress` is to be heard between them.
+const STAGED_BYTES: u64 = 16 << 20;
 
 /// A tensor that is to be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,6 +48,11 @@ pub trait Unit: Sync {
     /// The tensors, in order.
     fn entries(&self) -> Vec<Entry>;
 
+    /// What has to be prepared before it can be made; 0 for nothing. No stage comes back after a later one.
+    fn stage(&self) -> usize {
+        0
+    }
+
     /// Their little-endian elements, in the same order.
     ///
     /// # Errors
@@ -54,22 +61,25 @@ pub trait Unit: Sync {
 }
 
 /// Writes the tensors of `units` to `dir`, in their order: `model.safetensors`, or shards of at most 5 GB and their
-/// index. `progress(done, total)`, in bytes, may end it. Gives the note of each unit.
+/// index. `prepare(stage, poll)` is called before the first unit of each stage, if that is not 0. `progress(done, total)`,
+/// in bytes, may end it; `poll` calls it with what it had last. Gives the note of each unit.
 ///
 /// # Errors
-/// What a unit or `progress` says; `Io` of a file.
+/// What a unit, `prepare` or `progress` says; `Io` of a file.
 pub fn write_checkpoint<U: Unit>(
     dir: &Path,
     units: &[U],
+    prepare: impl FnMut(usize, &mut dyn FnMut() -> Result<()>) -> Result<()>,
     progress: impl FnMut(u64, u64) -> Result<()>,
 ) -> Result<Vec<U::Note>> {
-    write_shards(dir, units, SHARD_BYTES, progress)
+    write_shards(dir, units, SHARD_BYTES, prepare, progress)
 }
 
 fn write_shards<U: Unit>(
     dir: &Path,
     units: &[U],
     shard_bytes: u64,
+    mut prepare: impl FnMut(usize, &mut dyn FnMut() -> Result<()>) -> Result<()>,
     mut progress: impl FnMut(u64, u64) -> Result<()>,
 ) -> Result<Vec<U::Note>> {
     let sizes: Vec<u64> =
@@ -87,6 +97,7 @@ fn write_shards<U: Unit>(
             shard.end = i + 1;
         }
     }
+    let mut prepared = 0;
     let (mut weight_map, mut notes, mut done) = (Map::new(), Vec::with_capacity(units.len()), 0);
     for (i, shard) in shards.iter().enumerate() {
         let name = match shards.len() {
@@ -101,8 +112,14 @@ fn write_shards<U: Unit>(
         weight_map.extend(entries.into_iter().map(|entry| (entry.name, Value::from(name.as_str()))));
         let mut next = shard.start;
         while next < shard.end {
-            let (first, mut bytes) = (next, 0);
-            while next < shard.end && (next == first || bytes + sizes[next] <= MADE_BYTES) {
+            let (first, mut bytes, stage) = (next, 0, units[next].stage());
+            if stage != 0 && stage != prepared {
+                prepare(stage, &mut || progress(done, total))?;
+                prepared = stage;
+            }
+            let limit = if stage == 0 { MADE_BYTES } else { STAGED_BYTES };
+            let fits = |unit: usize, bytes| bytes + sizes[unit] <= limit && units[unit].stage() == stage;
+            while next < shard.end && (next == first || fits(next, bytes)) {
                 bytes += sizes[next];
                 next += 1;
             }
@@ -170,6 +187,10 @@ mod tests {
             vec![entry("a", self.1), entry("b", 3)]
         }
 
+        fn stage(&self) -> usize {
+            usize::from(self.2) / 2 * 7
+        }
+
         fn make(&self) -> Result<Made<'_, u8>> {
             if self.2 == 99 {
                 return Err(Error::Internal("refused".into()));
@@ -184,10 +205,19 @@ mod tests {
         for (limit, files) in [(u64::MAX, 1), (20, 3), (1, 4)] {
             let dir = tempfile::tempdir().unwrap();
             let mut seen = Vec::new();
-            let notes = write_shards(dir.path(), &units, limit, |done, total| {
+            let mut stages = Vec::new();
+            let prepare = |stage, poll: &mut dyn FnMut() -> Result<()>| {
+                stages.push(stage);
+                poll()
+            };
+            let notes = write_shards(dir.path(), &units, limit, prepare, |done, total| {
                 seen.push((done, total));
                 Ok(())
             });
+            assert_eq!(stages, [7, 14]);
+            // What had been done before a stage is said again where it begins.
+            let twice = seen.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0].0);
+            assert_eq!(twice.collect::<Vec<_>>(), [8, 55]);
             assert_eq!(notes.unwrap(), [1, 2, 3, 4]);
             assert!(seen.is_sorted() && seen.last() == Some(&(60, 60)));
             let found = Checkpoint::open(dir.path()).unwrap();
@@ -206,9 +236,15 @@ mod tests {
     fn errors_end_it() {
         let dir = tempfile::tempdir().unwrap();
         let units = [Filled("x", 5, 1), Filled("y", 1, 99)];
-        let text = write_checkpoint(dir.path(), &units, |_, _| Ok(())).unwrap_err().to_string();
+        let text =
+            write_checkpoint(dir.path(), &units, |_, _| Ok(()), |_, _| Ok(())).unwrap_err().to_string();
         assert!(text.contains("refused"), "{text}");
-        let stopped = write_checkpoint(dir.path(), &units[..1], |_, _| Err(Error::Interrupted));
+        let stop = || Err(Error::Interrupted);
+        let stopped = write_checkpoint(dir.path(), &units[..1], |_, _| Ok(()), |_, _| stop());
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        let stopped = write_checkpoint(dir.path(), &[Filled("x", 5, 2)], |_, poll| poll(), |_, _| stop());
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        let stopped = write_checkpoint(dir.path(), &[Filled("x", 5, 2)], |_, _| stop(), |_, _| Ok(()));
         assert!(matches!(stopped, Err(Error::Interrupted)));
     }
 }

@@ -19,6 +19,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from golden.cases import Golden
 from qwen35rs import LLM, hub
 from qwen35rs.demo import make_checkpoint
+from test_calibrate import calibrated, documents
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -75,7 +76,14 @@ def widen_scales(folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("source", "scheme"),
-    [("embedded", "int4"), ("embedded", "mixed"), ("demo", "int4"), ("demo", "fp8"), ("demo", "mixed")],
+    [
+        ("embedded", "int4"),
+        ("embedded", "mixed"),
+        ("calibrated", "int4"),
+        ("demo", "int4"),
+        ("demo", "fp8"),
+        ("demo", "mixed"),
+    ],
 )
 def test_transformers_computes_the_same(source, scheme, tmp_path):
     path = hub.EMBEDDED
@@ -83,7 +91,11 @@ def test_transformers_computes_the_same(source, scheme, tmp_path):
         path = tmp_path / "demo"
         make_checkpoint(path, vocab="bytes", hidden=256, experts=4)
     out = tmp_path / "out"
-    own.convert(out, scheme, 32, path)
+    if source == "calibrated":
+        (tmp_path / "text.txt").write_text("".join(documents("train", 8)))
+        calibrated(out, tmp_path / "text.txt", scheme, tokens=2048)
+    else:
+        own.convert(out, scheme, 32, path)
     config = (
         transformers.FineGrainedFP8Config(dequantize=True)
         if scheme == "fp8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,24 @@ def quantize(
             help="Inputs that share a scale of int4: 32, 64, 128. \\[default: 128]", show_default=False
         ),
     ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text that int4 is fitted to (GPTQ): UTF-8, or .jsonl with a text in each line. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence of it: 2048 by default.", show_default=False)
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that are read of it: 32768 by default, more for many or wide experts.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a quantised copy of a checkpoint.
@@ -44,14 +63,20 @@ def quantize(
     \b
     qwen35rs quantize ./demo ./demo-fp8 --scheme fp8
     qwen35rs quantize ./demo ./demo-mixed --scheme mixed --group-size 32
+    qwen35rs quantize ./demo ./out --scheme int4 --group-size 64 --calibrate a.txt
 
     \b
     int4 and mixed are written as compressed-tensors has them, fp8 as the
     official FP8 releases are: other programs read them too. Norms,
     routers, gates, convolutions, the small projections of the delta
-    layers, embedding, head and vision stay as they are. Weights are
-    rounded to the nearest, with no calibration text.
+    layers, embedding, head and vision stay as they are.
     quantization_report.json in OUT has the error of each matrix.
+
+    \b
+    Weights are rounded to the nearest; with --calibrate, int4 by GPTQ: the
+    model reads the text on the CPU, layer by layer, and each weight makes
+    up for the errors of those before it. Use text like what the model will
+    meet, chat template included.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
@@ -76,6 +101,9 @@ def quantize(
             scheme=scheme,
             group_size=group_size or GROUPS[-1],
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            calibrate=calibrate or [],
+            calibration_length=calibration_length,
+            calibration_tokens=calibration_tokens,
         )
     found = json_text.loads(text)
     if json:
@@ -90,4 +118,11 @@ def quantize(
         write(
             f"relative RMS error {found['relative_rms_error']:.2%}, at worst "
             f"{found['worst_relative_rms_error']:.2%} ({found['worst']})\n"
+        )
+    if read := found.get("calibration"):
+        fallen = read["num_fallen_back"]
+        back = f"; {fallen:,} rounded to the nearest, as the report says" if fallen else ""
+        write(
+            f"calibrated on {read['num_tokens']:,} tokens: {read['num_calibrated']:,} matrices{back}; mean squared "
+            f"error of their outputs {read['weighted_error']:.3%}, rounded {read['rounded_weighted_error']:.3%}\n"
         )

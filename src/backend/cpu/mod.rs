@@ -5,6 +5,7 @@
 
 pub mod attention;
 mod cached;
+pub mod cholesky;
 pub mod conv1d;
 pub mod delta_rule;
 mod gemm;

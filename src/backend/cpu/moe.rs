@@ -35,6 +35,23 @@ pub struct Scratch {
     act: Vec<f32>,
     /// Output of every assignment.
     y: Vec<f32>,
+    /// Whether each token's last assignment is to the shared expert.
+    has_shared: bool,
+}
+
+impl Scratch {
+    /// What the last [`Moe::forward`], of `n` tokens, multiplied down matrices with: expert (`None` for the shared one),
+    /// token, and at least as many activations as the expert is wide.
+    pub fn assignments(&self, n: usize) -> impl Iterator<Item = (Option<usize>, usize, &[f32])> {
+        let top_k = self.experts.len() / n.max(1);
+        let per_token = top_k + usize::from(self.has_shared);
+        let width = self.act.len() / (n * per_token).max(1);
+        let act = self.act.chunks_exact(width.max(1));
+        act.enumerate().map(move |(row, act)| {
+            let (t, r) = (row / per_token, row % per_token);
+            ((r < top_k).then(|| self.experts[t * top_k + r] as usize), t, act)
+        })
+    }
 }
 
 /// Softmax over all experts, the `top_k` largest, renormalised to sum to one.
@@ -91,7 +108,8 @@ impl Moe {
     /// the routing weights. `x`, `out` `[n, H]`.
     pub fn forward(&self, n: usize, x: &[f32], scratch: &mut Scratch, out: &mut [f32]) {
         let (hidden, num_experts, top_k) = (self.router.num_in, self.router.num_out, self.top_k);
-        let Scratch { logits, weights, experts, gate_up, act, y } = scratch;
+        let Scratch { logits, weights, experts, gate_up, act, y, has_shared } = scratch;
+        *has_shared = self.shared.is_some();
         logits.resize(n * num_experts, 0.0);
         weights.resize(n * top_k, 0.0);
         experts.resize(n * top_k, 0);

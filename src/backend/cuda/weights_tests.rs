@@ -46,7 +46,7 @@ fn what_is_staged_lies_in_the_buffers() {
     let lengths = [1, 100, PIECE_BYTES, PIECE_BYTES + 1, 3 << 20, 5_000_001, 77, BUFFER_BYTES, 4096, 9 << 20];
     let tensors: Vec<Counted> =
         lengths.into_iter().cycle().take(30).enumerate().map(|(i, n)| Counted(i, n)).collect();
-    write_checkpoint(dir.path(), &tensors, |_, _| Ok(())).unwrap();
+    write_checkpoint(dir.path(), &tensors, |_, _| Ok(()), |_, _| Ok(())).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let device = Device::imagine(1 << 30);
     let mut uploader = Uploader { reads: true, ..Uploader::new(&device).unwrap() };

@@ -18,7 +18,9 @@ pub use fp8::{Fp8, decode_e4m3};
 pub use gguf::{Gguf, HeadOrder, Moved};
 pub use int4::{Int4, Layout};
 pub use nvfp4::{Nvfp4, decode_e2m1};
-pub use quantise::{BLOCK, dequantise_fp8, dequantise_int4, encode_e4m3, quantise_fp8, quantise_int4};
+pub use quantise::{
+    BLOCK, dequantise_fp8, dequantise_int4, encode_e4m3, int4_scales, quantise_fp8, quantise_int4, to_int4,
+};
 pub use scheme::{Quantization, Requantised, Scheme};
 
 use std::ops::Range;

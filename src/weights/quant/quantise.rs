@@ -42,14 +42,18 @@ pub fn dequantise_int4(codes: &[u8], k: usize, group: usize, scales: &[f32], out
     }
 }
 
+/// The scales that are tried for a group whose largest number is `most`.
+pub fn int4_scales(most: f32) -> impl Iterator<Item = f32> {
+    (0..CANDIDATES).map(move |i| bf16::from_f32(most * (1.0 - f32::from(i) / 32.0) / 7.0).to_f32())
+}
+
 /// Of the bf16 scales `max |w| (1 - i / 32) / 7`, i from 0 to 7, the first with the least squared error.
 fn int4_scale(w: &[f32]) -> f32 {
     let most = w.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
     // A square of 20 bits is exact in f32 unless it is tiny: only then must product and sum be one operation.
     let tiny = w.iter().any(|x| *x != 0.0 && x.abs() < 2f32.powi(-40));
     let mut best = (0.0, f32::INFINITY);
-    for i in 0..CANDIDATES {
-        let scale = bf16::from_f32(most * (1.0 - f32::from(i) / 32.0) / 7.0).to_f32();
+    for (i, scale) in int4_scales(most).enumerate() {
         let error = if tiny {
             error(w, scale, |x, sum| x.mul_add(x, sum))
         } else {
@@ -85,7 +89,7 @@ fn error(w: &[f32], scale: f32, add_square: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// From -8 to 7, to nearest even; 0 where the scale is.
 #[inline(always)]
-fn to_int4(x: f32, scale: f32) -> f32 {
+pub fn to_int4(x: f32, scale: f32) -> f32 {
     // Adding 1.5 * 2^23 leaves no bits for a fraction. `round_ties_even` is a call on older processors.
     const ROUND: f32 = 12_582_912.0;
     let steps = if scale > 0.0 { x / scale } else { 0.0 };

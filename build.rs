@@ -94,7 +94,9 @@ fn build() -> Result<(), String> {
 
 fn flags(threads: usize) -> Result<Vec<String>, String> {
     let archs = env::var("QWEN35RS_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
-    let fixed = "-std=c++17 -O3 --cudadevrt none -Werror all-warnings -Xcompiler -fPIC,-Wall,-Werror,-fvisibility=hidden";
+    // Compressed, which every driver for CUDA 13 reads: a fifth of the size.
+    let fixed = "-std=c++17 -O3 --cudadevrt none --compress-mode=size -Werror all-warnings \
+                 -Xcompiler -fPIC,-Wall,-Werror,-fvisibility=hidden";
     let mut flags: Vec<String> = fixed.split(' ').map(String::from).collect();
     flags.push(format!("--threads={}", threads.max(1)));
     for (i, arch) in archs.split(',').map(str::trim).enumerate() {

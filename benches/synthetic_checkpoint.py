@@ -308,10 +308,22 @@ def write(directory, model, quantization="int4", layers=None, group=128, threads
     if config.exists() and json.loads(config.read_text()).get(KEY) == made:
         return None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = f"{min(path.iterdir()).name} and no checkpoint like this one" if path.is_dir() else "a file"
         raise RequestError(
-            f"directory: found {path} with something else in it; allowed: a new or empty directory"
+            f"directory: found {path}, which is or has {what}; allowed: new, empty, or the same checkpoint from before"
         )
     path.mkdir(parents=True, exist_ok=True)
+    try:
+        return fill(path, text, quantization, group, threads, made)
+    except BaseException:
+        # What is half written would be in the way of the next run. It was empty.
+        for file in path.iterdir():
+            file.unlink()
+        raise
+
+
+def fill(path, text, quantization, group, threads, made):
+    """Writes the files of a checkpoint."""
     several, plain = units(text, quantization, group)
     shards, filled = [], 0
     for unit in several:
@@ -342,7 +354,7 @@ def write(directory, model, quantization="int4", layers=None, group=128, threads
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     # Last: a directory without it is no checkpoint.
     section = quantization_config(quantization, group, plain)
-    config.write_text(json.dumps({KEY: made, **config_json(text, section)}, indent=2) + "\n")
+    (path / "config.json").write_text(json.dumps({KEY: made, **config_json(text, section)}, indent=2) + "\n")
     return {"bytes": total, "files": num, "seconds": seconds, "gb_per_s": total / 1e9 / seconds}
 
 

@@ -313,7 +313,13 @@ impl Folder {
 
     fn rename(self, to: &Path) -> Result<()> {
         // Over an empty directory too.
-        std::fs::rename(&self.path, to).map_err(|e| Error::io(to, e))
+        std::fs::rename(&self.path, to).map_err(|e| match e.kind() {
+            std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::AlreadyExists => {
+                let found = format!("{}, which something else has filled meanwhile", to.display());
+                Error::request("OUT", found, "a directory that is new or empty")
+            }
+            _ => Error::io(to, e),
+        })
     }
 }
 

@@ -295,3 +295,31 @@ def test_the_command(text, tmp_path):
     done = run(tmp_path / "c", *options)
     assert done.exit_code == 1
     assert "calibration_length: found 128, and no text; allowed: with calibrate alone" in done.stderr
+    few = run(tmp_path / "d", *options, "--calibrate", text, "--calibration-tokens", 10**9)
+    assert "tokens of 1,000,000,000 that were asked for" in few.stdout
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1 << 63, 10**25])
+@pytest.mark.parametrize("option", ["--calibration-length", "--calibration-tokens"])
+def test_numbers_that_no_option_takes(option, value, text, tmp_path):
+    args = [
+        "quantize",
+        str(hub.EMBEDDED),
+        str(tmp_path / "out"),
+        "--scheme",
+        "int4",
+        "--calibrate",
+        str(text),
+    ]
+    done = CliRunner().invoke(app, [*args, option, str(value)])
+    assert done.exit_code == 1 and f"{option}: found {value}; allowed: 1 to 2^63 - 1" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["", "."])
+def test_a_directory_is_no_text(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["quantize", str(hub.EMBEDDED), "out", "--scheme", "int4", "--calibrate", place]
+    done = CliRunner().invoke(app, args)
+    assert (
+        done.exit_code == 1 and "--calibrate: found '.', a directory; allowed: files of text" in done.stderr
+    )

@@ -80,6 +80,14 @@ def test_plan_says_which_card_it_took():
     assert notes("a100-40", "A100 80GB", "4090", "l4", "h200") == ""
 
 
+@pytest.mark.parametrize("name", ["9b", "config.json"])
+def test_only_a_checkpoint_has_stored_weights(name, demo, monkeypatch):
+    monkeypatch.chdir(demo)
+    done = invoke("plan", name, "--scheme", "stored")
+    assert done.exit_code == 1
+    assert f"scheme: found stored, of {name}; allowed: that of a checkpoint with its weights" in done.stderr
+
+
 def test_ctrl_c_while_it_starts():
     """In the middle of an import: an end, one line at most, and no traceback."""
     ended = set()

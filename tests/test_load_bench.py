@@ -72,10 +72,20 @@ def test_shards_are_like_those_of_quantize(geometry, tmp_path, monkeypatch):
     assert facts["files"] > 3 and facts["bytes"] == found["tensor_bytes"]
     assert np.isfinite(LLM(tmp_path / "made", device="cpu").logits([1, 2])).all()
     assert synthetic_checkpoint.write(tmp_path / "made", geometry, "int4") is None
-    with pytest.raises(RequestError, match="directory: found .* with something else in it"):
+    with pytest.raises(RequestError, match="directory: found .* no checkpoint like this one"):
         synthetic_checkpoint.write(tmp_path / "made", geometry, "fp8")
     with pytest.raises(RequestError, match="layers: found 6; allowed: 1 to 5"):
         synthetic_checkpoint.write(tmp_path / "other", geometry, layers=6)
+
+
+def test_what_is_half_written_is_gone(geometry, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthetic_checkpoint, "config_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        synthetic_checkpoint.write(tmp_path / "made", geometry, "int4")
+    assert not list((tmp_path / "made").iterdir())
 
 
 def test_a_load_is_timed(tmp_path):
@@ -96,3 +106,9 @@ def test_a_load_is_timed(tmp_path):
         assert found[name]["gb_per_s"] == pytest.approx(size / 1e9 / found[name]["seconds"])
     nothing = subprocess.run([*command[:2], tmp_path], check=False, capture_output=True, text=True)
     assert nothing.returncode == 1 and "found no *.safetensors" in nothing.stderr
+    wrong = subprocess.run([*command, "--device", "xpu"], check=False, capture_output=True, text=True)
+    assert (
+        wrong.returncode == 1
+        and wrong.stderr.startswith("error: device: found")
+        and wrong.stderr.count("\n") == 1
+    )

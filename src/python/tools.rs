@@ -208,7 +208,15 @@ fn plan_model(
             false => schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?,
         };
         let weights = |scheme: Scheme| match scheme {
-            Scheme::Stored => plan::stored(Path::new(model), &config).map(Some),
+            Scheme::Stored => {
+                let path = Path::new(model);
+                let is_gguf = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
+                if !path.is_dir() && !is_gguf {
+                    let found = format!("stored, of {model}");
+                    return Err(Error::request("scheme", found, "that of a checkpoint with its weights"));
+                }
+                plan::stored(path, &config).map(Some)
+            }
             scheme => Ok(plan::weight_bytes(&config, scheme)),
         };
         let weights =

@@ -81,14 +81,23 @@ def quantize(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-    if group_size is not None and group_size not in GROUPS:
-        allowed = ", ".join(map(str, GROUPS))
-        raise _core.RequestError(f"--group-size: found {group_size}; allowed: {allowed}")
     if group_size is not None and scheme == "fp8":
         raise _core.RequestError(
             f"--group-size: found {group_size} with --scheme fp8; allowed: it with int4 and mixed (a scale of fp8 is "
             "that of 128 x 128 weights)"
         )
+    if group_size is not None and group_size not in GROUPS:
+        allowed = ", ".join(map(str, GROUPS))
+        raise _core.RequestError(f"--group-size: found {group_size}; allowed: {allowed}")
+    for option, value in (
+        ("--calibration-length", calibration_length),
+        ("--calibration-tokens", calibration_tokens),
+    ):
+        if value is not None and not 1 <= value < 1 << 63:
+            raise _core.RequestError(f"{option}: found {value}; allowed: 1 to 2^63 - 1")
+    for file in calibrate or []:
+        if file.is_dir():
+            raise _core.RequestError(f"--calibrate: found {str(file)!r}, a directory; allowed: files of text")
     path = hub.resolve(model)
     # On stderr, and only on a terminal.
     console = Console(stderr=True)
@@ -122,7 +131,9 @@ def quantize(
     if read := found.get("calibration"):
         fallen = read["num_fallen_back"]
         back = f"; {fallen:,} rounded to the nearest, as the report says" if fallen else ""
+        asked = calibration_tokens or 0
+        short = f" of {asked:,} that were asked for" if read["num_tokens"] < asked else ""
         write(
-            f"calibrated on {read['num_tokens']:,} tokens: {read['num_calibrated']:,} matrices{back}; mean squared "
+            f"calibrated on {read['num_tokens']:,} tokens{short}: {read['num_calibrated']:,} matrices{back}; mean squared "
             f"error of their outputs {read['weighted_error']:.3%}, rounded {read['rounded_weighted_error']:.3%}\n"
         )

@@ -146,7 +146,7 @@ def plan(
         schemes = [STORED]
         try:
             ask([], [], schemes, context)
-        except (_core.ConfigError, OSError) as error:
+        except (_core.ConfigError, _core.RequestError, OSError) as error:
             schemes = [_declared(quantised)]
             note(
                 f"note: {model} is quantised, and its weights cannot be counted ({error}); this counts {schemes[0]}, the "

@@ -16,7 +16,7 @@ fn engine(name: &str) -> qwen35rs::Result<Engine<Cpu>> {
     let config = ModelConfig::from_dir(&path)?;
     let checkpoint = Checkpoint::open(&path)?;
     let tensors = ModelTensors::resolve(&checkpoint, &config)?;
-    let model = Model::load(&config, tensors, None, Cpu, |_, _| Ok(()))?;
+    let model = Model::load(&config, tensors, None, Cpu::default(), |_, _| Ok(()))?;
     let limits = EngineLimits { max_model_len: Some(1024), max_num_seqs: 32, ..EngineLimits::default() };
     Engine::new(model, &limits, usize::MAX, Vec::new())
 }

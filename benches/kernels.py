@@ -41,6 +41,8 @@ from launch import (
     structs,
 )
 
+from ranks import Ranks
+
 
 def norms(table: Table) -> None:
     for n, hidden in ((1, 2048), (1, 3072), (64, 3072), (8192, 3072)):
@@ -365,6 +367,35 @@ def samplers(table: Table) -> None:
             table.add(f"sample {n} x {vocab}, {what}", graph.replay, num_bytes=4 * n * vocab)
 
 
+def collectives(table: Table) -> None:
+    """Of one rank, which waits for nobody: what they cost beside the exchange. `benches/all_reduce.py` has several."""
+    width = 3072
+    ranks = Ranks("one card", 1, width, gather_bytes=4 * 64 * 248_320)
+    peers = ranks.peers[0]
+    for n in (1, 64, 8192):
+        delta, residual, out = random(n, width), random(n, width, dtype=F32), random(n, width)
+        w = random(width, dtype=F32)
+        table.add(
+            f"all_reduce {n} x {width}, one rank",
+            lambda d=delta, o=out, n=n: call("q35_all_reduce", peers, n, width, d, o),
+            num_bytes=4 * n * width,
+        )
+        table.add(
+            f"all_reduce_norm {n} x {width}, one rank",
+            lambda d=delta, r=residual, o=out, n=n, w=w: call(
+                "q35_all_reduce_norm", peers, n, width, d, r, w, 1e-6, o
+            ),
+            num_bytes=12 * n * width,
+        )
+    for n in (1, 64):
+        x = random(n, 248_320, dtype=F32)
+        table.add(
+            f"gather_columns {n} x 248320, one rank",
+            lambda x=x, n=n: call("q35_gather_columns", peers, n, 248_320, x),
+            num_bytes=8 * n * 248_320,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -388,6 +419,7 @@ def main() -> None:
         delta_rule,
         attention,
         samplers,
+        collectives,
     ):
         part(table)
         torch.cuda.empty_cache()

@@ -12,13 +12,25 @@ from kernel_table import BF16, F32, Table, random, weights
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 from launch import MoeDims, PackedMatrix, PackedMoe, call
 
-NVFP4 = 5
+NVFP4, Q4_K, Q6_K, Q8_0 = 5, 6, 8, 9
+GGUF_BITS = {Q4_K: 4, Q6_K: 6, Q8_0: 8}
 
 
 def packed(
     kind: int, rows: int, k: int, group: int = 128, scale: float = 0.01
 ) -> tuple[PackedMatrix, int, list[torch.Tensor]]:
     """A matrix of random codes: its struct, the bytes of codes and scales, and the tensors that hold them."""
+    if kind in GGUF_BITS:
+        codes = torch.empty(rows * k * GGUF_BITS[kind] // 8, device="cuda", dtype=torch.uint8).random_(0, 256)
+        words = torch.full((rows * k // 16,), 32, device="cuda", dtype=torch.uint8)
+        wholes = torch.full((0 if kind == Q8_0 else rows * k // 128, 2), scale / 32, device="cuda").half()
+        if kind == Q8_0:
+            words.view(torch.float16).fill_(scale)
+        elif kind == Q6_K:
+            wholes[:, 1] = 0
+        scales = torch.cat([words, wholes.view(-1).view(torch.uint8)])
+        struct = PackedMatrix(codes.data_ptr(), scales.data_ptr(), None, rows, k, 64, kind)
+        return struct, codes.numel() + scales.numel(), [codes, scales]
     four = kind <= 2 or kind == NVFP4
     codes = torch.empty(rows * k // (2 if four else 1), device="cuda", dtype=torch.uint8).random_(0, 256)
     codes.bitwise_and_(255 if four else 0xF7)  # no NaN
@@ -43,6 +55,9 @@ def packed_linears(table: Table) -> None:
         ("fp8 blocks", 3, 128),
         ("fp8 rows", 4, 128),
         ("nvfp4", NVFP4, 16),
+        ("q4_k", Q4_K, 64),
+        ("q6_k", Q6_K, 64),
+        ("q8_0", Q8_0, 64),
     )
     for name, kind, group in forms:
         for rows, k in family:
@@ -93,6 +108,9 @@ def packed_many(table: Table) -> None:
         ("fp8", 3, 16384),
         ("nvfp4", NVFP4, 16384),
         ("nvfp4", NVFP4, 20608),
+        ("q4_k", Q4_K, 20608),
+        ("q6_k", Q6_K, 20608),
+        ("q8_0", Q8_0, 20608),
     ):
         struct, num_bytes, kept = packed(kind, rows, k)
         for n in (17, 64, 8192):
@@ -151,10 +169,12 @@ def packed_experts(table: Table) -> None:
             ("int4", 1, 0.5 + 2 / 128),
             ("fp8", 3, 1 + 4 / 2048),
             ("nvfp4", NVFP4, 0.5 + 1 / 16),
+            ("q4_k", Q4_K, 0.5 + 3 / 32),
+            ("q6_k", Q6_K, 0.75 + 3 / 32),
         ):
 
             def draw(rows: int, k: int, kind: int = kind) -> tuple[PackedMatrix, Any]:
-                if kind == NVFP4:
+                if kind >= NVFP4:
                     struct, _, kept = packed(kind, rows, k, scale=0.3 * k**-0.5)
                     return struct, kept
                 codes = torch.empty(
@@ -216,7 +236,7 @@ def packed_experts_many(table: Table) -> None:
     """Experts in 4 and 8 bits with many tokens, as the rows of `experts` of bf16."""
     for name, hidden, width in (("35B", 2048, 512), ("122B", 3072, 1024)):
         dims = MoeDims(hidden, 256, 8, width, width)
-        for what, kind in (("int4", 1), ("fp8", 3), ("nvfp4", NVFP4)):
+        for what, kind in (("int4", 1), ("fp8", 3), ("nvfp4", NVFP4), ("q4_k", Q4_K), ("q6_k", Q6_K)):
             parts = [
                 packed(kind, rows, k, scale=1e-3)
                 for rows, k in (

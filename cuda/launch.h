@@ -186,6 +186,14 @@ int q35_linear_f32(void *stream, int n, int in, int out_dim, const q35_bf16 *x, 
 //     e e m are bits 3 i .. 3 i + 2 and s is bit 12 + (i ^ 1). Scales are uint8, one for 16 of k,
 //     [row tile][k tile][g][row g, row g + 8][step]: b, at most 143, is (8 + b % 8) 2^(b / 8 - 12). Behind them, f32
 //     [row tile], is what codes times scales are multiplied with. `group` is not looked at.
+//   q4_k, q5_k, q6_k, q8_0 (GGUF): k a multiple of 128. q4_k: codes as int4. q5_k, q6_k: tiles of 768 bytes, the lower
+//     four bits as int4, behind them [lane][2 words]: of step j (word of j / 2) >> (8 (j % 2) + 2 i) & 0x00030003 are
+//     the bits above. q8_0: int8, as fp8. Scales: 4 bytes a row and k tile, [row tile][k tile][16]; of the first three
+//     there is, behind them, [row tile][k / 128][16] two f16, d and m. An element is
+//       q4_k, q5_k: (d * s) * code - m * t: s, s, t, t are uint8, of the halves of the tile
+//       q6_k: (d * (s - 128)) * (code - 32): four uint8, by step; m is 0
+//       q8_0: s * code: two f16, of the halves
+//     `group` is not looked at.
 // Codes, scales and zeros are 16-byte aligned. Kind 0: codes are bf16 [rows, k], of any rows and k.
 typedef struct {
     const void *codes;
@@ -195,11 +203,12 @@ typedef struct {
     int32_t kind;
 } q35_packed;
 
-enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4, q35_fp4 = 5 };
+enum { q35_int4_f16 = 1, q35_int4_bf16 = 2, q35_fp8_block = 3, q35_fp8_row = 4, q35_fp4 = 5,
+       q35_q4_k = 6, q35_q5_k = 7, q35_q6_k = 8, q35_q8_0 = 9 };
 
 // out = x W^T: x bf16 [n, k], 16-byte aligned; out [n, rows], `stride` elements a row, f32 where `wide`, else bf16.
-// Products are exact, f32 sums of a group are scaled and summed in f32. The sum of a row has one order whatever n is, in each of the two ranges n <= 16
-// and n > 16 (packed_many.cu).
+// Products are exact, f32 sums of a group are scaled and summed in f32; for n > 16 elements of GGUF's kinds are rounded
+// to bf16. The sum of a row has one order whatever n is, in each of the two ranges n <= 16 and n > 16 (packed_many.cu).
 int q35_packed_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *out, int wide, int stride);
 
 // The same for n <= 16 with rows of bf16 behind those of w, in one kernel: their columns of out are w.rows and on.
@@ -232,6 +241,15 @@ int q35_pack_fp8(void *stream, q35_packed to, int row0, int rows, const uint8_t 
 int q35_pack_fp4(void *stream, q35_packed to, int row0, int rows, const uint8_t *codes, const uint8_t *scales,
                  float whole);
 
+// GGUF's blocks as files have them (a row's of k / 256, or k / 32 of q8_0, one behind the other), 2-byte aligned.
+// `order`: the columns from `start` on are heads in the order of llama.cpp's converter, which has the first value head
+// of each key head, then the second of each (src/weights/quant/gguf.rs); start and head_dim are multiples of 128,
+// head_dim 0 stands for none. What lies behind the scales is at its place for all rows of `to`.
+typedef struct {
+    int32_t start, num_k_heads, per_k_head, head_dim;
+} q35_head_order;
+int q35_pack_gguf(void *stream, q35_packed to, int row0, int rows, const uint8_t *blocks, q35_head_order order);
+
 // The scale of a row and a group is scales[row / block_rows * row_stride + group * group_stride], rounded where `to`
 // has less precise ones. type: 0 f32, 1 f16, 2 bf16. block_rows is 1, or a multiple of 16 (a must for blocks of fp8).
 int q35_pack_scales(void *stream, q35_packed to, int row0, int rows, const void *scales, int type, int block_rows,
@@ -247,12 +265,13 @@ int q35_quantise_fp8(void *stream, q35_packed to, int row0, int rows, const q35_
 
 typedef struct {
     int32_t hidden, num_experts, top_k, width, shared_width;  // shared_width 0: no shared expert
+    int32_t first_expert, num_here;  // the routed experts that are here: num_here of them, from first_expert on
 } q35_moe_dims;
 
 typedef struct {
-    const q35_bf16 *router;       // [E, H]
-    const q35_bf16 *gate_up;      // [E, 2 * width, H]: an expert's gate rows, then its up rows
-    const q35_bf16 *down;         // [E, H, width]
+    const q35_bf16 *router;       // [E, H], E = num_experts
+    const q35_bf16 *gate_up;      // [E', 2 * width, H], E' = num_here: an expert's gate rows, then its up rows
+    const q35_bf16 *down;         // [E', H, width]
     const q35_bf16 *shared_gate_up;  // [2 * shared_width, H]
     const q35_bf16 *shared_down;     // [H, shared_width]
     const q35_bf16 *shared_gate;     // [1, H]
@@ -265,7 +284,9 @@ int q35_route(void *stream, int n, int num_experts, int top_k, const float *logi
 // out = sum over the chosen experts, in the order of their weights, of weight * expert(x), plus
 // sigmoid(shared_gate . x) * shared(x); expert(x) = down (silu(gate x) * (up x)). Router logits are f32 sums; the
 // activation between gate_up and down is rounded to bf16; the sums over experts are f32, rounded once (on Hopper, for more
-// than 16 tokens, of terms rounded to bf16).
+// than 16 tokens, of terms rounded to bf16). Where not all experts are here (0 and num_experts: a whole block), routing
+// and weights are those of the whole, and terms of experts elsewhere are left out; where none is here that was chosen
+// and there is no shared expert, out is 0.
 // x, out bf16 [n, hidden]. n <= 16: only the experts hit are read, once. More: tokens sorted by expert, tensor cores,
 // no padding to capacity, no host round trip. workspace: bytes [q35_moe_workspace(...)].
 int64_t q35_moe_workspace(int max_tokens, q35_moe_dims dims);
@@ -276,7 +297,7 @@ int q35_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, con
 int64_t q35_moe_experts_at(int n, q35_moe_dims dims);
 
 // q35_rmsnorm_residual, then q35_moe of what it leaves in x (bf16 [n, hidden]); for n <= 16 with fewer kernels. The same
-// bits as the two. out may be delta, x may not.
+// bits as the two. out may be delta, which may be null; x may not.
 int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weights weights, const q35_bf16 *delta,
                  float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 
@@ -287,25 +308,26 @@ int q35_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_moe_weights we
 
 // ---------------------------------------------------------------------------------------------------- moe_packed.cu
 
-// Routed matrices are those of all experts one after the other; each may be of another kind.
+// Routed matrices are those of all experts that are here, one after the other; each may be of another kind.
 typedef struct {
-    q35_packed gate_up;           // [E * 2 * width, H]: an expert's gate rows, then its up rows
-    q35_packed down;              // [E * H, width]
+    q35_packed gate_up;           // [E' * 2 * width, H]: an expert's gate rows, then its up rows
+    q35_packed down;              // [E' * H, width]
     q35_packed shared_gate_up;    // [2 * shared_width, H]
     q35_packed shared_down;       // [H, shared_width]
     const q35_bf16 *router;       // [E, H]
     const q35_bf16 *shared_gate;  // [1, H]
 } q35_packed_moe_weights;
 
-// q35_norm_moe for n <= 16 with such weights: of each expert it gives what exact weights (q - z) * scale would, up to
-// f32 sums. hidden (at most 4096), width and shared_width are multiples of 64, top_k is at most 32; activations, codes,
-// router and norm are 16-byte aligned, scales 4-byte. cudaErrorInvalidValue for anything else. The workspace is that of
-// q35_moe.
+// q35_norm_moe for n <= 16 with such weights, but for fp4 or fp8 beside GGUF's: of each expert it gives what exact
+// weights, such as (q - z) * scale, would, up to f32 sums. hidden (at most 4096), width and shared_width are multiples
+// of 64, top_k is at most 32; activations, codes, router and norm are 16-byte aligned, scales 4-byte.
+// cudaErrorInvalidValue for anything else. The workspace is that of q35_moe.
 int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *delta,
                         float *residual, const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 
 // q35_moe, for any n, and q35_moe_then_norm, for n > 16, with such weights and under the same conditions
-// (moe_packed_many.cu). Workspace and rounding are those of the two.
+// (moe_packed_many.cu), in any mixture of kinds. Workspace and rounding are those of the two; elements of GGUF's kinds
+// are rounded to bf16.
 int q35_packed_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *x,
                    void *workspace, q35_bf16 *out);
 int q35_packed_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *x,
@@ -351,6 +373,55 @@ typedef struct {
 int64_t q35_sample_workspace(int max_rows, int vocab);
 int q35_sample(void *stream, int n, int vocab, int num_tokens, const float *logits, const q35_sampling *sampling,
                const q35_edit *edits, void *workspace, q35_sampled *out, int32_t *tokens);
+
+// --------------------------------------------------------------------------------------------------- all_reduce.cu
+
+enum {
+    Q35_MAX_RANKS = 8,
+    Q35_MAX_CHANNELS = 64,
+    Q35_GATHERED_AT = 16384  // where in a region q35_gather_columns leaves its rows
+};
+
+// Cards that compute one net together, each a rank with a region of memory that all of them can address (or several
+// ranks with streams of their own on one card). Regions have q35_peer_bytes, are aligned to 256 bytes and zero before
+// the first use. All ranks launch the same functions with the same sizes in the same order, each in one stream of its
+// own; fields not said to differ are the same on all ranks.
+// Ranks that share a card must have room there for all their channels at once (a block of 640 threads may need most of a
+// multiprocessor's registers) and `early` 0, or the next kernel of one rank could take the room that another's needs.
+// Their streams must not be put into one queue by the driver, and kernels be loaded before one of them waits.
+// Where one rank waits for another for longer than timeout_ns, or finds the first word of its own region not 0 (any
+// host may write it), its status becomes 1 + the rank waited for, and this launch and all later ones end at once, with
+// undefined results. After that, zero regions and status of all ranks while nothing runs.
+typedef struct {
+    int32_t rank;                 // this one, of `world`
+    int32_t world;                // 1 .. Q35_MAX_RANKS
+    int32_t channels;             // blocks of a launch at most, 1 .. Q35_MAX_CHANNELS
+    int32_t early;                // not 0: the next kernel of the stream may start while this one waits
+    int32_t width;                // of the widest row to be reduced, a multiple of 8
+    int64_t gather_bytes;         // room for the rows of q35_gather_columns
+    int64_t timeout_ns;           // above 0
+    void *regions[Q35_MAX_RANKS];  // the region of each rank, as this one addresses it
+    int32_t *status;              // of this rank, on its card; 0
+} q35_peers;
+
+// Bytes of a region; -1 for sizes that cannot be.
+int64_t q35_peer_bytes(int world, int channels, int width, int64_t gather_bytes);
+
+// Sums over ranks are f32, in the order of ranks; all ranks have the same bits, and a row has the same bits whatever n
+// is. width is a multiple of 8, at most that of `peers`; x, delta, residual, w and out are 16-byte aligned.
+// out = the sum of all ranks' x: bf16 [n, width]. out may be x.
+int q35_all_reduce(void *stream, q35_peers peers, int n, int width, const q35_bf16 *x, q35_bf16 *out);
+
+// residual += the sum of all ranks' delta, which is not rounded, then out = residual / sqrt(mean(residual^2) + eps) * w,
+// with the bits of q35_rmsnorm_residual. delta, out bf16 [n, width]; residual f32 [n, width], the same on all ranks;
+// w f32 [width]. out may be delta.
+int q35_all_reduce_norm(void *stream, q35_peers peers, int n, int width, const q35_bf16 *delta, float *residual,
+                        const float *w, float eps, q35_bf16 *out);
+
+// Rows side by side: x f32 [n, width] of rank r to columns r * width .. of f32 [n, world * width], which all ranks find
+// Q35_GATHERED_AT bytes into their own region until the next gather. width is a multiple of 4, x 16-byte aligned;
+// the rows have room in gather_bytes.
+int q35_gather_columns(void *stream, q35_peers peers, int n, int width, const float *x);
 
 // ------------------------------------------------------------------------------------------------------ measure.cu
 

@@ -14,7 +14,8 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     Plan p = {};
     p.n = n, p.hidden = d.hidden, p.num_experts = d.num_experts, p.top_k = d.top_k;
     p.width = d.width, p.shared_width = d.shared_width, p.has_shared = d.shared_width > 0;
-    const int64_t tokens = n, experts = d.num_experts, assignments = tokens * d.top_k;
+    p.first_expert = d.first_expert, p.num_here = d.num_here;
+    const int64_t tokens = n, experts = d.num_here, assignments = tokens * d.top_k;
     const int64_t few_assignments = int64_t(n < FEW ? n : FEW) * d.top_k;
     const int64_t rows = assignments + (p.has_shared ? tokens : 0), row_bytes = int64_t(d.hidden) * 4;
     p.slots = int(few_assignments < experts ? few_assignments : experts);
@@ -39,7 +40,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
         piece = reinterpret_cast<decltype(+piece)>(at + p.bytes);
         p.bytes += ceil_div(count * int64_t(sizeof(*piece)), 256) * 256;
     };
-    take(p.logits, tokens * experts);
+    take(p.logits, tokens * d.num_experts);
     take(p.weights, assignments);
     take(p.experts, assignments);
     take(p.gate, tokens);
@@ -59,7 +60,8 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
 bool valid(const q35_moe_dims &d) {
     // Blocks keep a word for each expert in shared memory.
     return d.hidden > 0 && d.num_experts > 0 && d.num_experts <= 8192 && d.top_k > 0 && d.top_k <= d.num_experts &&
-           d.width > 0 && d.shared_width >= 0;
+           d.width > 0 && d.shared_width >= 0 && d.first_expert >= 0 && d.num_here > 0 &&
+           d.num_here <= d.num_experts - d.first_expert;
 }
 
 // --------------------------------------------------------------------------------------------------------- routing
@@ -76,7 +78,8 @@ __global__ void __launch_bounds__(128) route_kernel(int n, int num_experts, int 
 }
 
 // out = sum over the experts in the order of their weights, then the shared expert; each thread 4 columns (WIDE) or 1.
-template <bool WIDE>
+// PART: some experts are not here.
+template <bool WIDE, bool PART>
 __global__ void __launch_bounds__(256) sum_kernel(Plan p, int col0, int cols, bf16 *out) {
     const int token = blockIdx.x, col = (blockIdx.y * 256 + threadIdx.x) * (WIDE ? 4 : 1);
     let_next_start();
@@ -95,7 +98,10 @@ __global__ void __launch_bounds__(256) sum_kernel(Plan p, int col0, int cols, bf
         }
     };
 #pragma unroll 8
-    for (int r = 0; r < p.top_k; r++) add(weights[r], y + int64_t(r) * p.y_cols);
+    for (int r = 0; r < p.top_k; r++) {
+        const float weight = weights[r];
+        if (!PART || weight >= 0) add(weight, y + int64_t(r) * p.y_cols);
+    }
     if (p.has_shared)
         add(precise_sigmoid(p.gate[token]), p.y + (int64_t(p.n) * p.top_k + token) * p.y_cols + col);
     bf16 *to = out + int64_t(token) * p.hidden + col0 + col;
@@ -107,7 +113,8 @@ __global__ void __launch_bounds__(256) sum_kernel(Plan p, int col0, int cols, bf
 }
 
 // out[:, col0 .. col0 + cols] = the weighted sums of y in bf16, the experts in the order of their weights, then the
-// shared expert; a thread 8 columns.
+// shared expert; a thread 8 columns. PART: some experts are not here.
+template <bool PART>
 __global__ void __launch_bounds__(128) bf16_sum_kernel(Plan p, int col0, int cols, bf16 *out) {
     wait_for_inputs();
     let_next_start();
@@ -135,11 +142,12 @@ __global__ void __launch_bounds__(128) bf16_sum_kernel(Plan p, int col0, int col
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int r = min(first + i, p.top_k - 1);
-            weight[i] = weights[r], v[i] = load16(y + int64_t(r) * cols);
+            weight[i] = weights[r];
+            if (!PART || weight[i] >= 0) v[i] = load16(y + int64_t(r) * cols);
         }
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (first + i < p.top_k) add(weight[i], v[i]);
+            if (first + i < p.top_k && (!PART || weight[i] >= 0)) add(weight[i], v[i]);
     }
     if (p.has_shared) add(precise_sigmoid(gate), of_shared);
     store8(out + int64_t(token) * p.hidden + col0 + col, sum);
@@ -151,11 +159,15 @@ int launch_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out
     // col0 and, unless it is the last, cols are multiples of 128.
     const bool wide = p.hidden % 4 == 0 && p.y_cols % 4 == 0 && aligned(out, 8);
     const dim3 grid(p.n, ceil_div(cols, wide ? 1024 : 256));
-    return launch(wide ? sum_kernel<true> : sum_kernel<false>, grid, 256, 0, stream, p, col0, cols, out);
+    auto kernel = p.num_here == p.num_experts ? wide ? sum_kernel<true, false> : sum_kernel<false, false>
+                  : wide                      ? sum_kernel<true, true>
+                                              : sum_kernel<false, true>;
+    return launch(kernel, grid, 256, 0, stream, p, col0, cols, out);
 }
 
 int launch_bf16_sum(cudaStream_t stream, const Plan &p, int col0, int cols, bf16 *out) {
-    return launch(bf16_sum_kernel, dim3(p.n, ceil_div(cols, 1024)), 128, 0, stream, p, col0, cols, out);
+    auto kernel = p.num_here == p.num_experts ? bf16_sum_kernel<false> : bf16_sum_kernel<true>;
+    return launch(kernel, dim3(p.n, ceil_div(cols, 1024)), 128, 0, stream, p, col0, cols, out);
 }
 
 bool make_plan(int n, const q35_moe_dims &dims, void *workspace, Plan &p) {

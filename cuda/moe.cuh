@@ -12,26 +12,32 @@ constexpr int SMALL_TILE = 64;
 // The pieces of the workspace and what a launch needs to know besides. Passed by value to kernels.
 struct Plan {
     int n, hidden, num_experts, top_k, width, shared_width, has_shared;
+    int first_expert, num_here;
     // Columns of `hidden` that `y` holds at a time.
     int y_cols;
     int num_groups, max_tiles;
     float *logits;      // [n, E]
-    float *weights;     // [n, top_k]
-    int *experts;       // [n, top_k]
+    float *weights;     // [n, top_k], or NOT_HERE
+    int *experts;       // [n, top_k], of all; what follows numbers those that are here, from 0
     float *gate;        // [n]: shared_gate . x
     int slots;          // few: no more experts than this are hit
     int4 *hits;         // few: [slots], an expert hit, its tokens (bit t: token t), where they start in `sorted`
     int *num_hit;       // few: [1]
-    int *place;         // few: [n * top_k], where an assignment stands in `sorted`
-    uint32_t *counts;   // many: [num_groups, E rounded up to words], a byte an expert: how many of 32 tokens it has
+    int *place;         // few: [n * top_k], where an assignment stands in `sorted`; 0 where its expert is not here
+    uint32_t *counts;   // many: [num_groups, experts rounded up to words], a byte each: how many of 32 tokens it has
     int2 *tiles;        // many: [max_tiles], expert, rows and first of its assignments
     int *num_tiles;     // many: [1]
-    int *sorted;        // [n * top_k], assignments (pairs of a token and one of its experts) by expert, then token
+    int *sorted;        // [n * top_k], assignments (pairs of a token and one of its experts) by expert, then token;
+                        // those alone whose experts are here
     bf16 *act;          // [n * top_k, width], in the order of `sorted`
     bf16 *shared_act;   // [n, shared_width]
     float *y;           // [n * top_k + n, y_cols]: by assignment, then the shared expert's
     int64_t bytes;
 };
+
+// In place of the weight, which is 0 or more, of an assignment to an expert that is not here: its term is left out of
+// sums, since nobody computes it.
+constexpr float NOT_HERE = -1.f;
 
 // The norm before a sparse block; without one `w` is null.
 struct Norm {
@@ -224,6 +230,20 @@ __device__ __forceinline__ int route_any(const float *row, int num_experts, int 
     if (num_experts <= 256) return route_row<8>(row, num_experts, rounds, want, weights, experts, lane);
     if (num_experts <= 512) return route_row<16>(row, num_experts, rounds, want, weights, experts, lane);
     return route_row<0>(row, num_experts, rounds, want, weights, experts, lane);
+}
+
+// Whether an expert is here, by its number among those that are.
+__device__ __forceinline__ bool is_here(const Plan &p, int own) { return unsigned(own) < unsigned(p.num_here); }
+
+// By one warp, the experts hit of a single token, of which lane r has the one of round r: those that are here, in the
+// order of their weights, to hits [min(top_k, num_here)], each with the number of them. False where a lane's is none.
+__device__ __forceinline__ bool list_hits(const Plan &p, int expert, int4 *hits, int lane) {
+    const int own = expert - p.first_expert;
+    const bool here = lane < p.top_k && is_here(p, own);
+    const unsigned all = __ballot_sync(ALL_LANES, here);
+    if (here || (all == 0 && lane == 0))
+        hits[__popc(all & ((1u << lane) - 1))] = make_int4(own, 1, lane, __popc(all));
+    return here;
 }
 
 // -------------------------------------------------------------------------------------- many tokens, and on Hopper

@@ -121,17 +121,18 @@ __global__ void __launch_bounds__(32 * UP_WARPS, 3)
     if (early) aim(blockIdx.x), load(0), load(1);
     wait_for_inputs();
     let_next_start();  // not before: see few_down
-    int num_hit = p.top_k;
+    int num_hit = 0;
     if (p.n == 1) {
         if (warp == 0) {
             const int e = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
-            if (lane < p.top_k) hits[lane] = make_int4(e, 1, lane, 0);
+            list_hits(p, e, hits, lane);
         }
     } else {
         for (int i = threadIdx.x; i < p.slots; i += blockDim.x) hits[i] = p.hits[i];
         num_hit = *p.num_hit;
     }
     __syncthreads();
+    if (p.n == 1) num_hit = hits[0].w;
     const int tiles = shared_tiles + num_hit * expert_tiles;
     if (!early && int(blockIdx.x) < tiles) aim(blockIdx.x), load(0), load(1);
 
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, 3)
 // What few_down keeps in shared memory: the list, then a scale and a place for each assignment, the scales of the
 // shared expert, and a row of sums for each assignment (in the order of `sorted`) and each token of the shared expert.
 int down_bytes(int n, const Plan &p) {
-    const int assignments = n * p.top_k, slots = assignments < p.num_experts ? assignments : p.num_experts;
+    const int assignments = n * p.top_k, slots = assignments < p.num_here ? assignments : p.num_here;
     return slots * 16 + (2 * assignments + n + (assignments + n) * PITCH) * 4;
 }
 
@@ -212,14 +213,14 @@ __global__ void __launch_bounds__(512, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32, g = lane / 4;
     const int row0 = blockIdx.x * ROWS, own = lane % 4 * 8;
 
-    int num_hit = p.top_k;
+    int num_hit = 0;
     if (p.n == 1) {
         if (warp == 0) {
             route_any(p.logits, p.num_experts, p.top_k, 0, scales, places, lane);
-            if (lane < p.top_k) {  // what this lane wrote itself
-                hits[lane] = make_int4(places[lane], 1, lane, 0);
-                places[lane] = lane;
-            }
+            const bool chosen = lane < p.top_k;  // then it reads what it wrote itself
+            const bool here = list_hits(p, chosen ? places[lane] : 0, hits, lane);
+            if (chosen) places[lane] = lane;
+            if (chosen && !here) scales[lane] = NOT_HERE;
         }
     } else {
         for (int i = threadIdx.x; i < p.slots; i += blockDim.x) hits[i] = __ldcg(p.hits + i);
@@ -230,6 +231,7 @@ __global__ void __launch_bounds__(512, 1)
     if (p.has_shared && int(threadIdx.x) < p.n)
         scales[assignments + threadIdx.x] = precise_sigmoid(__ldcg(p.gate + threadIdx.x));
     __syncthreads();
+    if (p.n == 1) num_hit = hits[0].w;
 
     const int items = p.has_shared + num_hit;
     const bf16 *rows[2];
@@ -305,8 +307,10 @@ __global__ void __launch_bounds__(512, 1)
     for (int i = threadIdx.x; i < p.n * ROWS; i += blockDim.x) {
         const int row = i % ROWS, t = i / ROWS;
         float sum = 0.0f;
-        for (int r = t * p.top_k; r < (t + 1) * p.top_k; r++)
-            sum = fmaf(scales[r], sums[places[r] * PITCH + row], sum);
+        for (int r = t * p.top_k; r < (t + 1) * p.top_k; r++) {
+            const float with = fmaf(scales[r], sums[places[r] * PITCH + row], sum);
+            sum = scales[r] < 0 ? sum : with;
+        }
         if (p.has_shared) sum = fmaf(scales[assignments + t], sums[(assignments + t) * PITCH + row], sum);
         if (row0 + row < p.hidden) out[int64_t(t) * p.hidden + row0 + row] = __float2bfloat16_rn(sum);
     }

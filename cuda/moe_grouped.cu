@@ -223,7 +223,7 @@ int launch_groups(cudaStream_t stream, const Plan &p, TileArgs args, int height,
     args.shared_tiles = p.has_shared ? ceil_div(p.n, height) : 0;
     // Of the routed ones a bound: what there is beyond *num_tiles returns at once.
     const int64_t assignments = int64_t(p.n) * p.top_k;
-    const int64_t most = p.num_experts < assignments ? p.num_experts : assignments;
+    const int64_t most = p.num_here < assignments ? p.num_here : assignments;
     const int64_t tiles = args.shared_tiles + assignments / height + most;
     if (!vec) return launch_tiles<64, MODE, false>(stream, p, args, tiles);
     if (height == 64) return launch_tiles<64, MODE, true>(stream, p, args, tiles);

@@ -21,8 +21,8 @@ __device__ __forceinline__ void unpack8(const Eight &v, float x[8]) {
 }
 
 // A block a token. The sum is rounded to bf16 before the residual takes it, as where it goes through memory.
-// VECS: groups of 8 columns a thread has. T: what y holds.
-template <int VECS, typename T>
+// VECS: groups of 8 columns a thread has. T: what y holds. PART: some experts are not here.
+template <int VECS, typename T, bool PART>
 __global__ void __launch_bounds__(LANES) sum_norm(Plan p, float *residual, const float *norm, float eps, bf16 *out) {
     constexpr int BATCH = sizeof(T) == 2 ? 8 : 4;  // experts' rows whose loads are under way together
     __shared__ float parts[LANES / 32];
@@ -54,11 +54,13 @@ __global__ void __launch_bounds__(LANES) sum_norm(Plan p, float *residual, const
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
                 if (first + i >= p.top_k) break;
-                weight[i] = weights[first + i], packed[i] = load_once(routed + int64_t(first + i) * hidden);
+                weight[i] = weights[first + i];
+                if (!PART || weight[i] >= 0) packed[i] = load_once(routed + int64_t(first + i) * hidden);
             }
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
                 if (first + i >= p.top_k) break;
+                if (PART && weight[i] < 0) continue;
                 float one[8];
                 unpack8(packed[i], one);
 #pragma unroll
@@ -105,7 +107,10 @@ __global__ void __launch_bounds__(LANES) sum_norm(Plan p, float *residual, const
 
 template <typename T>
 int launch_of(cudaStream_t stream, const Plan &p, float *residual, const float *norm, float eps, bf16 *out) {
-    const auto kernel = p.hidden <= 8 * LANES ? sum_norm<1, T> : sum_norm<2, T>;
+    const bool one = p.hidden <= 8 * LANES;
+    const auto kernel = p.num_here == p.num_experts ? one ? sum_norm<1, T, false> : sum_norm<2, T, false>
+                        : one                       ? sum_norm<1, T, true>
+                                                    : sum_norm<2, T, true>;
     return launch(kernel, p.n, LANES, 0, stream, p, residual, norm, eps, out);
 }
 

@@ -10,6 +10,9 @@
 
 namespace {
 
+// Forms that a kernel has beside bf16, int4 and fp8: fp4; or, instead of fp8, GGUF's.
+enum More { NO_MORE, FP4_TOO, GGUF_TOO };
+
 constexpr int UP_WARPS = 8;
 constexpr int UP_PITCH = 2 * TILE_ROWS + 4, DOWN_PITCH = TILE_ROWS + 4;  // a warp's stores of sums hit all banks
 constexpr int MOST_TOP_K = 32;
@@ -17,24 +20,29 @@ constexpr int MOST_SHARED = 48 << 10;
 
 constexpr int UP_BLOCKS = 2;  // on an SM
 // At most so many in a block that has an SM to itself; of two blocks each has half. The registers are divided so.
-template <int N>
-constexpr int DOWN_WARPS = N == 1 ? 20 : 16;
+template <int N, int MORE>
+constexpr int DOWN_WARPS = N > 1 ? 16 : MORE == GGUF_TOO ? 18 : 20;
 constexpr bool UP_EARLY = true;  // packed_up starts under the kernel before it
 
-// What to call with a form known when compiled; FP4: that may be it.
+// What to call with a form known when compiled.
 template <int FORM>
 struct Of {
     static constexpr int form = FORM;
 };
-template <bool FP4, typename F>
+template <int MORE, typename F>
 __device__ __forceinline__ void by_form(const Packed &m, F call) {
-    if constexpr (FP4) {
+    if constexpr (MORE == FP4_TOO) {
         if (m.form == FP4_TILES) return call(Of<FP4_TILES>());
+    }
+    if constexpr (MORE == GGUF_TOO) {
+        if (m.form == K4_TILES) return call(Of<K4_TILES>());
+        if (m.form == K6_TILES) return call(Of<K6_TILES>());
+        if (m.form == INT8_TILES) return call(Of<INT8_TILES>());
     }
     if (m.form == INT4_TILES) {
         m.halves ? call(Of<INT4_HALVES>()) : call(Of<INT4_TILES>());
-    } else if (m.form == FP8_TILES) {
-        call(Of<FP8_TILES>());
+    } else if (MORE != GGUF_TOO && m.form == FP8_TILES) {
+        if constexpr (MORE != GGUF_TOO) call(Of<FP8_TILES>());
     } else {
         call(Of<BF16_ROWS>());
     }
@@ -58,7 +66,7 @@ __device__ __forceinline__ void times(float (&acc)[MATS][N][4], const float (&wh
 // warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order.
 // ONE: a single token, which goes to shared memory. `spread`: a step round the blocks that keeps those with one tile
 // more apart, on whichever SMs they settle. x and the activations are in the order of tiles.
-template <int N, bool ONE, bool FP4>
+template <int N, bool ONE, int MORE>
 __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     packed_up(Plan p, Packed gate_up, Packed shared_gate_up, int spread, const bf16 *x, Norm norm) {
     extern __shared__ int4 hits[];  // [slots], then the token
@@ -74,7 +82,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 
     Held held;
     if (block >= before) {
-        by_form<FP4>(shared_gate_up, [&](auto of) {
+        by_form<MORE>(shared_gate_up, [&](auto of) {
             constexpr int form = decltype(of)::form;
             const Cursor at = aim_at<form>(shared_gate_up, block - before, shared_tiles, warp);
             start_walk<form, 2, UP_WARPS>(held, shared_gate_up, at, share(shared_gate_up, shared_tiles));
@@ -83,20 +91,21 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     wait_for_inputs();
     let_next_start();  // not before: packed_down reads what the kernels before this one wrote
 
-    int num_hit = p.top_k;
+    int num_hit = 0;
     uint32_t *const token = reinterpret_cast<uint32_t *>(hits + p.slots);
     if (ONE) {
         for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x)
             *reinterpret_cast<uint4 *>(token + i / 2) = *reinterpret_cast<const uint4 *>(x + i);
         if (warp == 0) {
             const int e = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
-            if (lane < p.top_k) hits[lane] = make_int4(e, 1, lane, 0);
+            list_hits(p, e, hits, lane);
         }
     } else {
         for (int i = threadIdx.x; i < p.slots; i += blockDim.x) hits[i] = p.hits[i];
         num_hit = *p.num_hit;
     }
     __syncthreads();
+    if (ONE) num_hit = hits[0].w;
 
     int turn = 0;  // of the two places of sums: one barrier a tile
     // Tiles `tile`, `tile` + step, then every `blocks`, up to `end`.
@@ -115,6 +124,10 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
             const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[tile / tiles];
             const int num_tokens = __popc(hit.y);
             if (after < end) next = aim(after);
+            // Two warps, one for the gates and one for what they gate. Fewer tokens are quicker without.
+            if constexpr (N > 1 && IS_INT4<form>) {
+                if (after < end && warp < 2) ask_for_scales(m, row_tile_of(after) + warp * tiles);
+            }
             float acc[2][N][4] = {}, whole[2];
             if constexpr (form == FP4_TILES) {
 #pragma unroll
@@ -157,7 +170,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         }
     };
     if (block >= before) {
-        by_form<FP4>(shared_gate_up,
+        by_form<MORE>(shared_gate_up,
                 [&](auto of) { run(of, shared_gate_up, true, true, block - before, blocks, shared_tiles); });
     }
     // Tile v of all, of which the shared ones are before .. before + shared_tiles - 1.
@@ -167,7 +180,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     } else {
         step -= shared_tiles;
     }
-    by_form<FP4>(gate_up,
+    by_form<MORE>(gate_up,
             [&](auto of) { run(of, gate_up, false, false, first, step, num_hit * expert_tiles); });
 
     // What few_logits added, written now that it has been read.
@@ -185,8 +198,8 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 // `down` of the experts hit and their weighted sum. A block has a row tile of the output; its warps share out the
 // experts, the shared one first, and each has all of k. The first loads are under way before packed_up has ended.
 // ONE: a single token, whose activations go to shared memory.
-template <int N, bool ONE, bool FP4>
-__global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
+template <int N, bool ONE, int MORE>
+__global__ void __launch_bounds__(32 * DOWN_WARPS<N, MORE>, 1)
     packed_down(Plan p, Packed down, Packed shared_down, bf16 *out) {
     extern __shared__ int4 hits[];  // [slots]
     const int assignments = p.n * p.top_k, routed = p.top_k * p.width, staged = ONE ? routed + p.shared_width : 0;
@@ -202,19 +215,19 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
 
     Held held;
     if (with_shared) {
-        by_form<FP4>(shared_down, [&](auto of) {
+        by_form<MORE>(shared_down, [&](auto of) {
             constexpr int form = decltype(of)::form;
             start_walk<form, 1, 1>(held, shared_down, aim_at<form>(shared_down, row_tile, 0, 0), share(shared_down));
         });
     }
-    int num_hit = p.top_k;
+    int num_hit = 0;
     if (p.n == 1) {
         if (warp == num_warps - 1) {
             route_any(p.logits, p.num_experts, p.top_k, 0, scales, places, lane);
-            if (lane < p.top_k) {  // what this lane wrote itself
-                hits[lane] = make_int4(places[lane], 1, lane, 0);
-                places[lane] = lane;
-            }
+            const bool chosen = lane < p.top_k;  // then it reads what it wrote itself
+            const bool here = list_hits(p, chosen ? places[lane] : 0, hits, lane);
+            if (chosen) places[lane] = lane;
+            if (chosen && !here) scales[lane] = NOT_HERE;
         }
     } else {
         for (int i = threadIdx.x; i < p.slots; i += blockDim.x) hits[i] = __ldcg(p.hits + i);
@@ -225,11 +238,12 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
     if (p.has_shared && int(threadIdx.x) < p.n)
         scales[assignments + threadIdx.x] = precise_sigmoid(__ldcg(p.gate + threadIdx.x));
     __syncthreads();
+    if (p.n == 1) num_hit = hits[0].w;
 
     const int first = with_shared ? num_warps - 1 : warp - p.has_shared;  // of the list
     auto row_tile_of = [&](int item) { return hits[item].x * row_tiles + row_tile; };
     if (!with_shared && first < num_hit) {
-        by_form<FP4>(down, [&](auto of) {
+        by_form<MORE>(down, [&](auto of) {
             constexpr int form = decltype(of)::form;
             start_walk<form, 1, 1>(held, down, aim_at<form>(down, row_tile_of(first), 0, 0), share(down));
         });
@@ -254,6 +268,9 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
         while (item < end) {
             const int after = item + num_warps;
             if (after < end) next = aim(after);
+            if constexpr (N > 1 && IS_INT4<form>) {
+                if (after < end) ask_for_scales(m, row_tile_of(after));
+            }
             const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[item];
             const int num_tokens = __popc(hit.y);
             float acc[1][N][4] = {}, whole[1];
@@ -280,14 +297,16 @@ __global__ void __launch_bounds__(32 * DOWN_WARPS<N>, 1)
             item = after, now = next;
         }
     };
-    if (with_shared) by_form<FP4>(shared_down, [&](auto of) { run(of, shared_down, true, true, 0, 1); });
-    by_form<FP4>(down, [&](auto of) { run(of, down, false, !with_shared, first, num_hit); });
+    if (with_shared) by_form<MORE>(shared_down, [&](auto of) { run(of, shared_down, true, true, 0, 1); });
+    by_form<MORE>(down, [&](auto of) { run(of, down, false, !with_shared, first, num_hit); });
     __syncthreads();
     for (int i = threadIdx.x; i < p.n * TILE_ROWS; i += blockDim.x) {
         const int row = i % TILE_ROWS, t = i / TILE_ROWS;
         float sum = 0.0f;
-        for (int r = t * p.top_k; r < (t + 1) * p.top_k; r++)
-            sum = fmaf(scales[r], sums[places[r] * DOWN_PITCH + row], sum);
+        for (int r = t * p.top_k; r < (t + 1) * p.top_k; r++) {
+            const float with = fmaf(scales[r], sums[places[r] * DOWN_PITCH + row], sum);
+            sum = scales[r] < 0 ? sum : with;
+        }
         if (p.has_shared) sum = fmaf(scales[assignments + t], sums[(assignments + t) * DOWN_PITCH + row], sum);
         out[int64_t(t) * p.hidden + row_tile * TILE_ROWS + row] = __float2bfloat16_rn(sum);
     }
@@ -300,7 +319,7 @@ int up_bytes(const Plan &p) { return p.slots * int(sizeof(int4)) + (p.n == 1 ? 2
 // The list, then a scale and a place for each assignment, the scales of the shared expert, and a row of sums for each
 // assignment (in the order of `sorted`) and each token of the shared expert.
 int down_bytes(int n, const Plan &p) {
-    const int assignments = n * p.top_k, slots = assignments < p.num_experts ? assignments : p.num_experts;
+    const int assignments = n * p.top_k, slots = assignments < p.num_here ? assignments : p.num_here;
     return slots * 16 + (2 * assignments + n + (assignments + n) * DOWN_PITCH) * 4;
 }
 
@@ -311,16 +330,18 @@ int spread_of(int blocks) {
     return step;
 }
 
-template <int N, bool FP4>
+// N: eights of tokens. Of GGUF's forms there are kernels of one token and of two eights.
+template <int N, int MORE>
 int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x,
                    bf16 *out) {
     // One wave of blocks, fewer where there are fewer tiles.
     const int sms = num_sms(), most_blocks = UP_BLOCKS * sms;
     const int64_t most = p.shared_width / TILE_ROWS + int64_t(p.slots) * (p.width / TILE_ROWS);
     const int up_blocks = most < most_blocks ? int(most) : most_blocks;
-    auto up = packed_up<N, false, FP4>;
+    constexpr int FULL = MORE == GGUF_TOO ? 2 : N;
+    auto up = packed_up<FULL, false, MORE>;
     if constexpr (N == 1) {
-        if (p.n == 1) up = packed_up<1, true, FP4>;
+        if (p.n == 1) up = packed_up<1, true, MORE>;
     }
     const int code = launch<UP_EARLY>(up, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
                                       spread_of(up_blocks), x, norm);
@@ -328,14 +349,16 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
 
     // One wave here too, where an SM has room for two blocks; of equal turns.
     const int blocks = p.hidden / TILE_ROWS, items = p.slots + p.has_shared;
-    const int most_warps = blocks <= sms ? DOWN_WARPS<N> : DOWN_WARPS<N> / 2;
-    const int warps = ceil_div(items, ceil_div(items, most_warps));
-    int bytes = down_bytes(p.n, p);
+    int bytes = down_bytes(p.n, p), most_warps = DOWN_WARPS<FULL, MORE>;
     const int64_t own = 2 * (int64_t(p.top_k) * p.width + p.shared_width);
-    auto last = packed_down<N, false, FP4>;
+    auto last = packed_down<FULL, false, MORE>;
     if constexpr (N == 1) {
-        if (p.n == 1 && bytes + own <= MOST_SHARED) last = packed_down<1, true, FP4>, bytes += int(own);
+        if (p.n == 1 && bytes + own <= MOST_SHARED) {
+            last = packed_down<1, true, MORE>, bytes += int(own), most_warps = DOWN_WARPS<1, MORE>;
+        }
     }
+    most_warps = blocks <= sms ? most_warps : most_warps / 2;
+    const int warps = ceil_div(items, ceil_div(items, most_warps));
     return launch(last, blocks, 32 * warps, bytes, stream, p, m[1], m[3], out);
 }
 
@@ -348,7 +371,7 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
     Plan p = {};
     if (n > FEW || !make_plan(n, dims, workspace, p)) return cudaErrorInvalidValue;
     Packed m[4] = {};
-    const int64_t experts = p.num_experts, shared = p.shared_width;
+    const int64_t experts = p.num_here, shared = p.shared_width;
     if (!take_packed(weights.gate_up, experts * 2 * p.width, p.hidden, m[0]) ||
         !take_packed(weights.down, experts * p.hidden, p.width, m[1]))
         return cudaErrorInvalidValue;
@@ -366,14 +389,19 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
     routing.router = weights.router, routing.shared_gate = weights.shared_gate;
     const Norm before = {as_bf16(delta), residual, norm, eps};
     bf16 *const tiles = reinterpret_cast<bf16 *>(p.y);  // which nothing else here uses
+    bool fp4 = false, floats = false, gguf = false;
+    for (const Packed &matrix : m) {
+        fp4 = fp4 || matrix.form == FP4_TILES, gguf = gguf || matrix.form >= K4_TILES;
+        floats = floats || fp4 || matrix.form == FP8_TILES;
+    }
+    if (floats && gguf) return cudaErrorInvalidValue;
     int code = launch_logits(as_stream(stream), p, routing, before, as_bf16(x), tiles);
     if (code == cudaSuccess && n > 1) code = launch_route(as_stream(stream), p);
     if (code != cudaSuccess) return code;
-    bool fp4 = false;
-    for (const Packed &matrix : m) fp4 = fp4 || matrix.form == FP4_TILES;
     const auto run = [&](auto experts) {
         return experts(as_stream(stream), p, m, before, tiles, as_bf16(out));
     };
-    if (fp4) return n <= 8 ? run(launch_experts<1, true>) : run(launch_experts<2, true>);
-    return n <= 8 ? run(launch_experts<1, false>) : run(launch_experts<2, false>);
+    if (gguf) return n == 1 ? run(launch_experts<1, GGUF_TOO>) : run(launch_experts<2, GGUF_TOO>);
+    if (fp4) return n <= 8 ? run(launch_experts<1, FP4_TOO>) : run(launch_experts<2, FP4_TOO>);
+    return n <= 8 ? run(launch_experts<1, NO_MORE>) : run(launch_experts<2, NO_MORE>);
 }

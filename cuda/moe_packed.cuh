@@ -4,81 +4,21 @@
 #include <cuda_fp16.h>
 
 #include "fp4.cuh"
+#include "gguf.cuh"
 #include "int4.cuh"
 #include "mma.cuh"
+#include "packed_form.cuh"
 
-// How the codes of a matrix lie: rows of bf16, or tiles in the order of fragments. INT4_HALVES: what walks call int4 in
-// groups of 32.
-enum Form { BF16_ROWS, INT4_TILES, FP8_TILES, FP4_TILES, INT4_HALVES };
-template <int FORM>
-constexpr bool IS_INT4 = FORM == INT4_TILES || FORM == INT4_HALVES;
-
-constexpr int TILE_ROWS = 16, TILE_K = 64;
-constexpr int MOST_K = 1 << 16;  // so that what is between two row tiles of an expert has less than 2^31 bytes
-
-// A matrix as kernels take it. Tiles of int4 and fp4 have 512 bytes, of fp8 1024: two halves of k 32, 16 bytes a lane
-// each.
-struct Packed {
-    const uint8_t *codes;
-    const void *scales;     // [row tile][group][each]: 16 bits (int4), f32 (fp8) or 8 bytes (fp4)
-    const uint8_t *zeros;   // int4: as scales; null: 8
-    const float *wholes;    // fp4: by row tile
-    int row_tile_bytes;
-    int form, k, k_tiles;
-    int groups, each;       // each: 16 scales for the rows of a tile, or 1 for all; fp4: 8 pairs of rows, by k tile
-    int shift;              // k tile >> shift is its group; groups of 32: `halves`, two a tile
-    uint32_t bf16_scales;   // int4: all ones, or 0 where they are f16
-    bool halves;
-};
-
-// What kernels take of a matrix of the caller's, `rows` by `k`; false where they do not take it.
-static inline bool take_packed(const q35_packed &from, int64_t rows, int k, Packed &to) {
-    to = Packed{};
-    if (from.codes == nullptr || !aligned(from.codes) || from.rows != rows || from.k != k) return false;
-    if (rows % TILE_ROWS != 0 || k % TILE_K != 0 || k <= 0 || k > MOST_K) return false;
-    to.codes = static_cast<const uint8_t *>(from.codes), to.scales = from.scales, to.zeros = nullptr;
-    to.k = k, to.k_tiles = k / TILE_K, to.groups = 1, to.each = 16, to.shift = 31;
-    switch (from.kind) {
-        case 0:
-            to.form = BF16_ROWS, to.row_tile_bytes = TILE_ROWS * k * 2;
-            return true;
-        case q35_int4_f16:
-        case q35_int4_bf16:
-            to.form = INT4_TILES, to.row_tile_bytes = TILE_ROWS * k / 2;
-            to.zeros = from.zeros, to.bf16_scales = from.kind == q35_int4_bf16 ? 0xffffffffu : 0;
-            if (from.group > 0 && from.group < k) {
-                if (from.group != 32 && from.group != 64 && from.group != 128) return false;
-                to.groups = ceil_div(k, from.group), to.halves = from.group == 32, to.shift = from.group == 128;
-            }
-            break;
-        case q35_fp8_block:
-            to.groups = ceil_div(k, 128), to.each = 1, to.shift = 1;
-            [[fallthrough]];
-        case q35_fp8_row:
-            to.form = FP8_TILES, to.row_tile_bytes = TILE_ROWS * k;
-            break;
-        case q35_fp4:
-            to.form = FP4_TILES, to.row_tile_bytes = TILE_ROWS * k / 2;
-            to.groups = to.k_tiles, to.each = 8, to.shift = 0;
-            if (!aligned(from.scales)) return false;
-            to.wholes = static_cast<const float *>(from.scales) + rows / TILE_ROWS * (k / 4);
-            break;
-        default:
-            return false;
-    }
-    // Places of scales are counted in 32 bits.
-    return to.scales != nullptr && aligned(to.scales, 4) && rows / TILE_ROWS * to.groups * to.each < int64_t(1) << 31;
-}
-
-// What a walk along k of one row tile, or of MATS row tiles at once, holds of them: 128 bytes a lane under way, and the
-// scales of two k tiles.
+// What a walk along k of one row tile, or of MATS row tiles at once, holds of them: up to 128 bytes a lane under way,
+// and the scales of two k tiles.
 template <int FORM, int MATS>
 struct Walk {
-    static constexpr int UNITS = FORM == FP8_TILES ? 2 : FORM == BF16_ROWS ? 4 : 1;  // 16 bytes of a tile, a lane
-    static constexpr int DEPTH = 8 / (UNITS * MATS);  // k tiles under way
+    // 16 bytes of a tile, a lane; codes of 6 bits have another half.
+    static constexpr int UNITS = FORM == FP8_TILES || FORM == INT8_TILES ? 2 : FORM == BF16_ROWS ? 4 : 1;
+    static constexpr int DEPTH = (FORM == K6_TILES ? 4 : 8 / UNITS) / MATS;  // k tiles under way
     static constexpr int AHEAD = FORM == FP4_TILES ? 4 / MATS : DEPTH < 2 ? DEPTH : 2;  // of their scales
     // Bytes from a k tile to the next.
-    static constexpr int STEP = FORM == FP8_TILES ? 1024 : FORM == BF16_ROWS ? 2 * TILE_K : 512;
+    static constexpr int STEP = FORM == BF16_ROWS ? 2 * TILE_K : TILE_BYTES<FORM>;
 };
 struct RawScales {
     uint32_t scale[2], zero[2];  // by half of a k tile, where it has two groups
@@ -86,6 +26,20 @@ struct RawScales {
 struct Held {
     uint4 w[8];
     RawScales raw[2];  // fp4: four pairs of words
+
+    // Of codes of 6 bits, of which there are four tiles, the upper ones.
+    __device__ __forceinline__ void keep_upper(int i, uint2 bits) {
+        uint4 &to = w[4 + i / 2];
+        if (i % 2 == 0) {
+            to.x = bits.x, to.y = bits.y;
+        } else {
+            to.z = bits.x, to.w = bits.y;
+        }
+    }
+    __device__ __forceinline__ uint2 upper(int i) const {
+        const uint4 &of = w[4 + i / 2];
+        return i % 2 == 0 ? make_uint2(of.x, of.y) : make_uint2(of.z, of.w);
+    }
 
     __device__ __forceinline__ uint32_t (&pair(int i))[2] { return i % 2 == 0 ? raw[i / 2].scale : raw[i / 2].zero; }
 };
@@ -106,10 +60,27 @@ __device__ __forceinline__ uint32_t load_scale32(const void *p) {
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
+__device__ __forceinline__ uint2 stream8_in_order(const void *p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
 __device__ __forceinline__ uint32_t load_zero(const uint8_t *p) {
     uint32_t v;
     asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
+}
+
+// Has L2 fetch the scales and zero points of a row tile, a line a lane.
+__device__ __forceinline__ void ask_for_scales(const Packed &m, int row_tile) {
+    const auto ask = [](const void *of, int64_t at, int bytes) {
+        const char *const from = static_cast<const char *>(of) + at;
+        for (int line = threadIdx.x % 32 * 128; line < bytes; line += 32 * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from + line)) : "memory");
+    };
+    const int count = m.groups * m.each;
+    ask(m.scales, int64_t(row_tile) * count * 2, count * 2);
+    if (m.zeros != nullptr) ask(m.zeros, int64_t(row_tile) * count, count);
 }
 
 // At k tile `first` of a row tile. Of the scales of a pair of them lanes 16 .. 31 load those of the second, `apart` row
@@ -145,6 +116,10 @@ __device__ __forceinline__ void load_codes(Held &held, int slot, const Packed &m
         } else {
 #pragma unroll
             for (int u = 0; u < W::UNITS; u++) to[u] = stream16_in_order(p + 256 * u);
+            if constexpr (FORM == K6_TILES) {
+                const int rest = 512 - 8 * static_cast<int>(threadIdx.x % 32);
+                held.keep_upper(slot * MATS + i, stream8_in_order(from + rest));
+            }
         }
     }
 }
@@ -176,6 +151,15 @@ __device__ __forceinline__ void load_int4_scales(RawScales &raw, const Packed &m
         raw.zero[i] = 8;
         if (m.zeros != nullptr) raw.zero[i] = load_zero(m.zeros + at + 16 * i);
     }
+}
+
+// Of GGUF's, the words of a row.
+template <int FORM>
+__device__ __forceinline__ void load_words(RawScales &raw, const Packed &m, uint32_t from, int k_tile) {
+    const uint32_t at = from + uint32_t(k_tile) * 16;
+    raw.scale[0] = load_scale32(static_cast<const uint32_t *>(m.scales) + at);
+    raw.zero[0] = 0;
+    if (FORM != INT8_TILES) raw.zero[0] = load_scale32(m.zeros + 4 * int64_t(at / 32 * 16 + at % 16));
 }
 
 // Those of fp4, of rows g and g + 8 of a k tile.
@@ -215,11 +199,6 @@ __device__ __forceinline__ RowScales row_scales(const RawScales &raw, int half, 
     return of;
 }
 
-__device__ __forceinline__ uint32_t bf16_sub(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 d =
-        __hsub2(*reinterpret_cast<const __nv_bfloat162 *>(&a), *reinterpret_cast<const __nv_bfloat162 *>(&b));
-    return *reinterpret_cast<const uint32_t *>(&d);
-}
 __device__ __forceinline__ uint32_t bf16_mul(uint32_t a, uint32_t b) {
     const __nv_bfloat162 d =
         __hmul2(*reinterpret_cast<const __nv_bfloat162 *>(&a), *reinterpret_cast<const __nv_bfloat162 *>(&b));
@@ -325,6 +304,68 @@ __device__ __forceinline__ void add_int4(const Held &held, int slot, int side, c
     }
 }
 
+// The same of GGUF's. Of 4 bits minima are taken off as zero points are; of 6 and 8 bits codes are multiplied as they
+// are.
+template <int N, int FORM, int MATS>
+__device__ __forceinline__ void add_gguf(const Held &held, int slot, int side, const Packed &m,
+                                         const uint32_t (&b)[N][8], bool both, float (&acc)[MATS][N][4]) {
+    constexpr int BITS = GGUF_BITS<FORM>, PARTS = GgufScales<BITS>::PARTS, STEPS = 4 / PARTS;
+    const uint32_t bias = gguf_bias(m.minima);
+    // Of the row whose words this lane has loaded.
+    const GgufScales<BITS> own = gguf_scales<BITS>(held.raw[side].scale[0], held.raw[side].zero[0], m.minima);
+    // Sums of matrix i times what its rows have.
+    auto add = [&](int i, float factor, const float (&sums)[N][4]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float of_row = __shfl_sync(ALL_LANES, factor, 16 * i + threadIdx.x % 32 / 4 + 8 * r);
+#pragma unroll
+            for (int s = 0; s < N; s++) {
+#pragma unroll
+                for (int e = 2 * r; e < 2 * r + 2; e++) acc[i][s][e] = fmaf(of_row, sums[s][e], acc[i][s][e]);
+            }
+        }
+    };
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (int i = 0; i < MATS; i++) {
+            const int place = slot * MATS + i;
+            float c[N][4] = {};
+#pragma unroll
+            for (int j = part * STEPS; j < (part + 1) * STEPS; j++) {
+                uint2 upper = {};
+                if constexpr (BITS == 6) upper = held.upper(place);
+                uint32_t words[2], a[4];
+                gguf_words<BITS>(held.w + place * Walk<FORM, MATS>::UNITS, upper, j, words);
+                if (BITS == 4) {
+                    int4_fragment(words[0], a);
+                } else {
+                    gguf_fragment<BITS>(words, j, bias, a);
+                }
+                mma(c[0], a, b[0] + 2 * j);
+                if (N > 1 && both) mma(c[N - 1], a, b[N - 1] + 2 * j);
+            }
+            add(i, own.scale[part], c);
+        }
+    }
+    if constexpr (BITS != 8) {
+        if (BITS == 6 && !m.minima) return;
+        const uint32_t ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float sums[N][4] = {};
+#pragma unroll
+            for (int j = 2 * half; j < 2 * half + 2; j++) {
+                mma(sums[0], ones, b[0] + 2 * j);
+                if (N > 1 && both) mma(sums[N - 1], ones, b[N - 1] + 2 * j);
+            }
+            const float min = BITS == 4 ? fmaf(16.0f, own.scale[half], own.min[half]) : own.min[half];
+#pragma unroll
+            for (int i = 0; i < MATS; i++) add(i, -min, sums);
+        }
+    }
+}
+
 // The same of the others.
 template <int N, int FORM, int MATS>
 __device__ __forceinline__ void add_tile(Held &held, int slot, int side, const Packed &m, const uint32_t (&b)[N][8],
@@ -376,6 +417,8 @@ __device__ __forceinline__ void load_side(Held &held, int slot, const Packed &m,
         }
     } else if constexpr (IS_INT4<FORM>) {
         load_int4_scales<FORM == INT4_HALVES>(held.raw[slot], m, from, tiles);
+    } else if constexpr (IS_GGUF<FORM>) {
+        load_words<FORM>(held.raw[slot], m, from, tiles);
     } else {
         load_scales<FORM>(held.raw[slot], m, from, tiles);
     }
@@ -418,6 +461,8 @@ __device__ __forceinline__ void walk(Held &held, const Packed &m, const Cursor &
                 tokens.template load<FORM>(b, i * STRIDE * TILE_K);
                 if constexpr (IS_INT4<FORM>) {
                     add_int4<N, FORM == INT4_HALVES, MATS>(held, s, slot, m, b, tokens.both, acc);
+                } else if constexpr (IS_GGUF<FORM>) {
+                    add_gguf<N, FORM, MATS>(held, s, slot, m, b, tokens.both, acc);
                 } else {
                     add_tile<N, FORM, MATS>(held, s, slot, m, b, tokens.both, acc);
                 }

@@ -141,6 +141,10 @@ cudaError_t by_form(cudaStream_t stream, const Plan &p, const Packed &routed, co
     const int form = experts & ROUTED_EXPERTS ? routed.form : shared.form;
     if (form == INT4_TILES) return by_tokens<INT4_TILES, MODE>(stream, p, routed, shared, a, experts);
     if (form == FP4_TILES) return by_tokens<FP4_TILES, MODE>(stream, p, routed, shared, a, experts);
+    // Of GGUF's there is one kernel each.
+    if (form == K4_TILES) return run<K4_TILES, 64, MODE>(stream, p, routed, shared, a, experts);
+    if (form == K6_TILES) return run<K6_TILES, 64, MODE>(stream, p, routed, shared, a, experts);
+    if (form == INT8_TILES) return run<INT8_TILES, 64, MODE>(stream, p, routed, shared, a, experts);
     if (form == FP8_TILES) return by_tokens<FP8_TILES, MODE>(stream, p, routed, shared, a, experts);
     return by_tokens<BF16_ROWS, MODE>(stream, p, routed, shared, a, experts);
 }
@@ -149,7 +153,7 @@ cudaError_t by_form(cudaStream_t stream, const Plan &p, const Packed &routed, co
 bool take(int n, const q35_moe_dims &dims, const q35_packed_moe_weights &w, const q35_bf16 *x, void *workspace,
           Plan &p, Packed (&m)[4]) {
     if (!make_plan(n, dims, workspace, p) || p.hidden > MOST_HIDDEN || p.top_k > MOST_TOP_K) return false;
-    const int64_t experts = p.num_experts, shared = p.shared_width;
+    const int64_t experts = p.num_here, shared = p.shared_width;
     // Rows of gate and of up are whole pairs of tiles: they are the k of `down`, a multiple of 64.
     if (!take_packed(w.gate_up, experts * 2 * p.width, p.hidden, m[0]) ||
         !take_packed(w.down, experts * p.hidden, p.width, m[1]))

@@ -10,7 +10,7 @@ namespace {
 int64_t tiles_of(const Plan &p, bool shared) {
     const int64_t assignments = int64_t(p.n) * p.top_k;
     return shared ? ceil_div(p.n, TOKENS)
-                  : assignments / SMALL_TILE + (p.num_experts < assignments ? p.num_experts : assignments);
+                  : assignments / SMALL_TILE + (p.num_here < assignments ? p.num_here : assignments);
 }
 
 Task expert_task(const Plan &p, const Packed &w, bool shared) {

@@ -145,27 +145,34 @@ __global__ void __launch_bounds__(LANES) few_logits(Plan p, const bf16 *router, 
 
 // Routes up to 16 tokens, a warp each, and lists the experts hit with their tokens.
 __global__ void __launch_bounds__(32 * FEW) few_route(Plan p) {
-    extern __shared__ unsigned by[];  // [E], the tokens of an expert
-    int *starts = reinterpret_cast<int *>(by + p.num_experts);  // [E]
+    extern __shared__ unsigned by[];  // [num_here], the tokens of an expert
+    int *starts = reinterpret_cast<int *>(by + p.num_here);  // [num_here]
     __shared__ int warp_hits[FEW], warp_tokens[FEW];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     let_next_start();
-    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) by[e] = 0;
+    for (int e = threadIdx.x; e < p.num_here; e += blockDim.x) by[e] = 0;
     wait_for_inputs();
     __syncthreads();
     int *experts = p.experts + warp * p.top_k;
     if (warp < p.n) {
-        route_any(p.logits + int64_t(warp) * p.num_experts, p.num_experts, p.top_k, 0, p.weights + warp * p.top_k,
-                  experts, lane);
-        for (int r = lane; r < p.top_k; r += 32) atomicOr(&by[experts[r]], 1u << warp);  // what this lane wrote itself
+        float *weights = p.weights + warp * p.top_k;
+        route_any(p.logits + int64_t(warp) * p.num_experts, p.num_experts, p.top_k, 0, weights, experts, lane);
+        for (int r = lane; r < p.top_k; r += 32) {  // what this lane wrote itself
+            const int e = experts[r] - p.first_expert;
+            if (is_here(p, e)) {
+                atomicOr(&by[e], 1u << warp);
+            } else {
+                weights[r] = NOT_HERE;
+            }
+        }
     }
     __syncthreads();
 
     // Each warp lists a stretch of experts, behind those of the warps before.
-    const int span = ceil_div(p.num_experts, 32 * FEW) * 32, first = warp * span;
+    const int span = ceil_div(p.num_here, 32 * FEW) * 32, first = warp * span;
     int hits = 0, tokens = 0;
     for (int i = first; i < first + span; i += 32) {
-        const unsigned mask = i + lane < p.num_experts ? by[i + lane] : 0;
+        const unsigned mask = i + lane < p.num_here ? by[i + lane] : 0;
         hits += __popc(__ballot_sync(ALL_LANES, mask != 0));
         tokens += __reduce_add_sync(ALL_LANES, __popc(mask));
     }
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(32 * FEW) few_route(Plan p) {
     for (int i = 0; i < warp; i++) at += warp_hits[i], start += warp_tokens[i];
     if (warp == FEW - 1 && lane == 0) *p.num_hit = at + hits;
     for (int i = first; i < first + span; i += 32) {
-        const unsigned mask = i + lane < p.num_experts ? by[i + lane] : 0;
+        const unsigned mask = i + lane < p.num_here ? by[i + lane] : 0;
         const unsigned any = __ballot_sync(ALL_LANES, mask != 0);
         const int own = __popc(mask);
         int sum = own;  // up to and with this lane's
@@ -194,9 +201,13 @@ __global__ void __launch_bounds__(32 * FEW) few_route(Plan p) {
     __syncthreads();
     if (warp >= p.n) return;
     for (int r = lane; r < p.top_k; r += 32) {
-        const int e = experts[r], place = starts[e] + __popc(by[e] & ((1u << warp) - 1));
-        p.place[warp * p.top_k + r] = place;
-        p.sorted[place] = warp * p.top_k + r;
+        const int e = experts[r] - p.first_expert, at = warp * p.top_k + r;
+        int place = 0;
+        if (is_here(p, e)) {
+            place = starts[e] + __popc(by[e] & ((1u << warp) - 1));
+            p.sorted[place] = at;
+        }
+        p.place[at] = place;
     }
 }
 
@@ -277,7 +288,7 @@ int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, 
 }
 
 int launch_route(cudaStream_t stream, const Plan &p) {
-    const int bytes = 2 * p.num_experts * int(sizeof(int));
+    const int bytes = 2 * p.num_here * int(sizeof(int));
     if (bytes > 40 << 10) {
         const cudaError_t code = cudaFuncSetAttribute(few_route, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (code != cudaSuccess) return code;

@@ -76,12 +76,19 @@ template <int PARTS, bool VEC>
 __global__ void __launch_bounds__(32 * GROUP) many_route(Plan p, const bf16 *shared_gate, const bf16 *x) {
     extern __shared__ uint32_t counts[];  // a byte an expert, which has a token once
     __shared__ int chosen[GROUP][32];
-    const int words = ceil_div(p.num_experts, 4), warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    const int words = ceil_div(p.num_here, 4), warps = blockDim.x / 32, lane = threadIdx.x % 32;
     for (int i = threadIdx.x; i < words; i += blockDim.x) counts[i] = 0;
     wait_for_inputs();
     let_next_start();
     __syncthreads();
-    auto count = [&](int expert) { atomicAdd(&counts[expert / 4], 1u << expert % 4 * 8); };
+    auto count = [&](int expert, float &weight) {
+        const int own = expert - p.first_expert;
+        if (is_here(p, own)) {
+            atomicAdd(&counts[own / 4], 1u << own % 4 * 8);
+        } else {
+            weight = NOT_HERE;
+        }
+    };
     const int first = blockIdx.x * GROUP, end = min(first + GROUP, p.n);
     for (int token = first + threadIdx.x / 32; token < end; token += warps) {
         const float *row = p.logits + int64_t(token) * p.num_experts;
@@ -99,10 +106,10 @@ __global__ void __launch_bounds__(32 * GROUP) many_route(Plan p, const bf16 *sha
         if constexpr (PARTS > 0) {
             int *own = chosen[threadIdx.x / 32];
             const int expert = route_parts<PARTS>(logits, p.num_experts, p.top_k, weights, own, lane);
-            if (lane < p.top_k) experts[lane] = expert, count(expert);
+            if (lane < p.top_k) experts[lane] = expert, count(expert, weights[lane]);
         } else {
             route_any(row, p.num_experts, p.top_k, 0, weights, experts, lane);
-            for (int r = lane; r < p.top_k; r += 32) count(experts[r]);  // what this lane wrote itself
+            for (int r = lane; r < p.top_k; r += 32) count(experts[r], weights[r]);  // what this lane wrote itself
         }
     }
     __syncthreads();
@@ -132,10 +139,10 @@ __device__ __forceinline__ int sums_upto(int x, int lane) {
     return x;
 }
 
-// Adds the counts of all groups to totals [E], those of groups below `first` to before [E] too; by the whole block.
+// Adds the counts of all groups to totals [num_here], those of groups below `first` to `before` too; by the whole block.
 __device__ __forceinline__ void add_counts(const Plan &p, int first, int *totals, int *before) {
     constexpr int BATCH = 16;  // loaded together; as many bytes of up to 32 do not overflow 16 bits
-    const int words = ceil_div(p.num_experts, 4), parts = max(SORT_THREADS / words, 1);
+    const int words = ceil_div(p.num_here, 4), parts = max(SORT_THREADS / words, 1);
     for (int item = threadIdx.x; item < words * parts; item += SORT_THREADS) {
         const int word = item % words;
         int all[4] = {}, some[4] = {};
@@ -184,12 +191,13 @@ __device__ __forceinline__ void add_starts(int num_experts, const int *totals, i
 }
 
 // The list of tiles: the highest first, so that blocks that take every so-many'th have about the same to do; those of
-// an expert together. By the whole block, a warp a height; `tiles` [E] is room for it, and `totals` is lost.
+// an expert together. By the whole block, a warp a height; `tiles` [num_here] is room for it, and `totals` is lost.
 __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, int *totals, const int *starts,
                                            int *tiles) {
     __shared__ int of_height[32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, highest = heights.most / heights.step;
-    for (int e = threadIdx.x; e < p.num_experts; e += SORT_THREADS) {
+    const int behind = starts[p.num_here - 1] + totals[p.num_here - 1];  // all assignments
+    for (int e = threadIdx.x; e < p.num_here; e += SORT_THREADS) {
         const int2 own = tiles_of(totals[e], heights);
         tiles[e] = own.x << 5 | own.y;
     }
@@ -197,8 +205,8 @@ __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, int *
     if (warp >= 1 && warp <= highest) {
         int sum = 0;
 #pragma unroll 4
-        for (int first = 0; first < p.num_experts; first += 32) {
-            const int e = first + lane, both = e < p.num_experts ? tiles[e] : 0;
+        for (int first = 0; first < p.num_here; first += 32) {
+            const int e = first + lane, both = e < p.num_here ? tiles[e] : 0;
             const int own = (both & 31) == warp ? both >> 5 : 0, upto = sums_upto(own, lane);
             // Where its first is of those of its height. Its assignments can still be told from where the next begin.
             if (own != 0) totals[e] = sum + upto - own;
@@ -207,10 +215,10 @@ __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, int *
         if (lane == 0) of_height[warp] = sum;
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < p.num_experts; e += SORT_THREADS) {
+    for (int e = threadIdx.x; e < p.num_here; e += SORT_THREADS) {
         const int count = tiles[e] >> 5, height = tiles[e] & 31, rows = height * heights.step;
         if (count == 0) continue;
-        const int start = starts[e], end = e + 1 < p.num_experts ? starts[e + 1] : p.n * p.top_k;
+        const int start = starts[e], end = e + 1 < p.num_here ? starts[e + 1] : behind;
         int2 *to = p.tiles + totals[e];
         for (int h = height + 1; h <= highest; h++) to += of_height[h];
         for (int i = 0; i < count; i++)
@@ -226,23 +234,25 @@ __device__ __forceinline__ void list_tiles(const Plan &p, Heights heights, int *
 // A stable counting sort (as radix sorts do a digit): each block adds up for itself where its groups' assignments of
 // every expert start. The first block lists the tiles, the others place the assignments of so many groups each.
 __global__ void __launch_bounds__(SORT_THREADS) many_sort(Plan p, Heights heights, int groups) {
-    extern __shared__ int totals[];  // [E], E rounded up to a multiple of 4, and two more of these
-    const int experts = ceil_div(p.num_experts, 4) * 4, tid = threadIdx.x;
+    extern __shared__ int totals[];  // [num_here rounded up to a multiple of 4], and two more of these
+    const int experts = ceil_div(p.num_here, 4) * 4, tid = threadIdx.x;
     int *next = totals + experts, *masks = next + experts;
     const bool lists = blockIdx.x == 0;
     const int first = lists ? 0 : (blockIdx.x - 1) * groups, end = min(first + groups, p.num_groups);
     for (int i = tid; i < 3 * experts; i += SORT_THREADS) totals[i] = 0;
     wait_for_inputs();
     let_next_start();
-    // The expert of assignment i of a group.
+    // The expert of assignment i of a group, which may be none that is here.
     auto count_of = [&](int group) { return min(GROUP, p.n - group * GROUP) * p.top_k; };
-    auto expert_of = [&](int group, int i) { return __ldcg(p.experts + int64_t(group) * GROUP * p.top_k + i); };
+    auto expert_of = [&](int group, int i) {
+        return __ldcg(p.experts + int64_t(group) * GROUP * p.top_k + i) - p.first_expert;
+    };
     auto own_of = [&](int group) { return group < end && tid < count_of(group) ? expert_of(group, tid) : 0; };
     int own = own_of(first);
     __syncthreads();
     add_counts(p, first, totals, next);
     __syncthreads();
-    add_starts(p.num_experts, totals, next);
+    add_starts(p.num_here, totals, next);
     __syncthreads();
     if (lists) {
         list_tiles(p, heights, totals, next, masks);
@@ -251,16 +261,19 @@ __global__ void __launch_bounds__(SORT_THREADS) many_sort(Plan p, Heights height
     for (int group = first; group < end; group++) {
         // Bit t of an expert's mask: token t of the group goes there.
         const int count = count_of(group), later = own_of(group + 1);
-        for (int i = tid; i < count; i += SORT_THREADS)
-            atomicOr(&masks[i == tid ? own : expert_of(group, i)], int(1u << i / p.top_k));
+        for (int i = tid; i < count; i += SORT_THREADS) {
+            const int e = i == tid ? own : expert_of(group, i);
+            if (is_here(p, e)) atomicOr(&masks[e], int(1u << i / p.top_k));
+        }
         __syncthreads();
         for (int i = tid; i < count; i += SORT_THREADS) {
             const int e = i == tid ? own : expert_of(group, i);
+            if (!is_here(p, e)) continue;
             const unsigned before = unsigned(masks[e]) & ((1u << i / p.top_k) - 1);
             p.sorted[next[e] + __popc(before)] = group * GROUP * p.top_k + i;
         }
         __syncthreads();
-        for (int e = tid; e < p.num_experts; e += SORT_THREADS) next[e] += __popc(masks[e]), masks[e] = 0;
+        for (int e = tid; e < p.num_here; e += SORT_THREADS) next[e] += __popc(masks[e]), masks[e] = 0;
         __syncthreads();
         own = later;
     }
@@ -280,11 +293,11 @@ int launch_routes(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, 
                                : many_route<0, false>;
     // A warp a token as long as all blocks have a multiprocessor each; else two blocks share one.
     const int threads = p.num_groups <= SORT_BLOCKS ? 32 * GROUP : 16 * GROUP;
-    return launch(kernel, p.num_groups, threads, ceil_div(p.num_experts, 4) * 4, stream, p, as_bf16(w.shared_gate), x);
+    return launch(kernel, p.num_groups, threads, ceil_div(p.num_here, 4) * 4, stream, p, as_bf16(w.shared_gate), x);
 }
 
 int launch_sort(cudaStream_t stream, const Plan &p, Heights heights) {
-    const int bytes = 3 * ceil_div(p.num_experts, 4) * 4 * int(sizeof(int));
+    const int bytes = 3 * ceil_div(p.num_here, 4) * 4 * int(sizeof(int));
     const cudaError_t code = cudaFuncSetAttribute(many_sort, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (code != cudaSuccess) return code;
     const int groups = ceil_div(p.num_groups, SORT_BLOCKS);

@@ -425,7 +425,7 @@ Device this_device() {
 template <int MODE>
 int launch_wgmma(cudaStream_t stream, const Plan &p, const Args &a, const Maps &maps) {
     const int64_t assignments = a.routed ? int64_t(p.n) * p.top_k : 0;
-    const int64_t most = p.num_experts < assignments ? p.num_experts : assignments;
+    const int64_t most = p.num_here < assignments ? p.num_here : assignments;
     const int64_t tiles = (a.dense_tiles + assignments / WGMMA_ROWS + most) * a.feature_tiles;
     const int pairs = this_device().multiprocessors / 2;
     if (tiles > 0x3fffffff) return cudaErrorInvalidValue;
@@ -469,8 +469,8 @@ int launch_wgmma_experts(cudaStream_t stream, const Plan &p, const q35_moe_weigh
     }
     Maps up, down;
     constexpr int UP_BOX = FEATURES<GATE_UP> / 2, DOWN_BOX = FEATURES<DOWN> / 2;
-    bool encoded = encode_map(&up.weights, as_bf16(w.gate_up), p.num_experts, 2, p.width, p.hidden, UP_BOX) &&
-                   encode_map(&down.weights, as_bf16(w.down), p.num_experts, 1, p.hidden, p.width, DOWN_BOX) &&
+    bool encoded = encode_map(&up.weights, as_bf16(w.gate_up), p.num_here, 2, p.width, p.hidden, UP_BOX) &&
+                   encode_map(&down.weights, as_bf16(w.down), p.num_here, 1, p.hidden, p.width, DOWN_BOX) &&
                    encode_map(&up.tokens, x, 1, 1, p.n, p.hidden, BOX_ROWS) &&
                    encode_map(&down.tokens, p.act, 1, 1, p.n * p.top_k, p.width, BOX_ROWS);
     up.dense_weights = up.weights, up.dense_tokens = up.tokens;

@@ -4,11 +4,16 @@
 #include <cuda_fp16.h>
 
 #include "fp4.cuh"
+#include "gguf.cuh"
 #include "int4.cuh"
 #include "mma.cuh"
 
-// What codes are.
-enum Codes { INT4_CODES, FP8_CODES, FP4_CODES };
+// What codes are; the last three are GGUF's (gguf.cuh).
+enum Codes { INT4_CODES, FP8_CODES, FP4_CODES, K4_CODES, K6_CODES, INT8_CODES };
+template <int OF>
+constexpr bool IS_GGUF = OF >= K4_CODES;
+template <int OF>
+constexpr int GGUF_BITS = OF == K4_CODES ? 4 : OF == K6_CODES ? 6 : 8;
 
 constexpr int PACKED_ROWS = 16;  // of a tile
 constexpr int UNIT_K = 128;      // elements along k that a warp takes at a time: two tiles
@@ -64,7 +69,7 @@ __device__ __forceinline__ void ask_for(const void *from, int bytes) {
 // the lanes pass on to each other.
 template <int OF>
 struct Unit {
-    uint4 codes[OF == FP8_CODES ? 4 : 2];
+    uint4 codes[OF == FP8_CODES || OF == INT8_CODES ? 4 : 2];
     uint32_t scale, zero;
 };
 // Of fp4 each lane has the scales of its own rows, by tile.
@@ -72,6 +77,13 @@ template <>
 struct Unit<FP4_CODES> {
     uint4 codes[2];
     uint2 scales[2];
+};
+// `scale`: of GGUF's the word of row lane % 16 in tile lane / 16, `zero`: that row's d and dmin.
+template <>
+struct Unit<K6_CODES> {
+    uint4 codes[2];
+    uint2 upper[2];
+    uint32_t scale, zero;
 };
 
 // Where a lane reads: of a unit the codes, and the word of scales.
@@ -81,26 +93,28 @@ struct Cursor {
 };
 
 // What one lane loads of a matrix, of whose units along k its warp has `warp`, `warp` + WARPS, ... A scale is for STEPS
-// steps of k 16: 2, 4 or 8.
+// steps of k 16: 1, 2, 4 or 8.
 template <int OF, int STEPS, int WARPS>
 struct Source {
     static constexpr bool FP8 = OF == FP8_CODES, FP4 = OF == FP4_CODES;
     static constexpr int GROUPS = 8 / STEPS;  // of a unit
-    static constexpr int TILE = FP8 ? 1024 : 512;
+    static constexpr bool GGUF = IS_GGUF<OF>;
+    static constexpr int TILE = FP8 || OF == INT8_CODES ? 1024 : OF == K6_CODES ? 768 : 512;
     static constexpr int CODES = WARPS * 2 * TILE;  // from unit to unit of a warp
     const void *scales;
-    const uint8_t *zeros;
+    const uint8_t *zeros;  // of GGUF's: d and dmin
     uint64_t policy;
     Cursor start;                     // of row tile 0
     int tile_codes, tile_words;       // from row tile to row tile
     int words;                        // from unit to unit of a warp
+    int upper;                        // from codes of 6 bits to the rest of them
     int short_unit;                   // of the warp's: the one that has one tile, if there is one
     int scaled;                       // of the warp's units, the first so many have scales for this lane
 
     __device__ __forceinline__ Source(const q35_packed &w, int warp, int lane) {
         scales = w.scales, zeros = w.zeros, policy = first_to_leave();
         const bool alone = FP8 && w.kind == q35_fp8_block;  // a scale for all rows of a tile
-        const int groups = alone ? ceil_div(w.k, UNIT_K) : FP8 || w.group >= w.k ? 1 : ceil_div(w.k, w.group);
+        const int groups = alone ? ceil_div(w.k, UNIT_K) : FP8 || GGUF || w.group >= w.k ? 1 : ceil_div(w.k, w.group);
         const int moved = !alone && groups == 1 ? 0 : GROUPS;  // groups that a unit moves on by; 0: rows have one scale
         const int each = !FP8 ? 8 : alone ? 1 : 16;            // words of a group; of int4 one is for two rows
         const int word = lane % (GROUPS * each), k_tiles = w.k / 64;
@@ -109,6 +123,10 @@ struct Source {
         tile_codes = k_tiles * TILE, tile_words = groups * each, words = WARPS * moved * each;
         // Words of fp4 have 8 bytes: a tile has one for each of the 8 g.
         if (FP4) start.word = warp * 16 + lane / 4, tile_words = k_tiles * 8, words = WARPS * 16;
+        if (GGUF) {
+            start.word = warp * 32 + lane, tile_words = k_tiles * 16, words = WARPS * 32, upper = 512 - 8 * lane;
+            zeros = static_cast<const uint8_t *>(scales) + int64_t(w.rows) * (w.k / 16);
+        }
         short_unit = k_tiles % 2 != 0 && k_tiles / 2 % WARPS == warp ? k_tiles / 2 / WARPS : -1;
         scaled = moved == 0 ? w.k : (groups - word / each - warp * GROUPS + WARPS * GROUPS - 1) / (WARPS * GROUPS);
     }
@@ -133,6 +151,17 @@ struct Source {
             if (unit == short_unit) return;
             to.scales[1] = load_once8(side + 8, policy);
             to.codes[1] = load_once16(from + TILE, policy);
+        } else if constexpr (GGUF) {
+            to.scale = load_word(static_cast<const uint32_t *>(scales) + word);
+            if (OF != INT8_CODES) to.zero = load_word(zeros + 4 * int64_t(word / 32 * 16 + word % 16));
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+                for (int i = 0; i < PIECES; i++) {
+                    to.codes[tile * PIECES + i] = load_once16(from + TILE * tile + 512 * i, policy);
+                }
+                if constexpr (OF == K6_CODES) to.upper[tile] = load_once8(from + TILE * tile + upper, policy);
+            }
         } else {
             if (GROUPS > 1) to.scale = to.zero = 0;
             if (GROUPS == 1 || unit < scaled) {
@@ -177,12 +206,12 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint4 *tile, in
 // of each group.
 template <int STEPS, int N>
 struct UnitSums {
-    static constexpr int PARTS = STEPS == 2 ? 2 : 1;  // groups of a tile
+    static constexpr int PARTS = STEPS < 4 ? 4 / STEPS : 1;  // groups of a tile
     float acc[2][PARTS][N][4];
 
     __device__ __forceinline__ float of(int group, int i, int e) const {
         return STEPS == 8 ? acc[0][0][i][e] + acc[1][0][i][e]
-                          : acc[STEPS == 4 ? group : group / 2][PARTS == 2 ? group % 2 : 0][i][e];
+                          : acc[STEPS == 4 ? group : group / PARTS][PARTS > 1 ? group % PARTS : 0][i][e];
     }
 };
 
@@ -203,7 +232,8 @@ __device__ __forceinline__ void multiply_unit(const uint32_t (&x)[N], UnitSums<S
                 uint32_t a[4];
                 take(a, tile, 2 * pair + j);
 #pragma unroll
-                for (int i = 0; i < N; i++) mma(sums.acc[tile][STEPS == 2 ? pair : 0][i], a, b[i] + 2 * j);
+                for (int i = 0; i < N; i++)
+                    mma(sums.acc[tile][STEPS == 1 ? 2 * pair + j : STEPS == 2 ? pair : 0][i], a, b[i] + 2 * j);
             }
         }
     }
@@ -263,4 +293,28 @@ struct UnitScales {
 template <int STEPS>
 struct UnitScales<FP4_CODES, STEPS> {
     __device__ __forceinline__ UnitScales(const Unit<FP4_CODES> &, int, const Picks &, bool) {}
+};
+// Of GGUF's: `zero` is by 32 of k what is taken off for the sum of x, of 4 bits with the 16 of int4_fragment.
+template <int OF>
+struct GgufUnitScales {
+    static constexpr int BITS = GGUF_BITS<OF>, PARTS = GgufScales<BITS>::PARTS;
+    float scale[2 * PARTS][2], zero[4][2];
+
+    __device__ __forceinline__ GgufUnitScales(const Unit<OF> &unit, int lane, const Picks &, bool minima) {
+        const GgufScales<BITS> own = gguf_scales<BITS>(unit.scale, unit.zero, minima);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int tile = i / 2, r = i % 2, from = 16 * tile + 8 * r + lane / 4;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+                scale[PARTS * tile + part][r] = __shfl_sync(ALL_LANES, own.scale[part], from);
+            if constexpr (BITS != 8) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float min = BITS == 4 ? fmaf(16.0f, own.scale[half], own.min[half]) : own.min[half];
+                    zero[2 * tile + half][r] = __shfl_sync(ALL_LANES, min, from);
+                }
+            }
+        }
+    }
 };

@@ -1,4 +1,6 @@
 // Products of up to 16 rows with packed weights, at the speed of the memory. Own code.
+#include <type_traits>
+
 #include "packed.cuh"
 
 namespace {
@@ -11,7 +13,12 @@ constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a team asks in
 
 // Units under way of a warp, in registers. SMALL: a third of a multiprocessor's registers is for two warps of four.
 template <int OF, int STEPS, bool SMALL>
-constexpr int DEPTH = OF == FP8_CODES || STEPS == 2 ? 2 : !SMALL ? 4 : STEPS == 8 ? 3 : 2;
+constexpr int DEPTH = IS_GGUF<OF> ? (SMALL ? 2 : 4)
+                      : OF == FP8_CODES || STEPS == 2 ? 2 : !SMALL ? 4 : STEPS == 8 ? 3 : 2;
+
+// Whether sums of x are needed; of codes of 6 bits, where there are minima.
+template <int OF>
+constexpr bool HAS_SUMS = OF == INT4_CODES || OF == K4_CODES || OF == K6_CODES;
 
 // Rows of bf16 behind those of the packed matrix, and the blocks that have them: the first of the grid.
 struct Tail {
@@ -23,6 +30,21 @@ __device__ __forceinline__ float2 load_pair(uint32_t from) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from));
     return v;
+}
+
+// Of GGUF's codes: what is taken off for the sums of x of a unit.
+template <int N>
+__device__ __forceinline__ void take_minima(uint32_t sums_at, const float (&zero)[4][2], float (&acc)[N][4]) {
+#pragma unroll
+    for (int group = 0; group < 4; group++) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float2 add = load_pair(sums_at + (group * 8 * N + 8 * i) * 4);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                acc[i][e] = fmaf(-zero[group][e / 2], e % 2 == 0 ? add.x : add.y, acc[i][e]);
+        }
+    }
 }
 
 // Among the warps of a team.
@@ -40,15 +62,19 @@ __device__ __forceinline__ void team_barrier(int team) {
 // first of them before the inputs are there; x lies in shared memory, each warp's part of it apart: `slab` units at a
 // time. Where one slab is not all of k, TILES row tiles share it; where x takes much of the shared memory, TEAMS share
 // it. BOTH: x has rows past the first 8. Codes are multiplied as 16 + code, and (16 + zero point) times the group's sum
-// of x, which is in shared memory too, is taken off the group's sum.
+// of x, which is in shared memory too, is taken off the group's sum. Of GGUF's codes the minimum is taken off so, and
+// a slab that is all of k is loaded once.
 template <int OF, int STEPS, bool BOTH, int TILES, int TEAMS>
-__global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1 : STEPS == 2 ? 2 : 3)
+__global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1 : STEPS <= 2 ? 2 : 3)
     packed_kernel(int n, q35_packed w, Tail tail, int slab, const bf16 *x, void *out, int wide, int stride) {
     using S = Source<OF, STEPS, WARPS>;
-    constexpr bool INT4 = OF == INT4_CODES, FP4 = OF == FP4_CODES;
+    using Scales = std::conditional_t<IS_GGUF<OF>, GgufUnitScales<OF>, UnitScales<OF, STEPS>>;
+    constexpr bool INT4 = OF == INT4_CODES, FP4 = OF == FP4_CODES, GGUF = IS_GGUF<OF>;
     constexpr int N = BOTH ? 2 : 1, D = DEPTH<OF, STEPS, TEAMS * TILES == 1>, TEAM = 32 * WARPS;
-    constexpr int X_SUMS = INT4 ? S::GROUPS * 8 * N : 0;  // of a unit
+    constexpr int SUM_STEPS = GGUF ? 2 : STEPS, SUM_GROUPS = HAS_SUMS<OF> ? 8 / SUM_STEPS : 0;
+    constexpr int X_SUMS = SUM_GROUPS * 8 * N;  // of a unit
     static_assert(TILES == 1 || TEAMS == 1, "a slab is one team's");
+    const bool minima = w.kind != q35_q6_k;
     extern __shared__ __align__(16) unsigned char memory[];
     const int team = TEAMS == 1 ? 0 : threadIdx.x / TEAM, thread = threadIdx.x % TEAM;
     const int warp = thread / 32, lane = thread % 32, g = lane / 4, t4 = lane % 4;
@@ -90,19 +116,19 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
                 if (first + 32 * i < count) *reinterpret_cast<uint4 *>(x_kept + to[i]) = words[i];
             }
         }
-        if (INT4) {
+        if (HAS_SUMS<OF> && (INT4 || minima)) {
             __syncwarp();
 #pragma unroll 1
             for (int unit = team; unit < mine * TEAMS; unit += TEAMS) {
                 uint32_t at[N];
 #pragma unroll
                 for (int i = 0; i < N; i++) at[i] = x_address[i] + unit * n * X_PITCH * 2;
-                UnitSums<STEPS, N> of;
-                multiply_unit<STEPS, N>(at, of, [](uint32_t (&a)[4], int, int) {
+                UnitSums<SUM_STEPS, N> of;
+                multiply_unit<SUM_STEPS, N>(at, of, [](uint32_t (&a)[4], int, int) {
                     a[0] = a[1] = a[2] = a[3] = 0x3f803f80u;  // ones
                 });
 #pragma unroll
-                for (int group = 0; group < S::GROUPS; group++) {
+                for (int group = 0; group < SUM_GROUPS; group++) {
 #pragma unroll
                     for (int i = 0; i < N; i++) {
                         float *to = x_sums + unit * X_SUMS + group * 8 * N + 8 * i + 2 * lane;
@@ -236,6 +262,7 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
     if (TILES == 1) keep_x(0);
 
     const Picks picks(lane, w.kind);
+    const uint32_t bias = gguf_bias(minima);
     const uint32_t x_unit = n * X_PITCH * 2;
     const uint32_t x_sums_at = shared_address(x_sums + 2 * t4);
 #pragma unroll 1
@@ -258,7 +285,7 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
         for (int i = 0; i < N; i++) x_at[i] = x_address[i];
 #pragma unroll 1
         for (int first = 0; first < units; first += AHEAD) {
-            if (TILES > 1 && first % slab == 0) {
+            if (TILES > 1 && first % slab == 0 && (!GGUF || slab < units || tile == first_tile)) {
                 keep_x(first);
                 sums_at = x_sums_at;
 #pragma unroll
@@ -268,11 +295,17 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
             for (int s = 0; s < D; s++) {
                 const int t = s % TILES, unit = first + s / TILES;
                 if (unit < units && tile + t * step < num_tiles) {
-                    const UnitScales<OF, STEPS> scales(held[s], lane, picks, w.zeros != nullptr);
+                    const Scales scales(held[s], lane, picks, GGUF ? minima : w.zeros != nullptr);
                     UnitSums<STEPS, N> of;
                     multiply_unit<STEPS, N>(x_at, of, [&](uint32_t (&a)[4], int half, int j) {
                         if constexpr (FP4) {
                             fp4_fragment(held[s].codes[half], held[s].scales[half], j, a);
+                        } else if constexpr (OF == K6_CODES || OF == INT8_CODES) {
+                            uint2 upper = {};
+                            if constexpr (OF == K6_CODES) upper = held[s].upper[half];
+                            uint32_t words[2];
+                            gguf_words<GGUF_BITS<OF>>(held[s].codes + S::TILE / 512 * half, upper, j, words);
+                            gguf_fragment<GGUF_BITS<OF>>(words, j, bias, a);
                         } else {
                             fragment<OF == FP8_CODES>(a, held[s].codes + S::TILE / 512 * half, j);
                         }
@@ -294,12 +327,17 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
                                 float sum = of.of(group, i, e);
                                 if constexpr (FP4) {
                                     acc[t][i][e] += sum;
+                                } else if constexpr (GGUF) {
+                                    acc[t][i][e] = fmaf(scales.scale[group][e / 2], sum, acc[t][i][e]);
                                 } else {
                                     if (INT4) sum = fmaf(-scales.zero[group][e / 2], e % 2 == 0 ? add.x : add.y, sum);
                                     acc[t][i][e] = fmaf(scales.scale[group][e / 2], sum, acc[t][i][e]);
                                 }
                             }
                         }
+                    }
+                    if constexpr (GGUF && HAS_SUMS<OF>) {
+                        if (minima) take_minima<N>(sums_at, scales.zero, acc[t]);
                     }
                 }
                 if (t + 1 < TILES) continue;
@@ -334,13 +372,15 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     const Card card = this_card();
     if (card.count == 0) return cudaErrorInvalidDevice;
     const int team_bytes = (n > 8 ? 1 : 2) * WARPS * n * SUM_PITCH * int(sizeof(float));
-    const int x_sums = OF == INT4_CODES ? 8 / STEPS * (n > 8 ? 16 : 8) * int(sizeof(float)) : 0;
+    constexpr int GROUPS = IS_GGUF<OF> ? 4 : 8 / STEPS;  // of a unit's sums of x
+    const int x_sums = HAS_SUMS<OF> ? GROUPS * (n > 8 ? 16 : 8) * int(sizeof(float)) : 0;
     const int unit_bytes = WARPS * (n * X_PITCH * int(sizeof(bf16)) + x_sums);  // of x, a unit of every warp
     const int units = ceil_div(ceil_div(w.k, UNIT_K), WARPS), all = units * unit_bytes;
     // Two teams a multiprocessor: two blocks where three fit, so that there is room for the next kernel's blocks, which
     // load meanwhile, or one. The driver keeps 1 KB of each block.
     const bool apart = n <= 8 && 3 * (all + team_bytes + 1024) <= card.shared + 1024;
-    const bool in_slabs = !apart && all + 2 * team_bytes > card.shared;
+    // Of GGUF's codes there is no kernel of two teams.
+    const bool in_slabs = !apart && (IS_GGUF<OF> || all + 2 * team_bytes > card.shared);
     const int teams = apart || in_slabs ? 1 : 2;
     int slab = units;
     if (in_slabs) {
@@ -371,7 +411,10 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     if (in_slabs) {
         return n <= 8 ? run(packed_kernel<OF, STEPS, false, 2, 1>) : run(packed_kernel<OF, STEPS, true, 2, 1>);
     }
-    return n <= 8 ? run(packed_kernel<OF, STEPS, false, 1, 2>) : run(packed_kernel<OF, STEPS, true, 1, 2>);
+    if constexpr (!IS_GGUF<OF>) {
+        return n <= 8 ? run(packed_kernel<OF, STEPS, false, 1, 2>) : run(packed_kernel<OF, STEPS, true, 1, 2>);
+    }
+    return cudaErrorNotSupported;
 }
 
 bool is_fp8(const q35_packed &w) { return w.kind == q35_fp8_block || w.kind == q35_fp8_row; }
@@ -383,6 +426,7 @@ bool is_taken(const q35_packed &w, const void *x) {
         return false;
     }
     if (is_fp8(w) || w.kind == q35_fp4) return true;
+    if (w.kind >= q35_q4_k && w.kind <= q35_q8_0) return w.k % UNIT_K == 0;
     if (w.kind != q35_int4_f16 && w.kind != q35_int4_bf16) return false;
     return has_groups_of_128(w) || w.group == 64 || w.group == 32;
 }
@@ -392,6 +436,9 @@ cudaError_t few_rows_of(cudaStream_t stream, int n, const q35_packed &w, const b
     const auto run = [&](auto few) { return few(stream, n, w, tail, tail_rows, x, out, wide, stride); };
     if (is_fp8(w)) return run(few_rows<FP8_CODES, 8>);
     if (w.kind == q35_fp4) return run(few_rows<FP4_CODES, 8>);
+    if (w.kind == q35_q4_k) return run(few_rows<K4_CODES, 2>);
+    if (w.kind == q35_q8_0) return run(few_rows<INT8_CODES, 2>);
+    if (w.kind == q35_q5_k || w.kind == q35_q6_k) return run(few_rows<K6_CODES, 1>);
     if (has_groups_of_128(w)) return run(few_rows<INT4_CODES, 8>);
     return w.group == 64 ? run(few_rows<INT4_CODES, 4>) : run(few_rows<INT4_CODES, 2>);
 }

@@ -87,6 +87,10 @@ cudaError_t by_tokens(cudaStream_t stream, int n, const Packed &w, int rows, con
 cudaError_t packed_many_linear(cudaStream_t stream, int n, const Packed &w, int rows, const bf16 *x, void *out,
                                bool wide, int stride) {
     if (w.form == FP4_TILES) return by_tokens<FP4_TILES>(stream, n, w, rows, x, out, wide, stride);
+    // Of GGUF's there is one kernel each.
+    if (w.form == K4_TILES) return run<K4_TILES, 64, 4>(stream, n, w, rows, x, out, wide, stride);
+    if (w.form == K6_TILES) return run<K6_TILES, 64, 4>(stream, n, w, rows, x, out, wide, stride);
+    if (w.form == INT8_TILES) return run<INT8_TILES, 64, 4>(stream, n, w, rows, x, out, wide, stride);
     return w.form == INT4_TILES ? by_tokens<INT4_TILES>(stream, n, w, rows, x, out, wide, stride)
                                 : by_tokens<FP8_TILES>(stream, n, w, rows, x, out, wide, stride);
 }

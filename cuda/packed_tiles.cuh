@@ -3,9 +3,6 @@
 #pragma once
 #include "moe_packed.cuh"
 
-template <int FORM>
-constexpr int TILE_BYTES = FORM == FP8_TILES ? 1024 : FORM == BF16_ROWS ? 2048 : 512;
-
 // A block has ROW_WARPS pairs of warps. A pair has two row tiles by TOKENS tokens, and each of its warps one of two
 // parts of k. A stage in shared memory is a k tile of both parts: rows of 128 bytes of the tokens, with the 16 bytes c
 // of row r at place c ^ (r % 8), then each warp's own codes.
@@ -29,8 +26,8 @@ struct Shape {
 // and `row_tile` + `apart`, if `there`. Token i is row row_of(i) of x, which may be asked after ready().
 //
 // The two parts of k are added at the end; within one, k goes by tiles of 64, in groups of at most 128 whose exact
-// products are summed in f32, then times their scale; of fp4 the sum of all groups is. None of this depends on the
-// tokens, nor on TOKENS or ROW_WARPS.
+// products are summed in f32, then times their scale; of fp4 the sum of all groups is, and of GGUF's the elements are,
+// which are rounded to bf16. None of this depends on the tokens, nor on TOKENS or ROW_WARPS.
 template <int FORM, int TOKENS, int ROW_WARPS, typename Ready, typename RowOf>
 __device__ __forceinline__ const float *multiply(unsigned char *memory, const Packed &m, int row_tile, int apart,
                                                  bool there, const bf16 *x, int count, Ready ready, RowOf row_of) {
@@ -40,7 +37,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp / ROW_WARPS;
     // The second part starts with a group.
     const int middle = min(2 * ceil_div(m.k_tiles, 4), m.k_tiles), steps = middle;
-    const int first = part == 0 ? 0 : middle, own = !there ? 0 : part == 0 ? middle : m.k_tiles - middle;
+    const int first = part == 0 ? 0 : middle, share = !there ? 0 : part == 0 ? middle : m.k_tiles - middle;
     const uint32_t memory_at = shared_address(memory);
 
     const uint8_t *codes = m.codes + int64_t(row_tile) * m.row_tile_bytes;
@@ -48,7 +45,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
     const int apart_bytes = apart * m.row_tile_bytes;
     const uint32_t codes_at = 2 * S::TOKEN_BYTES + warp * 2 * TILE_BYTES<FORM>;
     auto load_weights = [&](int stage, int step) {
-        if (step >= own) return;
+        if (step >= share) return;
         const uint32_t to = memory_at + stage * S::STAGE + codes_at;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -64,26 +61,32 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
                            __cvta_generic_to_global(from + (first + step) * TILE_BYTES<FORM> + 512 * u), true);
                 }
             }
+            if (FORM == K6_TILES && lane < 16) {
+                copy16(to + j * TILE_BYTES<FORM> + 512 + 16 * lane,
+                       __cvta_generic_to_global(from + (first + step) * TILE_BYTES<FORM> + 512), true);
+            }
         }
     };
 #pragma unroll
     for (int s = 0; s < S::STAGES - 1; s++) load_weights(s, s);
     const Cursor at = aim_at<FORM>(m, row_tile, apart);
     // Of fp4 the words of both row tiles, else those of the lane's.
-    constexpr bool FP4 = FORM == FP4_TILES;
+    constexpr bool FP4 = FORM == FP4_TILES, GGUF = IS_GGUF<FORM>;
     RawScales raw[2] = {};
     auto load_side = [&](RawScales &to, int k_tile) {
         if constexpr (FP4) {
             const uint2 v[2] = {load_pair(m, at.scale, k_tile),
                                 load_pair(m, at.scale + uint32_t(apart * m.groups * m.each), k_tile)};
             to.scale[0] = v[0].x, to.scale[1] = v[0].y, to.zero[0] = v[1].x, to.zero[1] = v[1].y;
+        } else if constexpr (GGUF) {
+            load_words<FORM>(to, m, at.scale, k_tile);
         } else {
             load_scales<FORM>(to, m, at.scale, k_tile);
         }
     };
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-        if (s < own && (s == 0 || FP4 || m.shift == 0)) load_side(raw[s], first + s);
+        if (s < share && (s == 0 || FP4 || m.shift == 0)) load_side(raw[s], first + s);
     }
     ready();
 
@@ -125,8 +128,8 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             for (int i = 0; i < EIGHTS; i++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    sums[j][i][e] = FP4 ? sums[j][i][e] + acc[j][i][e]
-                                        : fmaf(of[j].scale[e / 2], acc[j][i][e], sums[j][i][e]);
+                    sums[j][i][e] = FP4 || GGUF ? sums[j][i][e] + acc[j][i][e]
+                                                : fmaf(of[j].scale[e / 2], acc[j][i][e], sums[j][i][e]);
                     acc[j][i][e] = 0.0f;
                 }
             }
@@ -139,13 +142,25 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
     auto multiply_step = [&](int stage, int step, RawScales &scales, bool fresh) {
         const uint32_t from = memory_at + stage * S::STAGE;
         uint4 words[2][UNITS];
-        if constexpr (FORM != BF16_ROWS) {
+        if constexpr (FORM != BF16_ROWS && !GGUF) {
             const uint4 *own_codes = reinterpret_cast<const uint4 *>(memory + stage * S::STAGE + codes_at) + lane;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
 #pragma unroll
                 for (int u = 0; u < UNITS; u++) words[j][u] = own_codes[32 * (j * UNITS + u)];
                 if (!FP4 && fresh) of[j] = row_scales<FORM>(scales, 0, j, m.bf16_scales);
+            }
+        }
+        GgufScales<GGUF ? GGUF_BITS<FORM> : 4> own;  // of the row whose words this lane has loaded
+        uint2 upper[2] = {};
+        if constexpr (GGUF) {
+            own = gguf_scales<GGUF_BITS<FORM>>(scales.scale[0], scales.zero[0], m.minima);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const unsigned char *tile = memory + stage * S::STAGE + codes_at + j * TILE_BYTES<FORM>;
+#pragma unroll
+                for (int u = 0; u < UNITS; u++) words[j][u] = reinterpret_cast<const uint4 *>(tile)[32 * u + lane];
+                if (FORM == K6_TILES) upper[j] = reinterpret_cast<const uint2 *>(tile + 512)[lane];
             }
         }
 #pragma unroll
@@ -164,6 +179,19 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
                 } else if constexpr (FP4) {
                     const uint32_t(&pair)[2] = j == 0 ? scales.scale : scales.zero;
                     fp4_fragment(words[j][0], make_uint2(pair[0], pair[1]), s, a[j]);
+                } else if constexpr (GGUF) {
+                    constexpr int BITS = GGUF_BITS<FORM>;
+                    uint32_t of_step[2];
+                    gguf_words<BITS>(words[j], upper[j], s, of_step);
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        const int from_lane = 16 * j + 8 * r + lane / 4;
+                        const float scale = __shfl_sync(ALL_LANES, own.scale[BITS == 6 ? s : s / 2], from_lane);
+                        const float min = BITS == 8 ? 0.0f : __shfl_sync(ALL_LANES, own.min[s / 2], from_lane);
+                        uint32_t codes[2];
+                        gguf_codes<BITS>(of_step, s, r, gguf_bias(m.minima), codes);
+                        a[j][r] = gguf_times(codes[0], scale, min), a[j][r + 2] = gguf_times(codes[1], scale, min);
+                    }
                 } else {
                     fragment<FORM>(words[j], s, of[j].bias, a[j]);
                 }
@@ -185,8 +213,8 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             }
         }
         if constexpr (FORM != BF16_ROWS) {
-            if ((!FP4 && m.shift == 0) || (step & 1) != 0 || step + 1 == own) fold();
-            if (fresh && step + 2 < own) load_side(scales, first + step + 2);
+            if ((!FP4 && !GGUF && m.shift == 0) || (step & 1) != 0 || step + 1 == share) fold();
+            if (fresh && step + 2 < share) load_side(scales, first + step + 2);
         }
     };
     int stage = 0;
@@ -202,7 +230,7 @@ __device__ __forceinline__ const float *multiply(unsigned char *memory, const Pa
             load_weights(fill, step + S::STAGES - 1);
             load_tokens(fill, step + S::STAGES - 1);
             copy_commit();
-            if (step < own) multiply_step(stage, step, raw[s], s == 0 || FP4 || m.shift == 0);
+            if (step < share) multiply_step(stage, step, raw[s], s == 0 || FP4 || m.shift == 0);
             stage = stage == S::STAGES - 1 ? 0 : stage + 1;
         }
     }

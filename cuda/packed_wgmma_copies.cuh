@@ -22,8 +22,8 @@ constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 
 
 template <int MODE> constexpr int BLOCKS = MODE == ROWS ? 2 : 1;            // of a cluster
 template <int MODE> constexpr int FEATURES = MODE == ROWS ? 2 * 128 : 64;  // of a cluster
-template <int FORM> constexpr int TILE_BYTES = FORM == FP8_TILES ? 1024 : 512;  // codes of 16 rows and 64 of k
-template <int FORM> constexpr int SIDE_BYTES = FORM == FP4_TILES ? 8 : FORM == FP8_TILES ? 4 : 2;  // of a scale
+// Of a scale; of GGUF's a word.
+template <int FORM> constexpr int SIDE_BYTES = FORM == FP4_TILES ? 8 : FORM == FP8_TILES || IS_GGUF<FORM> ? 4 : 2;
 
 // Shared memory: stages, of tokens in two tiles of 64 along k, then the codes of 8 row tiles; outputs of the warps on
 // their way; barriers.
@@ -42,7 +42,7 @@ enum Store { PIECES, ELEMENTS, WIDE };
 struct Task {
     Packed w;
     int row_tiles;   // of an expert; GATE_UP: of its gates, and as many of up
-    int group_step;  // from the scales of a group (fp4: a unit) to those of the next; 0: there is one
+    int group_step;  // from the scales of a group (fp4, GGUF: a unit) to those of the next; 0: there is one
     // Tiles of tokens: those of the sorted list, or, where that is null, of n rows in their order.
     const int2 *tiles;
     const int *num_tiles, *sorted;
@@ -162,6 +162,7 @@ __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens
                 const int64_t side = int64_t(own_tile) * t.w.groups * t.w.each + unit * (8 / STEPS) * t.group_step;
                 ask_l2_for(static_cast<const uint8_t *>(t.w.scales) + side * SIDE_BYTES<FORM>);
                 if (FORM == INT4_TILES && t.w.zeros != nullptr) ask_l2_for(t.w.zeros + side);
+                if (FORM == K4_TILES || FORM == K6_TILES) ask_l2_for(t.w.zeros + side * 2);
             }
             if (MODE == ROWS) continue;
             const uint32_t col = unit * (UNIT / 8) + c;

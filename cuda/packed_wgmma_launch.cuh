@@ -13,7 +13,8 @@ inline bool takes(const Packed &w) {
 
 inline Task task_of(const Packed &w) {
     Task t = {};
-    t.w = w, t.group_step = w.groups == 1 ? 0 : w.form == FP4_TILES ? UNIT / TILE_K * w.each : w.each;
+    const bool by_unit = w.form == FP4_TILES || w.form >= K4_TILES;
+    t.w = w, t.group_step = by_unit ? UNIT / TILE_K * w.each : w.groups == 1 ? 0 : w.each;
     return t;
 }
 
@@ -35,6 +36,9 @@ cudaError_t launch_task(cudaStream_t stream, Task t, const CUtensorMap &tokens, 
     t.feature_tiles = ceil_div(t.cols, FEATURES<MODE>);
     if (t.w.form == FP8_TILES) return launch_form<MODE, FP8_TILES, 8>(stream, t, tokens, tiles);
     if (t.w.form == FP4_TILES) return launch_form<MODE, FP4_TILES, 8>(stream, t, tokens, tiles);
+    if (t.w.form == K4_TILES) return launch_form<MODE, K4_TILES, 8>(stream, t, tokens, tiles);
+    if (t.w.form == K6_TILES) return launch_form<MODE, K6_TILES, 8>(stream, t, tokens, tiles);
+    if (t.w.form == INT8_TILES) return launch_form<MODE, INT8_TILES, 8>(stream, t, tokens, tiles);
     if (t.w.halves) return launch_form<MODE, INT4_TILES, 2>(stream, t, tokens, tiles);
     return t.w.shift == 0 ? launch_form<MODE, INT4_TILES, 4>(stream, t, tokens, tiles)
                           : launch_form<MODE, INT4_TILES, 8>(stream, t, tokens, tiles);

@@ -1,6 +1,7 @@
 // Packed weights times many tokens with wgmma: codes become bf16 in the registers that are its operand A, tokens are
 // B. A warp's rows of A lie over its lanes as those of mma.m16n8k16 do, so a tile of codes serves as it is. Sums of a
-// group are added up by the tensor cores, then scaled and added to the row's sum, in the order of k.
+// group are added up by the tensor cores, then scaled and added to the row's sum, in the order of k; of fp4 and of
+// GGUF's codes the scales are in the registers, of the latter rounded.
 #pragma once
 #include <type_traits>
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ uint32_t from_e4m3(uint32_t codes) {
 struct Lane {
     uint32_t scales[2];
     int codes[2];  // GATE_UP: of gate and of up; ROWS: one tile has both rows
-    int shift;     // GATE_UP: of the codes, so that those of row lane / 4 + 8 come first; fp4: 1 for these
+    int shift;     // GATE_UP: of the codes, so that those of row lane / 4 + 8 come first; fp4, GGUF: 1 for these
     float whole[2];  // fp4: what is left of the scales
 };
 template <int MODE, int FORM>
@@ -74,19 +75,30 @@ __device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int war
             of.whole[i] = whole_of(t.w, row_tile);
         }
     }
-    of.shift = FORM == FP8_TILES ? 8 - 8 * half : FORM == FP4_TILES ? half : 4 * half;
+    of.shift = FORM == FP8_TILES ? 8 - 8 * half : FORM == FP4_TILES || IS_GGUF<FORM> ? half : 4 * half;
     return of;
 }
 
-// Scales and zero points of a unit as they are in memory; of fp4 the words of its first and of its second tile.
-template <int GROUPS>
+// Scales and zero points of a unit as they are in memory; of fp4 and of GGUF's the words of its first and of its second
+// tile.
+template <int FORM, int GROUPS>
 struct Side {
     uint32_t scale[GROUPS][2], zero[GROUPS][2];
+    uint32_t whole[IS_GGUF<FORM> ? 2 : 1];  // GGUF: d and m
 };
 template <int FORM, int GROUPS>
-__device__ __forceinline__ Side<GROUPS> load_side(const Task &t, const Lane &of, int unit) {
-    Side<GROUPS> side;
-    if constexpr (FORM == FP4_TILES) {
+__device__ __forceinline__ Side<FORM, GROUPS> load_side(const Task &t, const Lane &of, int unit) {
+    Side<FORM, GROUPS> side;
+    if constexpr (IS_GGUF<FORM>) {
+        const uint32_t *const words = static_cast<const uint32_t *>(t.w.scales);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t at = of.scales[i] + unit * t.group_step;
+            side.scale[0][i] = __ldg(words + at), side.zero[0][i] = __ldg(words + at + 16), side.whole[i] = 0;
+            if (FORM != INT8_TILES)
+                side.whole[i] = __ldg(reinterpret_cast<const uint32_t *>(t.w.zeros) + (at / 32 * 16 + at % 16));
+        }
+    } else if constexpr (FORM == FP4_TILES) {
         const uint32_t *const words = static_cast<const uint32_t *>(t.w.scales) + unit * t.group_step * 2;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -120,7 +132,7 @@ __device__ __forceinline__ float scale_of(uint32_t raw, uint32_t bf16_scales) {
 
 // What load_fragments takes of it.
 template <int FORM, int FIRST, int STEPS, int GROUPS>
-__device__ __forceinline__ const uint32_t (&side_of(const Side<GROUPS> &side))[2] {
+__device__ __forceinline__ const uint32_t (&side_of(const Side<FORM, GROUPS> &side))[2] {
     return FORM == FP4_TILES && FIRST == 0 ? side.scale[0] : side.zero[FIRST / STEPS];
 }
 
@@ -183,6 +195,52 @@ __device__ __forceinline__ void load_fragments(uint32_t stage, const Lane &of, c
                 }
             }
         }
+    }
+}
+
+__device__ __forceinline__ uint2 load_shared8(uint32_t from) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+    return v;
+}
+
+// The same of GGUF's codes, of a tile, with their scales.
+template <int MODE, int FORM, int FIRST>
+__device__ __forceinline__ void load_scaled(uint32_t stage, const Lane &of, const Side<FORM, 1> &side, bool minima,
+                                            int lane, uint32_t (&a)[4][4]) {
+    constexpr int OWN = MODE == GATE_UP ? 2 : 1, TILE = FIRST / 4 * TILE_BYTES<FORM>, BITS = GGUF_BITS<FORM>;
+    uint4 v[OWN][BITS == 8 ? 2 : 1];
+    uint2 upper[OWN] = {};
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const uint32_t from = stage + of.codes[i] + TILE;
+        v[i][0] = load_shared16(from);
+        if constexpr (BITS == 8) v[i][1] = load_shared16(from + 512);
+        if constexpr (BITS == 6) upper[i] = load_shared8(from + 512 - 8 * lane);
+    }
+    const uint32_t bias = gguf_bias(minima);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const GgufScales<BITS> row =
+            gguf_scales<BITS>(FIRST == 0 ? side.scale[0][i] : side.zero[0][i], side.whole[i], minima);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t words[2], codes[2];
+            gguf_words<BITS>(v[i % OWN], upper[i % OWN], j, words);
+            gguf_codes<BITS>(words, j, MODE == GATE_UP ? of.shift : i, bias, codes);
+            const float scale = row.scale[BITS == 6 ? j : j / 2], min = row.min[j / 2];
+            a[j][i] = gguf_times(codes[0], scale, min), a[j][i + 2] = gguf_times(codes[1], scale, min);
+        }
+    }
+}
+
+template <int MODE, int FORM, int FIRST, int STEPS, int GROUPS, int COUNT>
+__device__ __forceinline__ void load_steps(const Task &t, uint32_t stage, const Lane &of,
+                                           const Side<FORM, GROUPS> &side, int lane, uint32_t (&a)[COUNT][4]) {
+    if constexpr (IS_GGUF<FORM>) {
+        load_scaled<MODE, FORM, FIRST>(stage, of, side, t.w.minima, lane, a);
+    } else {
+        load_fragments<MODE, FORM, FIRST, COUNT>(stage, of, side_of<FORM, FIRST, STEPS>(side), a);
     }
 }
 
@@ -280,13 +338,13 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
     auto stage_of = [&](uint32_t use) { return shared + use % STAGES * STAGE_BYTES<FORM>; };
     auto wait_for = [&](uint32_t use) { barrier_wait(shared + FULL<FORM> + use % STAGES * 8, use / STAGES & 1); };
 
-    Side<GROUPS> side = load_side<FORM, GROUPS>(t, of, 0);
+    Side<FORM, GROUPS> side = load_side<FORM, GROUPS>(t, of, 0);
     wait_for(done);
-    load_fragments<MODE, FORM, 0, COUNT>(stage_of(done), of, side_of<FORM, 0, STEPS>(side), a[0]);
+    load_steps<MODE, FORM, 0, STEPS>(t, stage_of(done), of, side, lane, a[0]);
 #pragma unroll 1
     for (int unit = 0; unit < units; unit++) {
         const uint32_t use = done + unit, stage = stage_of(use);
-        const Side<GROUPS> next = load_side<FORM, GROUPS>(t, of, min(unit + 1, units - 1));
+        const Side<FORM, GROUPS> next = load_side<FORM, GROUPS>(t, of, min(unit + 1, units - 1));
         auto part = [&](auto number) {
             constexpr int PART = decltype(number)::value, GROUP = PART * COUNT / STEPS;
             constexpr bool STARTS = PART * COUNT % STEPS == 0, ENDS = (PART + 1) * COUNT % STEPS == 0;
@@ -302,11 +360,10 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
             if (!STARTS) products_wait<1>();  // for the registers of the part before
             if constexpr (PART + 1 < PARTS) {
                 constexpr int LATER = (PART + 1) * COUNT;
-                load_fragments<MODE, FORM, LATER, COUNT>(stage, of, side_of<FORM, LATER, STEPS>(side),
-                                                             a[(PART + 1) % 2]);
+                load_steps<MODE, FORM, LATER, STEPS>(t, stage, of, side, lane, a[(PART + 1) % 2]);
             } else if (unit + 1 < units) {
                 wait_for(use + 1);
-                load_fragments<MODE, FORM, 0, COUNT>(stage_of(use + 1), of, side_of<FORM, 0, STEPS>(next), a[0]);
+                load_steps<MODE, FORM, 0, STEPS>(t, stage_of(use + 1), of, next, lane, a[0]);
             }
             if constexpr (ENDS) {
                 products_wait<0>();
@@ -315,7 +372,8 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
                 const float high = scale_of<FORM>(side.scale[GROUP][1], t.w.bf16_scales);
 #pragma unroll
                 for (int i = 0; i < N / 2; i++) {
-                    sum[i] = FORM == FP4_TILES ? sum[i] + acc[i] : fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
+                    sum[i] = FORM == FP4_TILES || IS_GGUF<FORM> ? sum[i] + acc[i]
+                                                                : fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
                 }
             }
         };
@@ -382,7 +440,9 @@ __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
                     consume<MODE, FORM, STEPS, decltype(n)::value>(t, item, shared, released, done, places,
                                                                    warp - 4, lane);
                 };
-                if (columns > 96) {
+                if constexpr (IS_GGUF<FORM>) {  // in two widths, for the size of the code
+                    columns > 64 ? run(std::integral_constant<int, 128>()) : run(std::integral_constant<int, 64>());
+                } else if (columns > 96) {
                     run(std::integral_constant<int, 128>());
                 } else if (columns > 64) {
                     run(std::integral_constant<int, 96>());

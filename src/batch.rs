@@ -2,6 +2,8 @@
 //! verification of drafted tokens are all sequences with `query_len` new tokens on top of `cached_len` old
 //! ones.
 
+use serde::{Deserialize, Serialize};
+
 /// Tokens in a page of keys and values. Attention folds its running softmax at page boundaries, so the page
 /// length is part of what a result's last bit depends on.
 pub const PAGE_LEN: usize = 64;
@@ -14,15 +16,15 @@ pub const CHUNK_LEN: usize = 64;
 pub const MAX_LOGIT_ROWS: usize = 64;
 
 /// Index of a page of keys and values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PageId(pub u32);
 
 /// Index of a recurrent-state slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SlotId(pub u32);
 
 /// The largest batch that buffers are made for.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct BatchLimits {
     /// New tokens.
     pub max_tokens: usize,
@@ -35,7 +37,7 @@ pub struct BatchLimits {
 }
 
 /// What one `forward` computes.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub struct Batch {
     /// New tokens of every sequence, one after the other.
     pub token_ids: Vec<u32>,
@@ -55,7 +57,7 @@ pub struct Batch {
 /// What the multi-token-prediction module computes after a forward.
 ///
 /// Its token t is token t + 1 of a sequence, at position t, beside the hidden state that the forward left for token t.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub struct DraftBatch {
     /// Sequences with the pages of their requests. Slots and `logit_rows` are not used.
     pub batch: Batch,
@@ -69,7 +71,7 @@ pub struct DraftBatch {
 /// tokens of the sequence:  [0, cached_len) in pages and slot | [cached_len, cached_len + query_len) computed now
 /// tokens computed now:     [0, chunked_len) by the chunked delta rule | [chunked_len, query_len) by the recurrent
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BatchSeq {
     /// Index of its first token in `Batch::token_ids`.
     pub query_start: usize,

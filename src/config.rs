@@ -11,9 +11,12 @@ mod gguf;
 mod parse;
 mod quant;
 mod rope;
+mod shard;
 
 pub use generation::GenerationConfig;
 pub use quant::{Fp8Rule, Int4Rule, QuantConfig, QuantMethod};
+pub use shard::Shard;
+pub(crate) use shard::gcd;
 
 use std::path::Path;
 

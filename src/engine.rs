@@ -1,18 +1,22 @@
 //! The engine: requests in, tokens out, one `step` at a time. It deals in token ids; text stops at the tokenizer.
 
 mod ahead;
+mod runner;
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use self::ahead::Flight;
+pub use self::runner::follow;
+use self::runner::{Loaded, Runner};
 use crate::backend::{Backend, Sampled, Sampling, Stats};
 use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::cache::{Cache, pages_for};
 use crate::lend::Lendable;
-use crate::model::{Memory, Model, Workspace};
+use crate::model::Model;
 use crate::random::mix;
+use crate::ranks::Group;
 use crate::request::{FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, Wanted};
 use crate::sampler::{self, Context};
 use crate::scheduler::{Scheduler, Step};
@@ -100,11 +104,9 @@ pub struct Report {
     pub page_bytes: usize,
 }
 
-/// One model on one device, with its requests.
+/// One model, on one device or as rank 0 of several, with its requests.
 pub struct Engine<B: Backend> {
-    model: Model<B>,
-    memory: Memory<B>,
-    workspace: Workspace<B>,
+    runner: Runner<B>,
     scheduler: Scheduler,
     max_model_len: usize,
     num_pages: usize,
@@ -127,7 +129,22 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// [`Error::Request`] for limits that cannot be, [`Error::OutOfMemory`] where they do not fit.
     pub fn new(model: Model<B>, limits: &EngineLimits, num_tokens: usize, eos: Vec<u32>) -> Result<Self> {
-        let config = model.config();
+        Self::among(model, None, limits, num_tokens, eos)
+    }
+
+    /// The same as rank 0 of a group, the others of which [`follow`].
+    ///
+    /// # Errors
+    /// As [`Engine::new`], and where the ranks lose each other.
+    pub fn among(
+        model: Model<B>,
+        group: Option<Arc<dyn Group>>,
+        limits: &EngineLimits,
+        num_tokens: usize,
+        eos: Vec<u32>,
+    ) -> Result<Self> {
+        let loaded = Loaded::new(model, group);
+        let (model, config) = (&loaded.model, loaded.model.config());
         let at_least = |field: &str, found: usize, min: usize| {
             if found >= min { Ok(()) } else { Err(Error::request(field, found, format!("at least {min}"))) }
         };
@@ -137,13 +154,12 @@ impl<B: Backend> Engine<B> {
         if !(utilization > 0.0 && utilization <= 1.0) {
             return Err(Error::request("gpu_memory_utilization", utilization, "above 0 and at most 1"));
         }
-        let backend = model.backend();
         let page_bytes = model.page_bytes();
         if let Some(bytes) = limits.kv_cache_bytes {
             at_least("kv_cache_bytes", bytes, page_bytes)?;
         }
         // On a device with memory of its own: what of it is for more than weights.
-        let free = backend.free_memory()?.filter(|_| limits.kv_cache_bytes.is_none());
+        let free = loaded.free_memory()?.filter(|_| limits.kv_cache_bytes.is_none());
         let budget = free.map(|free| (free as f64 * utilization) as usize);
         let all_slots = model.slot_bytes().saturating_mul(limits.max_num_seqs);
         // Sizes that are also limits of the buffers, then, once the buffers are there, what is left for pages.
@@ -152,13 +168,13 @@ impl<B: Backend> Engine<B> {
         // More than all sequences' prompts never come together.
         let all_prompts = pages.max_model_len.next_multiple_of(CHUNK_LEN).saturating_mul(limits.max_num_seqs);
         let prefill = limits.max_num_batched_tokens.min(all_prompts);
-        let workspace = model.workspace(&BatchLimits {
+        let workspace = loaded.workspace(&BatchLimits {
             max_tokens: prefill.saturating_add(limits.max_num_seqs),
             max_seqs: limits.max_num_seqs,
             max_len: pages.max_model_len,
             max_pages: pages.num_pages,
         })?;
-        let pages = match (free, backend.free_memory()?) {
+        let pages = match (free, loaded.free_memory()?) {
             (Some(before), Some(now)) => {
                 Pages::fit(limits, config.max_context(), page_bytes, left(before.saturating_sub(now)))?
             }
@@ -168,8 +184,7 @@ impl<B: Backend> Engine<B> {
         let cache = Cache::new(num_pages, limits.max_num_seqs);
         let num_tokens = num_tokens.min(config.vocab);
         Ok(Self {
-            memory: model.memory(num_pages, limits.max_num_seqs)?,
-            workspace,
+            runner: loaded.with_memory(num_pages, limits.max_num_seqs, workspace)?,
             scheduler: Scheduler::new(cache, prefill, limits.max_num_seqs),
             max_model_len,
             num_pages,
@@ -180,13 +195,17 @@ impl<B: Backend> Engine<B> {
             samplers: Vec::new(),
             flight: None,
             landed: Vec::new(),
-            model,
         })
     }
 
     /// The model.
     pub fn model(&self) -> &Model<B> {
-        &self.model
+        self.runner.model()
+    }
+
+    /// Whether no other rank has a part of the model.
+    pub fn is_alone(&self) -> bool {
+        self.runner.is_alone()
     }
 
     /// Longest prompt plus output of a request.
@@ -197,10 +216,10 @@ impl<B: Backend> Engine<B> {
     /// What it holds, and what its device says of itself.
     pub fn report(&self) -> Report {
         Report {
-            stats: self.model.backend().stats(),
+            stats: self.model().backend().stats(),
             max_model_len: self.max_model_len,
             num_pages: self.num_pages,
-            page_bytes: self.model.page_bytes(),
+            page_bytes: self.model().page_bytes(),
         }
     }
 
@@ -214,7 +233,7 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// [`Error::Request`] naming what cannot be served.
     pub fn add(&mut self, prompt: &[u32], params: &SamplingParams, index: u64) -> Result<RequestId> {
-        params.check(self.model.config().vocab)?;
+        params.check(self.model().config().vocab)?;
         let longest = self.max_model_len - 1;
         self.check_prompt(prompt, 1, longest)?;
         let mut params = params.clone();
@@ -244,8 +263,8 @@ impl<B: Backend> Engine<B> {
     /// As [`Engine::add`], where the device's memory is the host's, and where there is no room for them.
     pub fn add_device_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
         self.check_prompt(prompt, 1, self.max_model_len)?;
-        let vocab = self.model.config().vocab;
-        let Some(memory) = self.model.backend().lendable(prompt.len(), vocab)? else {
+        let vocab = self.model().config().vocab;
+        let Some(memory) = self.model().backend().lendable(prompt.len(), vocab)? else {
             return Err(Error::request("on_device", "a model on the CPU", "a model on a CUDA device"));
         };
         let request = self.request(prompt, Wanted::DeviceLogits, 0);
@@ -257,7 +276,7 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// As [`Engine::add`], and where the model was loaded without the module.
     pub fn add_mtp_logits(&mut self, prompt: &[u32]) -> Result<RequestId> {
-        if !self.model.has_mtp() {
+        if !self.model().has_mtp() {
             let found = "a model that was loaded without its multi-token-prediction module";
             return Err(Error::request("mtp_logits", found, "LLM(..., mtp=True)"));
         }
@@ -272,7 +291,7 @@ impl<B: Backend> Engine<B> {
             let allowed = format!("{shortest} to {longest} tokens (max_model_len is {})", self.max_model_len);
             return Err(Error::request("prompt", found, allowed));
         }
-        let vocab = self.model.config().vocab;
+        let vocab = self.model().config().vocab;
         match prompt.iter().find(|&&id| id as usize >= vocab) {
             Some(id) => Err(Error::request("prompt_token_ids", id, format!("token ids below {vocab}"))),
             None => Ok(()),
@@ -320,9 +339,7 @@ impl<B: Backend> Engine<B> {
             return self.land(&flight, &poll);
         }
         let step = self.scheduler.schedule();
-        for slot in &step.new_slots {
-            self.model.clear_slot(&mut self.memory, slot.0 as usize);
-        }
+        self.runner.clear_slots(&step.new_slots)?;
         if step.requests.is_empty() {
             return match self.scheduler.is_idle() {
                 true => Ok(Vec::new()),
@@ -353,9 +370,9 @@ impl<B: Backend> Engine<B> {
     }
 
     fn run(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
-        self.model.forward(&step.batch, &mut self.memory, &mut self.workspace, poll)?;
+        self.runner.forward(&step.batch, poll)?;
         if !step.drafts.hidden_rows.is_empty() {
-            self.model.forward_mtp(&step.drafts, &mut self.memory, &mut self.workspace, poll)?;
+            self.runner.forward_mtp(&step.drafts, poll)?;
         }
         let mut rows = self.lend_logits(step, poll)?;
         rows.extend(self.read_logits(step, poll)?);
@@ -364,7 +381,7 @@ impl<B: Backend> Engine<B> {
 
     /// Copies the rows of logits that are wanted on the device. Changes no request.
     fn lend_logits(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
-        let Self { model, workspace, scheduler, .. } = self;
+        let Self { runner, scheduler, .. } = self;
         let (mut rows, mut first) = (Vec::new(), 0);
         for group in step.logit_owners.chunk_by(|a, b| a == b) {
             let end = first + group.len();
@@ -374,10 +391,9 @@ impl<B: Backend> Engine<B> {
                 let mut at = request.computed_len;
                 for start in (first..end).step_by(MAX_LOGIT_ROWS) {
                     poll()?;
-                    let part = start..end.min(start + MAX_LOGIT_ROWS);
-                    let n = part.len();
-                    model.lend_logits(part, memory.as_ref(), at, workspace)?;
-                    at += n;
+                    let part: Vec<usize> = (start..end.min(start + MAX_LOGIT_ROWS)).collect();
+                    runner.lend_logits(&part, memory.as_ref(), at)?;
+                    at += part.len();
                 }
                 rows.push((request.id, Row::Lent));
             }
@@ -396,13 +412,13 @@ impl<B: Backend> Engine<B> {
             Some(context(request, self.num_tokens, &self.eos)?.sampling())
         };
         let rows: Vec<_> = step.logit_owners.iter().map(row).collect::<Option<_>>()?;
-        (!rows.is_empty() && self.model.backend().can_sample(&rows)).then_some(rows)
+        (!rows.is_empty() && self.model().backend().can_sample(&rows)).then_some(rows)
     }
 
     /// Samples, or copies, the other rows of logits that are wanted. Changes no request.
     fn read_logits(&mut self, step: &Step, poll: &impl Fn() -> Result<()>) -> Result<Vec<(RequestId, Row)>> {
-        let Self { model, workspace, scheduler, samplers, num_tokens, eos, .. } = self;
-        let vocab = model.config().vocab;
+        let Self { runner, scheduler, samplers, num_tokens, eos, .. } = self;
+        let vocab = runner.model().config().vocab;
         let mut rows = Vec::with_capacity(step.batch.logit_rows.len());
         let mut owned: Vec<_> = step.logit_owners.iter().enumerate().collect();
         owned.retain(|(_, id)| scheduler.running(**id).is_some_and(|r| r.device_logits.is_none()));
@@ -414,8 +430,7 @@ impl<B: Backend> Engine<B> {
                 requests.iter().map(|request| context(request, *num_tokens, eos)).collect();
             let candidates = contexts.iter().map(|c| c.as_ref().and_then(Context::num_candidates));
             let top = candidates.collect::<Option<Vec<_>>>().and_then(|k| k.into_iter().max());
-            let logits = model.logits(&at, top.map(|k| (k, *num_tokens)), workspace);
-            model.backend().check()?;
+            let logits = runner.logits(&at, top.map(|k| (k, *num_tokens)))?;
             samplers.resize_with(contexts.len().max(samplers.len()), Default::default);
             let work = samplers.par_iter_mut().zip(contexts).zip(logits.par_chunks_exact(vocab));
             rows.par_extend(work.zip(requests).map(|(((scratch, context), logits), request)| {
@@ -433,7 +448,7 @@ impl<B: Backend> Engine<B> {
 
     /// Gives a request its token (or its rows of logits), and ends it where it is done.
     fn commit(&mut self, (id, row): (RequestId, Row)) -> Option<StepOutput> {
-        let vocab = self.model.config().vocab;
+        let vocab = self.model().config().vocab;
         let request = self.scheduler.running_mut(id)?;
         let mut output = StepOutput::new(id);
         match row {

@@ -61,6 +61,14 @@ pub enum Error {
         /// What would do, or what to do now.
         advice: String,
     },
+    /// Ranks that share a model and lost each other, or were not started alike.
+    #[error("ranks: {what}; {advice}")]
+    Ranks {
+        /// Which rank, and what of it.
+        what: String,
+        /// What to do now.
+        advice: String,
+    },
     /// A chat template that refused the conversation, or that could not be rendered.
     #[error("chat template: {0}")]
     Template(String),
@@ -78,6 +86,9 @@ pub enum Error {
     /// The caller asked to stop (Ctrl-C).
     #[error("interrupted")]
     Interrupted,
+    /// Not a failure: this process was a rank that did as rank 0 ordered, and rank 0 has ended.
+    #[error("rank 0 has ended")]
+    Followed,
     /// A broken invariant of this crate: a bug.
     #[error("internal error, please report it: {0}")]
     Internal(String),
@@ -95,6 +106,15 @@ impl Error {
     /// A request or an argument that cannot be served.
     pub fn request(field: impl Into<String>, found: impl ToString, allowed: impl Into<String>) -> Self {
         Error::Request { field: field.into(), found: found.to_string(), allowed: allowed.into() }
+    }
+
+    /// A device's or the ranks' error for another caller; of any other its text.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Error::Cuda { what, advice } => Error::Cuda { what: what.clone(), advice: advice.clone() },
+            Error::Ranks { what, advice } => Error::Ranks { what: what.clone(), advice: advice.clone() },
+            error => Error::Internal(error.to_string()),
+        }
     }
 
     /// A file whose content is wrong.

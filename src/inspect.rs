@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config::{GenerationConfig, ModelConfig};
-use crate::plan::{CacheBytes, ParamCounts, cache_bytes, param_counts};
+use crate::plan::{CacheBytes, ParamCounts, Part, cache_bytes};
 use crate::weights::{Checkpoint, Depth, ExpertTensors, FfnTensors, ModelTensors, MtpTensors, Tensor};
 use crate::{Error, Result};
 
@@ -134,7 +134,7 @@ pub fn inspect(dir: &Path, depth: Depth) -> Result<Inspection> {
     };
     Ok(Inspection {
         dir: dir.display().to_string(),
-        params: config.as_ref().map(param_counts),
+        params: config.as_ref().map(|config| Part::whole(config).params()),
         cache: config.as_ref().map(cache_bytes),
         generation,
         files,

@@ -27,6 +27,7 @@ pub mod plan;
 mod python;
 pub mod quantize;
 pub mod random;
+pub mod ranks;
 pub mod request;
 pub mod sampler;
 pub mod scheduler;

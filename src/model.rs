@@ -12,18 +12,20 @@ use self::mtp::Mtp;
 use crate::Result;
 use crate::backend::{Backend, Caches, DeltaWeights, MoeTensors, Precision, Rope, Sampling};
 use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS};
-use crate::config::{FfnConfig, LayerKind, ModelConfig};
+use crate::config::{FfnConfig, LayerKind, ModelConfig, Shard};
 use crate::lend::Lendable;
 use crate::weights::{DType, FfnTensors, LayerTensors, MixerTensors, ModelTensors};
 
-/// The weights of the net on one device.
+/// The weights of the net on one device, or one rank's part of them.
 pub struct Model<B: Backend> {
+    /// Its own part's.
     config: ModelConfig,
+    shard: Shard,
     caches: Caches,
     backend: B,
     rope: Rope,
     embed: B::Linear,
-    /// Absent where the embedding is the head.
+    /// Absent where the embedding is the head; of a part, the rows that are here.
     head: Option<B::Linear>,
     screen: B::Screen,
     norm: B::Vector,
@@ -62,6 +64,7 @@ enum Ffn<B: Backend> {
 /// What every layer needs beside its weights.
 struct Net<'a, B: Backend> {
     config: &'a ModelConfig,
+    shard: Shard,
     caches: Caches,
     rope: &'a Rope,
     backend: &'a B,
@@ -96,6 +99,8 @@ pub struct Workspace<B: Backend> {
     act: B::Buf,
     head_rows: B::Buf,
     logits: B::Buf,
+    /// This rank's, where each has some of them.
+    some_logits: B::Buf,
     /// For the MTP module: the hidden states it reads, and each beside the embedding of the token after it.
     hidden: B::Buf,
     pair: B::Buf,
@@ -113,13 +118,32 @@ impl<B: Backend> Model<B> {
         tensors: ModelTensors,
         dtype: Option<DType>,
         backend: B,
+        progress: impl FnMut(usize, usize) -> Result<()>,
+    ) -> Result<Self> {
+        Self::load_shard(config, Shard::whole(), tensors, dtype, backend, progress)
+    }
+
+    /// One rank's part of the net; `config` and `tensors` are the whole model's.
+    ///
+    /// # Errors
+    /// As [`Model::load`], and [`ModelConfig::sharded`].
+    pub fn load_shard(
+        config: &ModelConfig,
+        shard: Shard,
+        tensors: ModelTensors,
+        dtype: Option<DType>,
+        backend: B,
         mut progress: impl FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
+        let (whole, config) = (config, &config.sharded(shard)?);
         let total = tensors.layers.len() + 1;
         progress(0, total)?;
         let embed = backend.table_weight(&tensors.embed_tokens, dtype)?;
-        let screen = backend.screen(tensors.lm_head.as_ref().unwrap_or(&tensors.embed_tokens), dtype)?;
-        let head = tensors.lm_head.map(|t| backend.linear_weight(&[t], dtype)).transpose()?;
+        let some_rows = shard.head_rows(config.vocab).len() < config.vocab;
+        let own_head = tensors.sharded_head(shard);
+        let screen = backend.screen(&own_head, dtype)?;
+        let has_head = some_rows || tensors.lm_head.is_some();
+        let head = has_head.then(|| backend.linear_weight(&[own_head], dtype)).transpose()?;
         progress(1, total)?;
         let mut layers = Vec::with_capacity(tensors.layers.len());
         let (mut num_attention, mut num_delta) = (0, 0);
@@ -128,14 +152,15 @@ impl<B: Backend> Model<B> {
                 MixerTensors::Attention { .. } => &mut num_attention,
                 MixerTensors::DeltaNet { .. } => &mut num_delta,
             };
-            layers.push(Layer::load(layer, *count, config, dtype, &backend)?);
+            let layer = layer.sharded(whole, shard)?;
+            layers.push(Layer::load(layer, *count, (config, shard), dtype, &backend)?);
             *count += 1;
             progress(layers.len() + 1, total)?;
         }
         let norm = backend.vector(&tensors.norm, 1.0)?;
         let rope = Rope::new(&config.rope);
         let (config, caches) = (config.clone(), Caches::default());
-        Ok(Self { config, caches, rope, embed, head, screen, norm, layers, mtp: None, backend })
+        Ok(Self { config, shard, caches, rope, embed, head, screen, norm, layers, mtp: None, backend })
     }
 
     /// Holds keys, values and states so, in memory that is made afterwards.
@@ -156,7 +181,7 @@ impl<B: Backend> Model<B> {
         num_layers * self.backend.slot_bytes(&self.config.delta, self.caches.state)
     }
 
-    /// The geometry.
+    /// The geometry; of a part, its own, but for the vocabulary and the number of experts.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
@@ -176,8 +201,8 @@ impl<B: Backend> Model<B> {
     }
 
     fn net(&self) -> Net<'_, B> {
-        let Self { config, caches, rope, backend, .. } = self;
-        Net { config, caches: *caches, rope, backend }
+        let Self { config, shard, caches, rope, backend, .. } = self;
+        Net { config, shard: *shard, caches: *caches, rope, backend }
     }
 
     /// Buffers for batches of up to these sizes.
@@ -193,7 +218,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// Runs the net over a batch: afterwards the workspace holds the normed hidden states of the batch's
-    /// `logit_rows`, for [`Model::logits`]. The last layer does for other tokens only what later tokens need: its
+    /// `logit_rows`, for [`Model::compute_logits`]. The last layer does for other tokens only what later tokens need: its
     /// pages or slots. `poll` is called before each layer and may end the step; the batch's slots are then
     /// undefined.
     pub fn forward(
@@ -231,11 +256,11 @@ impl<B: Backend> Model<B> {
             for first in (0..rows.len()).step_by(MAX_LOGIT_ROWS) {
                 let n = MAX_LOGIT_ROWS.min(rows.len() - first);
                 if first == 0 {
-                    b.linear(n, &w.normed, self.head(), &mut w.logits);
+                    self.head_logits(n, &w.normed, None, (&mut w.some_logits, &mut w.logits));
                 } else {
                     let places: Vec<usize> = (first..first + n).collect();
                     b.gather(&places, &w.normed, &mut w.head_rows);
-                    b.linear(n, &w.head_rows, self.head(), &mut w.logits);
+                    self.head_logits(n, &w.head_rows, None, (&mut w.some_logits, &mut w.logits));
                 }
                 b.sample(first, n, num_tokens, &w.logits);
             }
@@ -270,49 +295,53 @@ impl<B: Backend> Model<B> {
             };
         }
         poll()?;
-        b.rmsnorm_residual(n, Some(&w.block), &mut w.residual, &self.norm, eps, &mut w.normed);
+        b.all_reduce_norm(n, &mut w.block, &mut w.residual, &self.norm, eps, &mut w.normed);
         Ok(())
     }
 
-    /// Logits of up to [`MAX_LOGIT_ROWS`] of the `logit_rows` of the batch that [`Model::forward`] ran last, by their
-    /// place in that list: `[rows, vocab]`, f32, on the host. With `top` of `(k, num_tokens)`, logits that are not among a row's k largest below
-    /// `num_tokens` may be -inf.
-    pub fn logits<'a>(
-        &self,
-        rows: &[usize],
-        top: Option<(usize, usize)>,
-        w: &'a mut Workspace<B>,
-    ) -> std::borrow::Cow<'a, [f32]> {
-        self.compute_logits(rows, top, w);
-        self.backend.read(&mut w.logits, rows.len())
+    /// The `n` rows that [`Model::compute_logits`] computed last, `[n, vocab]`, f32, on the host.
+    pub fn read_logits<'a>(&self, n: usize, w: &'a mut Workspace<B>) -> std::borrow::Cow<'a, [f32]> {
+        self.backend.read(&mut w.logits, n)
     }
 
-    fn compute_logits(&self, rows: &[usize], top: Option<(usize, usize)>, w: &mut Workspace<B>) {
+    /// Logits of up to [`MAX_LOGIT_ROWS`] of the `logit_rows` of the batch that [`Model::forward`] ran last, by their
+    /// place in that list. With `top` of `(k, num_tokens)`, logits that are not among a row's k largest below
+    /// `num_tokens` may be -inf.
+    pub fn compute_logits(&self, rows: &[usize], top: Option<(usize, usize)>, w: &mut Workspace<B>) {
+        self.backend.gather(rows, &w.normed, &mut w.head_rows);
+        self.head_logits(rows.len(), &w.head_rows, top, (&mut w.some_logits, &mut w.logits));
+    }
+
+    /// Logits of `n` rows, from every rank's.
+    fn head_logits(
+        &self,
+        n: usize,
+        x: &B::Buf,
+        top: Option<(usize, usize)>,
+        (some, all): (&mut B::Buf, &mut B::Buf),
+    ) {
         let (b, head) = (&self.backend, self.head());
-        b.gather(rows, &w.normed, &mut w.head_rows);
-        match top {
-            Some((k, num_tokens)) => {
-                let head = (head, &self.screen);
-                b.top_logits(rows.len(), &w.head_rows, head, k, num_tokens, &mut w.logits);
+        let here = self.shard.head_rows(self.config.vocab);
+        let whole = here.len() == self.config.vocab;
+        let out = if whole { &mut *all } else { &mut *some };
+        // Of the tokens that exist, those that are here.
+        match top.map(|(k, num_tokens)| (k, num_tokens.min(here.end).saturating_sub(here.start))) {
+            Some((k, num_tokens)) if num_tokens > 0 => {
+                b.top_logits(n, x, (head, &self.screen), k.min(num_tokens), num_tokens, out);
             }
-            None => b.linear(rows.len(), &w.head_rows, head, &mut w.logits),
+            _ => b.linear(n, x, head, out),
+        }
+        if !whole {
+            b.all_gather(n, some, all);
         }
     }
 
-    /// As [`Model::logits`], of neighbouring rows, to row `at` and on of memory of the device.
+    /// Copies them to row `at` and on of memory of the device.
     ///
     /// # Errors
     /// What the device says.
-    pub fn lend_logits(
-        &self,
-        rows: std::ops::Range<usize>,
-        to: &dyn Lendable,
-        at: usize,
-        w: &mut Workspace<B>,
-    ) -> Result<()> {
-        let rows: Vec<usize> = rows.collect();
-        self.compute_logits(&rows, None, w);
-        self.backend.lend_rows(rows.len(), &w.logits, to, at)
+    pub fn lend_logits(&self, n: usize, to: &dyn Lendable, at: usize, w: &Workspace<B>) -> Result<()> {
+        self.backend.lend_rows(n, &w.logits, to, at)
     }
 }
 
@@ -346,6 +375,8 @@ impl<B: Backend> Net<'_, B> {
             FfnConfig::Moe { .. } => 0,
         };
         let mtp_width = if has_mtp { c.hidden } else { 0 };
+        let here = self.shard.head_rows(c.vocab).len();
+        let some_logits = if here < c.vocab { here } else { 0 };
         let delta_inputs = c.delta.conv_channels() + c.delta.value_width() + 2 * c.delta.num_v_heads;
         Ok(Workspace {
             residual: self.backend.buf(max_tokens, c.hidden, Precision::Full)?,
@@ -361,6 +392,7 @@ impl<B: Backend> Net<'_, B> {
             act: buf(ffn_width)?,
             head_rows: self.backend.buf(logit_rows, c.hidden, Precision::Compute)?,
             logits: self.backend.buf(logit_rows, c.vocab, Precision::Full)?,
+            some_logits: self.backend.buf(logit_rows, some_logits, Precision::Full)?,
             hidden: buf(mtp_width)?,
             pair: buf(2 * mtp_width)?,
             scratch: self.backend.scratch(c, limits, self.caches)?,
@@ -368,7 +400,7 @@ impl<B: Backend> Net<'_, B> {
     }
 
     /// A decoder layer: reads `residual` and what its input norm has made of it, `normed`. It leaves `residual` and
-    /// `block`, the change that is still to be added to it; or, given the norm that comes `next`, `residual` with that
+    /// `block`, the change that is still to be added to it (of a rank its part of it); or, given the norm that comes `next`, `residual` with that
     /// change and `normed`. With `keep`, tokens that are not in it get as far as the layer's pages or slots, and the rows
     /// of the others move to the front. Returns the number of rows left.
     fn layer(
@@ -413,12 +445,19 @@ impl<B: Backend> Net<'_, B> {
         let (block, residual, normed) = (&mut w.block, &mut w.residual, &mut w.normed);
         match &layer.ffn {
             Ffn::Dense { gate_up, down } => {
-                b.rmsnorm_residual(n, Some(block), residual, &layer.ffn_norm, eps, normed);
+                b.all_reduce_norm(n, block, residual, &layer.ffn_norm, eps, normed);
                 b.linear(n, normed, gate_up, &mut w.gate_up);
                 b.silu_mul(n, &w.gate_up, &mut w.act);
                 b.linear(n, &w.act, down, block);
                 if let Some(next) = next {
-                    b.rmsnorm_residual(n, Some(block), residual, next, eps, normed);
+                    b.all_reduce_norm(n, block, residual, next, eps, normed);
+                }
+            }
+            Ffn::Moe(moe) if !self.shard.is_whole() => {
+                let norm = (&layer.ffn_norm, eps);
+                b.all_reduce_norm_moe(n, residual, norm, normed, moe, &mut w.scratch, block);
+                if let Some(next) = next {
+                    b.all_reduce_norm(n, block, residual, next, eps, normed);
                 }
             }
             Ffn::Moe(moe) => match next {
@@ -439,7 +478,7 @@ impl<B: Backend> Layer<B> {
     fn load(
         tensors: LayerTensors,
         index: usize,
-        config: &ModelConfig,
+        (config, shard): (&ModelConfig, Shard),
         dtype: Option<DType>,
         b: &B,
     ) -> Result<Self> {
@@ -487,8 +526,8 @@ impl<B: Backend> Layer<B> {
                 },
                 ffn,
             ) => {
-                let top_k = match ffn {
-                    FfnConfig::Moe { top_k, .. } => *top_k,
+                let (top_k, here) = match ffn {
+                    FfnConfig::Moe { top_k, num_experts, .. } => (*top_k, shard.experts(*num_experts)),
                     FfnConfig::Dense { .. } => {
                         return Err(crate::Error::Internal("experts in a dense model".into()));
                     }
@@ -499,6 +538,7 @@ impl<B: Backend> Layer<B> {
                     shared: [&shared_gate_proj, &shared_up_proj, &shared_down_proj],
                     shared_gate: &shared_expert_gate,
                     top_k,
+                    here,
                 };
                 Ffn::Moe(b.moe_weights(tensors, dtype)?)
             }

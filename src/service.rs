@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::backend::cpu::parallel::claim;
@@ -41,13 +42,31 @@ enum Command {
     Measure(Sender<Result<Option<Measured>>>),
 }
 
-/// Handle to an engine's thread; the thread ends when the last handle and the last generation are dropped.
+/// Handle to an engine's thread; the thread ends when the last handle and the last generation are dropped, which waits for
+/// it: what the engine held is free then, and other ranks know.
 #[derive(Clone)]
 pub struct Service {
     commands: Sender<Command>,
     aborted: Arc<Mutex<HashSet<RequestId>>>,
     /// Why the thread ended, where an error ended it.
     ended: Arc<OnceLock<Error>>,
+    /// After the commands, which it waits for.
+    _thread: Arc<Joined>,
+}
+
+/// A thread that is waited for, in the process that has it: a fork has not.
+struct Joined {
+    process: u32,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take().filter(|_| self.process == std::process::id()) {
+            // Its panics were caught.
+            drop(thread.join());
+        }
+    }
 }
 
 /// The requests of one `submit`, and what has become of them.
@@ -57,6 +76,15 @@ pub struct Generation {
     service: Service,
     /// Requests that have not ended, by place in `ids`.
     open: Vec<bool>,
+}
+
+/// What callers of a thread that has ended are told.
+fn gone(ended: &OnceLock<Error>) -> Error {
+    match ended.get() {
+        Some(error @ (Error::Cuda { .. } | Error::Ranks { .. })) => error.again(),
+        Some(error) => Error::Internal(format!("the engine's thread ended: {error}")),
+        None => Error::Internal("the engine's thread ended; make a new LLM".into()),
+    }
 }
 
 /// What came of waiting on a [`Generation`].
@@ -99,15 +127,17 @@ impl Service {
             Ok(Err(error)) => drop(ready.send(Err(error))),
             Err(panic) => drop(ready.send(Err(panicked(panic.as_ref())))),
         });
-        spawned.map_err(|e| Error::Internal(format!("no thread for the engine: {e}")))?;
-        let service = Self { commands, aborted, ended };
-        loop {
+        let thread = spawned.map_err(|e| Error::Internal(format!("no thread for the engine: {e}")))?;
+        let extra = loop {
             match made.recv_timeout(POLL) {
-                Ok(extra) => return Ok((service, extra?)),
+                Ok(extra) => break extra?,
+                // Whoever ends the wait does not want to wait for the thread.
                 Err(RecvTimeoutError::Timeout) => poll()?,
-                Err(RecvTimeoutError::Disconnected) => return Err(service.gone()),
+                Err(RecvTimeoutError::Disconnected) => return Err(gone(&ended)),
             }
-        }
+        };
+        let thread = Joined { process: std::process::id(), thread: Some(thread) };
+        Ok((Self { commands, aborted, ended, _thread: Arc::new(thread) }, extra))
     }
 
     /// Queues requests, all or none.
@@ -146,13 +176,8 @@ impl Service {
         answer.recv().map_err(|_| self.gone())
     }
 
-    /// What callers of a thread that has ended are told.
     fn gone(&self) -> Error {
-        match self.ended.get() {
-            Some(Error::Cuda { what, advice }) => Error::Cuda { what: what.clone(), advice: advice.clone() },
-            Some(error) => Error::Internal(format!("the engine's thread ended: {error}")),
-            None => Error::Internal("the engine's thread ended; make a new LLM".into()),
-        }
+        gone(&self.ended)
     }
 
     fn abort(&self, ids: impl Iterator<Item = RequestId>) {
@@ -226,7 +251,11 @@ impl<B: Backend> Worker<B> {
                 let wanted = aborted.is_empty() || ids.iter().any(|id| !aborted.contains(id));
                 if wanted { Ok(()) } else { Err(Error::Interrupted) }
             };
-            let step = || rayon::scope(|_| engine.step(poll));
+            // Ranks wait for each other, which the threads that they share must not.
+            let step = || match engine.is_alone() {
+                true => rayon::scope(|_| engine.step(poll)),
+                false => engine.step(poll),
+            };
             match catch_unwind(AssertUnwindSafe(step)) {
                 Ok(Ok(outputs)) => outputs.into_iter().for_each(|output| self.deliver(output)),
                 Ok(Err(Error::Interrupted)) => {}

@@ -120,6 +120,29 @@ def test_closing_a_stream_ends_its_request(checkpoint):
     assert time.perf_counter() - start < 1.0
 
 
+def test_a_stream_is_closed_by_another_thread(checkpoint):
+    llm = LLM(checkpoint, max_num_seqs=1)
+    endless = SamplingParams(max_tokens=2000, ignore_eos=True)
+    busy = llm.stream("a", endless)
+    next(busy)
+    waiting = llm.stream("a", endless)
+    with ThreadPoolExecutor(1) as pool:
+        deltas = pool.submit(list, waiting)  # in vain: the only seat is taken
+        time.sleep(0.1)
+        waiting.close()
+        assert deltas.result(1.0) == []
+        # One that is read all the while ends too.
+        deltas = pool.submit(list, busy)
+        time.sleep(0.1)
+        busy.close()
+        assert 0 < len(deltas.result(1.0)) < 1999
+    start = time.perf_counter()
+    llm.generate("a", SamplingParams(max_tokens=1))
+    assert time.perf_counter() - start < 1.0
+    busy.close()
+    assert list(busy) == []
+
+
 def test_a_bad_request_is_refused_at_the_call(llm):
     with pytest.raises(RequestError, match="found 0 tokens"):
         llm.stream([], GREEDY)

@@ -40,7 +40,14 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(checkpoint, environment):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-@pytest.mark.parametrize("use", ["LLM(sys.argv[1], device={})", "_core.find_device({})"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "LLM(sys.argv[1], device={})",
+        "_core.check_devices({}, 1, False)",
+        "LLM(sys.argv[1], device={}, tensor_parallel_size=2)",
+    ],
+)
 def test_a_gpu_that_is_not_there(checkpoint, device, use):
     code = f"""
 try:

@@ -175,7 +175,7 @@ def test_the_import_is_light():
         import sys
         import qwen35rs
         assert "LLM" in dir(qwen35rs)
-        heavy = {"torch", "transformers", "rich", "huggingface_hub", "typer", "jinja2", "tokenizers"}
+        heavy = {"torch", "transformers", "rich", "huggingface_hub", "typer", "jinja2", "tokenizers", "ray"}
         print(sorted(heavy & set(sys.modules)))
         from qwen35rs import LLM, SamplingParams, Tokenizer, ops
         print(sorted(heavy & set(sys.modules)))
@@ -191,6 +191,18 @@ def test_the_import_is_light():
     """
     times = sorted(float(python(code).stdout) for _ in range(5))
     assert times[0] < 0.05, times  # the best: what the machine does besides is not ours
+
+
+def test_what_replicas_need():
+    done = python("""
+        import sys
+        sys.modules["ray"] = None  # as if it were not installed
+        import qwen35rs.ray
+    """)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: qwen35rs.ray: found no Ray Serve (")
+    assert last.endswith("); pip install 'qwen35rs[ray]'")
 
 
 def test_dir_and_all():

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops
-    from ._core import ConfigError, CudaError, OutOfMemoryError, Qwen35Error, RequestError, __version__
+    from ._core import (
+        ConfigError,
+        CudaError,
+        OutOfMemoryError,
+        Qwen35Error,
+        RankError,
+        RequestError,
+        __version__,
+    )
     from .llm import LLM
     from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
     from .sampling import SamplingParams
@@ -21,6 +29,7 @@ __all__ = [
     "Logprob",
     "OutOfMemoryError",
     "Qwen35Error",
+    "RankError",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
@@ -39,6 +48,7 @@ _HOME = {
     "Logprob": "outputs",
     "OutOfMemoryError": "_core",
     "Qwen35Error": "_core",
+    "RankError": "_core",
     "RequestError": "_core",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",

@@ -20,11 +20,12 @@ __all__ = [
     "Generation",
     "OutOfMemoryError",
     "Qwen35Error",
+    "RankError",
     "RequestError",
     "Tokenizer",
     "__version__",
+    "check_devices",
     "check_sampling_params",
-    "find_device",
     "find_tokenizer",
     "inspect_checkpoint",
     "ops_attention",
@@ -46,6 +47,7 @@ class ConfigError(Qwen35Error, ValueError): ...
 class RequestError(Qwen35Error, ValueError): ...
 class OutOfMemoryError(Qwen35Error, MemoryError): ...
 class CudaError(Qwen35Error, RuntimeError): ...
+class RankError(Qwen35Error, RuntimeError): ...
 
 # tokenizer
 
@@ -138,7 +140,7 @@ class _SamplingParams(Protocol):
     def logit_bias(self) -> Mapping[int, float] | None: ...
 
 def check_sampling_params(params: _SamplingParams) -> None: ...
-def find_device(name: str) -> str: ...
+def check_devices(device: str, tensor_parallel_size: int, expert_parallel: bool) -> None: ...
 
 @final
 class Engine:
@@ -153,6 +155,8 @@ class Engine:
         quantization: str | None,
         deterministic: bool,
         enforce_eager: bool,
+        tensor_parallel_size: int,
+        expert_parallel: bool,
         mtp: bool | None,
         kv_cache_dtype: str,
         state_dtype: str,
@@ -192,6 +196,7 @@ class Engine:
 class Generation:
     def __iter__(self) -> Iterator[Delta]: ...
     def __next__(self) -> Delta: ...
+    def close(self) -> None: ...
 
 @final
 class Delta:
@@ -307,6 +312,8 @@ def plan_memory(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     gpu_memory_utilization: float,
+    tensor_parallel_size: int = 1,
+    expert_parallel: bool = False,
 ) -> str | None: ...
 def plan_model(
     model: str,
@@ -319,6 +326,7 @@ def plan_model(
     f16_state: bool,
     with_vision: bool,
     with_mtp: bool,
+    num_seqs: int | None = None,
 ) -> str: ...
 def quantize_checkpoint(
     path: str | PathLike[str],

@@ -62,6 +62,17 @@ class LLM:
             speed. On the CPU they always are.
         enforce_eager: on a GPU, launch the kernels of a decode step one by one, and not as a recorded CUDA graph. The
             same bits, more slowly: for debugging.
+        tensor_parallel_size: ranks that share the model: heads, widths of feed-forward blocks and the vocabulary are
+            divided among them. Rank r takes the r-th GPU from the one that ``device`` names, or with
+            ``device="cuda:0,2"`` the one in its place; on the CPU ranks are threads. In processes that were started
+            together (torchrun, Slurm), as many as this, each is a rank: rank 0's LLM is used, and that of any other
+            does as rank 0 orders, does not return, and ends the process (SystemExit) when rank 0's is gone. GPUs add up
+            in memory that each of them addresses where all are on one host and can (NVLink, PCIe), else by NCCL
+            (``pip install 'qwen35rs[cuda]'``); the environment's QWEN35RS_COLLECTIVES says ``direct`` or ``nccl`` where
+            it must be one of them, for measurements and in trouble. NCCL reads its own environment, in which
+            NCCL_NVLS_ENABLE is set to 0 where it is not set. It rounds sums to bfloat16 from rank to rank, and is
+            refused with ``deterministic`` between more than two.
+        expert_parallel: give each rank some of the experts whole, and not a slice of each.
         mtp: load the multi-token-prediction module too, for `mtp_logits`: True, or None for where the checkpoint
             has one that can be run. It takes memory, and no part in generating.
         kv_cache_dtype: how keys and values are held: ``"auto"`` as they are computed (float32 on the CPU, bfloat16 on a
@@ -82,7 +93,7 @@ class LLM:
 
     Raises ConfigError for a checkpoint that cannot be run, or that has no whole module where ``mtp=True`` wants one,
     FileNotFoundError and kin for one that cannot be read, RequestError for an argument, CudaError for a GPU that is
-    not there, OutOfMemoryError for limits that do not fit.
+    not there, OutOfMemoryError for limits that do not fit, RankError for ranks that lost each other or differ.
     """
 
     def __init__(
@@ -96,6 +107,8 @@ class LLM:
         quantization: str | None = None,
         deterministic: bool = False,
         enforce_eager: bool = False,
+        tensor_parallel_size: int = 1,
+        expert_parallel: bool = False,
         mtp: bool | None = False,
         kv_cache_dtype: str = "auto",
         state_dtype: str = "float32",
@@ -120,7 +133,14 @@ class LLM:
         for option, (found, allowed) in names.items():
             if not isinstance(found, str):
                 raise RequestError(f"{option}: found {_short(found)}; allowed: {allowed}")
-        device = _core.find_device(device)
+        is_number = hasattr(tensor_parallel_size, "__index__") and not isinstance(tensor_parallel_size, bool)
+        if not is_number or not 1 <= tensor_parallel_size <= 1024:
+            found = f"{_short(tensor_parallel_size)}"
+            raise RequestError(f"tensor_parallel_size: found {found}; allowed: 1 to 1024, an integer")
+        if not isinstance(expert_parallel, bool):
+            raise RequestError(f"expert_parallel: found {_short(expert_parallel)}; allowed: True, False")
+        tensor_parallel_size = int(tensor_parallel_size)
+        _core.check_devices(device, tensor_parallel_size, expert_parallel)
         if load_format == "dummy" and model is not None and not Path(model).is_dir():
             path = Path(model)
         else:
@@ -150,6 +170,8 @@ class LLM:
                 quantization=quantization,
                 deterministic=deterministic,
                 enforce_eager=enforce_eager,
+                tensor_parallel_size=tensor_parallel_size,
+                expert_parallel=expert_parallel,
                 mtp=mtp,
                 kv_cache_dtype=kv_cache_dtype,
                 state_dtype=state_dtype,
@@ -180,7 +202,7 @@ class LLM:
 
     @property
     def device(self) -> str:
-        """Where it runs: ``"cpu"`` or ``"cuda:N"``."""
+        """Where it runs: ``"cpu"``, ``"cuda:N"``, or ``"cuda:N,M"`` with several ranks."""
         return self._engine.device
 
     @property
@@ -225,7 +247,7 @@ class LLM:
         requests = [self._request(p) for p in _prompts(prompts)]
         return self._run(requests, _each(sampling_params, len(requests)), progress)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> DeltaStream:
         """Completes one prompt, yielding what each step adds. Closing the iterator ends the request."""
         return self._stream(self._request(prompt), *_each(sampling_params, 1))
 
@@ -271,7 +293,7 @@ class LLM:
         enable_thinking: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[Delta]:
+    ) -> DeltaStream:
         """Answers one conversation, yielding what each step adds."""
         text = self._render(messages, tools, enable_thinking, add_generation_prompt, chat_template_kwargs)
         return self._stream(self._request(text), *_each(sampling_params, 1))
@@ -372,16 +394,9 @@ class LLM:
             completion.text = "".join(pieces)
         return outputs
 
-    def _stream(self, request: tuple[str | None, list[int]], params: SamplingParams) -> Iterator[Delta]:
-        # Submitted here and not in the generator, so that a bad request is refused at the call.
-        generation = self._engine.generate([request[1]], [params])
-
-        def deltas() -> Iterator[Delta]:
-            for d in generation:
-                logprobs = None if d.logprobs is None else [self._logprobs(d)]
-                yield Delta(d.text, [d.token_id], d.index, d.finish_reason, logprobs)
-
-        return deltas()
+    def _stream(self, request: tuple[str | None, list[int]], params: SamplingParams) -> DeltaStream:
+        # Submitted here and not at the first `next`, so that a bad request is refused at the call.
+        return DeltaStream(self, self._engine.generate([request[1]], [params]))
 
     def _logprobs(self, delta: _core.Delta) -> dict[int, Logprob]:
         assert delta.logprobs is not None
@@ -396,6 +411,22 @@ class LLM:
 
     def __repr__(self) -> str:
         return f"LLM({self.model!r}, max_model_len={self.max_model_len})"
+
+
+class DeltaStream(Iterator[Delta]):
+    """What the steps of one request add to it. Dropping it ends the request."""
+
+    def __init__(self, llm: LLM, generation: _core.Generation) -> None:
+        self._llm, self._generation = llm, generation
+
+    def __next__(self) -> Delta:
+        d = next(self._generation)
+        logprobs = None if d.logprobs is None else [self._llm._logprobs(d)]
+        return Delta(d.text, [d.token_id], d.index, d.finish_reason, logprobs)
+
+    def close(self) -> None:
+        """Ends the request. Any thread may call it; one that waits for the next delta gets StopIteration."""
+        self._generation.close()
 
 
 def _refuse_media(messages: Any) -> None:

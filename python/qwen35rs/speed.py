@@ -34,7 +34,7 @@ class Step:
     nodes: int | None
     """Kernels and copies of the step, where it is launched as one."""
     num_bytes: float
-    """That the step moves at least: weights (of experts, those hit), keys and values, recurrent states twice."""
+    """That a rank moves at least in the step: weights (of experts, those hit), keys and values, recurrent states twice."""
 
     num_layers: int
 
@@ -65,7 +65,7 @@ class Prefill:
     """Median."""
     runs: list[float] = field(default_factory=list)
     flops: float = 0.0
-    """Two for each active parameter and token, attention not counted."""
+    """Of a rank: two for each active parameter and token, attention not counted."""
 
     def facts(self, floors: dict[str, float] | None) -> dict[str, Any]:
         """As of a step."""

@@ -42,6 +42,44 @@ impl Device {
         }
     }
 
+    /// The devices of `world` ranks of a process, of which the first takes `first` beyond the device that the name means:
+    /// as many as there are ranks. `cuda:N,M,...` names that of each rank; a device may have several.
+    ///
+    /// # Errors
+    /// As [`Device::parse`], and for a list of another length.
+    pub fn for_ranks(name: &str, world: usize, first: usize) -> Result<Vec<Self>> {
+        if let Some(list) = name.strip_prefix("cuda:").filter(|list| list.contains(',')) {
+            let each: Vec<Self> = list
+                .split(',')
+                .map(|n| Self::from_name("device", &format!("cuda:{n}")))
+                .collect::<Result<_>>()?;
+            if each.len() < first + world || (first == 0 && each.len() > world && world > 1) {
+                let allowed = format!("one for each of the {} ranks", first + world);
+                return Err(Error::request("device", format!("{name:?}"), allowed));
+            }
+            return Ok(each[first..first + world].to_vec());
+        }
+        Ok(match Self::parse(name)? {
+            Self::Cpu => vec![Self::Cpu; world],
+            Self::Cuda(n) => (n + first..n + first + world).map(Self::Cuda).collect(),
+        })
+    }
+
+    /// What a list of them is called.
+    pub fn name_of(devices: &[Self]) -> String {
+        let ordinals: Option<Vec<String>> =
+            devices.iter().map(|device| device.ordinal().map(|n| n.to_string())).collect();
+        ordinals.map_or_else(|| Self::Cpu.to_string(), |ordinals| format!("cuda:{}", ordinals.join(",")))
+    }
+
+    /// The number of a CUDA device.
+    pub fn ordinal(self) -> Option<usize> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(ordinal) => Some(ordinal),
+        }
+    }
+
     fn from_name(field: &str, name: &str) -> Result<Self> {
         match name.split_once(':') {
             None if name == "cpu" => Some(Self::Cpu),
@@ -80,6 +118,23 @@ fn require(_: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::Device;
+
+    #[test]
+    fn names_of_ranks() {
+        let devices = |name: &str, world, first| {
+            let devices = Device::for_ranks(name, world, first);
+            devices.map(|d| Device::name_of(&d)).map_err(|e| e.to_string())
+        };
+        assert_eq!(devices("cpu", 3, 0), Ok("cpu".into()));
+        assert_eq!(devices("cuda", 2, 0), Ok("cuda:0,1".into()));
+        assert_eq!(devices("cuda:2", 2, 0), Ok("cuda:2,3".into()));
+        assert_eq!(devices("cuda", 1, 3), Ok("cuda:3".into()));
+        assert_eq!(devices("cuda:0,0", 2, 0), Ok("cuda:0,0".into()));
+        assert_eq!(devices("cuda:4,6", 1, 1), Ok("cuda:6".into()));
+        let wrong = r#"device: found "cuda:0,1,2"; allowed: one for each of the 2 ranks"#;
+        assert_eq!(devices("cuda:0,1,2", 2, 0), Err(wrong.into()));
+        assert!(devices("cuda:0,", 2, 0).is_err() && devices("cuda:0,1", 3, 0).is_err());
+    }
 
     #[test]
     fn names() {

@@ -21,6 +21,7 @@ pub use caches::{Caches, KvCache, StateType};
 pub use choice::Device;
 pub use sampling::{Edit, Logprobs, Sampled, Sampling};
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::Result;
@@ -286,6 +287,46 @@ pub trait Backend: Send + Sync {
         self.rmsnorm_residual(n, Some(block), residual, after, eps, x);
     }
 
+    // Ranks that share a model: each computes a part of some sums, and of the logits. Alone, a part is the whole.
+
+    /// `x` becomes the sum of every rank's, added in the order of ranks: the same bits on all. `[n, width]`.
+    fn all_reduce(&self, _n: usize, _x: &mut Self::Buf) {}
+
+    /// [`Backend::all_reduce`] of `delta`, which is undefined afterwards, then [`Backend::rmsnorm_residual`] of the sum.
+    fn all_reduce_norm(
+        &self,
+        n: usize,
+        delta: &mut Self::Buf,
+        residual: &mut Self::Buf,
+        w: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buf,
+    ) {
+        self.all_reduce(n, delta);
+        self.rmsnorm_residual(n, Some(delta), residual, w, eps, out);
+    }
+
+    /// [`Backend::all_reduce_norm`] of `block`, to `x`; then [`Backend::moe`] of that, to `block`: this rank's part of it.
+    /// `norm` is the weight and eps.
+    #[allow(clippy::too_many_arguments)]
+    fn all_reduce_norm_moe(
+        &self,
+        n: usize,
+        residual: &mut Self::Buf,
+        norm: (&Self::Vector, f32),
+        x: &mut Self::Buf,
+        weights: &Self::Moe,
+        scratch: &mut Self::Scratch,
+        block: &mut Self::Buf,
+    ) {
+        self.all_reduce_norm(n, block, residual, norm.0, norm.1, x);
+        self.moe(n, x, weights, scratch, block);
+    }
+
+    /// `out[t] = part of rank 0 | part of rank 1 | ...`: `part` `[n, width]`, `out` `[n, ranks * width]`, both
+    /// [`Precision::Full`]. Not called alone.
+    fn all_gather(&self, _n: usize, _part: &Self::Buf, _out: &mut Self::Buf) {}
+
     // Choosing tokens, for devices that can; elsewhere logits are read and the host chooses.
 
     /// Whether it ever can.
@@ -385,8 +426,10 @@ pub struct DeltaWeights<'a, V> {
 pub struct MoeTensors<'a> {
     /// `[E, H]`
     pub router: &'a Tensor,
-    /// Routed experts.
+    /// Routed experts: those that are here.
     pub experts: &'a ExpertTensors,
+    /// Which of all they are; an assignment to another is another rank's.
+    pub here: Range<usize>,
     /// `gate_proj [S, H]`, `up_proj [S, H]`, `down_proj [H, S]`
     pub shared: [&'a Tensor; 3],
     /// `[1, H]`

@@ -1,8 +1,10 @@
 //! Choosing tokens on a device: what it must know of a row of logits, and what comes of it. The meaning is that of
 //! `sampler.rs`.
 
+use serde::{Deserialize, Serialize};
+
 /// How one token is chosen.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Sampling {
     /// The row's random number, in [0, 1).
     pub uniform: f64,
@@ -27,7 +29,7 @@ pub struct Sampling {
 }
 
 /// A token whose logit is changed.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Edit {
     /// Which.
     pub token: u32,

@@ -548,7 +548,7 @@ proptest! {
             Ok(config) => {
                 prop_assert_eq!(config.rope.mrope_section.iter().sum::<usize>(), config.rope.num_freqs());
                 prop_assert!(config.rope.inv_freq().iter().all(|f| f.is_finite() && *f > 0.0));
-                let counts = crate::plan::param_counts(&config);
+                let counts = crate::plan::Part::whole(&config).params();
                 prop_assert!(counts.active <= counts.text);
             }
             Err(Error::Config { .. }) => {}

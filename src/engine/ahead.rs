@@ -28,9 +28,8 @@ impl<B: Backend> Engine<B> {
         rows: &[Sampling],
         poll: &impl Fn(&[RequestId]) -> Result<()>,
     ) -> Result<Flight, (Vec<RequestId>, Error)> {
-        let Self { model, memory, workspace, num_tokens, .. } = self;
         let poll = || poll(&step.requests);
-        if let Err(error) = model.launch_sampled(&step.batch, rows, *num_tokens, memory, workspace, poll) {
+        if let Err(error) = self.runner.launch_sampled(&step.batch, rows, self.num_tokens, poll) {
             return Err((step.requests, error));
         }
         self.scheduler.commit(&step);
@@ -45,7 +44,7 @@ impl<B: Backend> Engine<B> {
         poll: &impl Fn(&[RequestId]) -> Result<()>,
     ) -> Result<Vec<StepOutput>> {
         let next = self.follow(flight, poll);
-        let sampled = self.model.backend().sampled()?;
+        let sampled = self.runner.sampled()?;
         let places = flight.step.logit_owners.iter().zip(&flight.places);
         let rows: Vec<_> = places.zip(sampled).map(|((&id, &at), token)| (id, Row::of(at, token))).collect();
         let outputs = rows.into_iter().filter_map(|row| self.commit(row)).collect();

@@ -2,6 +2,7 @@
 //! happens.
 
 mod late;
+mod ranks;
 
 use std::any::Any;
 use std::cell::Cell;
@@ -30,15 +31,20 @@ const SMALL: &str = "moe_bf16, small caches";
 const MTP: &str = "moe_vision_mtp";
 
 pub(crate) fn model(name: &str) -> Model<Cpu> {
-    model_on(name, Cpu)
+    model_on(name, Cpu::default())
 }
 
-fn model_on<B: Backend>(name: &str, backend: B) -> Model<B> {
+/// Where a checkpoint is, and how it holds what sequences leave behind.
+fn folder_of(name: &str) -> (PathBuf, Caches) {
     let (folder, caches) = match name.split_once(',') {
         Some((folder, _)) => (folder, Caches { kv: KvCache::Fp8, state: StateType::F16 }),
         None => (name, Caches::default()),
     };
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(folder);
+    (PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(folder), caches)
+}
+
+fn model_on<B: Backend>(name: &str, backend: B) -> Model<B> {
+    let (path, caches) = folder_of(name);
     let config = ModelConfig::from_dir(&path).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     let tensors = ModelTensors::resolve(&checkpoint, &config).unwrap();

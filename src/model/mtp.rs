@@ -31,7 +31,7 @@ impl<B: Backend> Mtp<B> {
             embedding_norm: b.vector(&tensors.pre_fc_norm_embedding, 1.0)?,
             hidden_norm: b.vector(&tensors.pre_fc_norm_hidden, 1.0)?,
             fc: b.linear_weight(&[tensors.fc], dtype)?,
-            layer: Layer::load(tensors.layer, index, config, dtype, b)?,
+            layer: Layer::load(tensors.layer, index, (config, net.shard), dtype, b)?,
             norm: b.vector(&tensors.norm, 1.0)?,
         })
     }
@@ -56,7 +56,7 @@ impl<B: Backend> Mtp<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Loads the module too, `dtype` as in [`Model::load`]. Memory and workspaces made afterwards have room for it.
+    /// Loads the module too, of which `tensors` are this rank's part; `dtype` as in [`Model::load`]. Memory and workspaces made afterwards have room for it.
     ///
     /// # Errors
     /// Whatever the backend says of memory.
@@ -78,7 +78,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// Runs the module over the hidden states that [`Model::forward`] left, and puts its own in their place: for those
-    /// rows [`Model::logits`] then gives the drafts. Each token's keys and values must be written in the order of its
+    /// rows [`Model::compute_logits`] then gives the drafts. Each token's keys and values must be written in the order of its
     /// sequence, as in a forward. `poll` is called once, before anything is done, and may end the step.
     ///
     /// # Errors

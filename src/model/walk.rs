@@ -6,7 +6,7 @@ use super::{Ffn, Layer, Memory, Mixer, Net, Workspace};
 use crate::Result;
 use crate::backend::{Backend, Caches, Precision, Rope};
 use crate::batch::{Batch, BatchLimits, BatchSeq, PAGE_LEN, PageId, SlotId};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Shard};
 use crate::weights::{LayerTensors, MtpTensors, Tensor};
 
 /// What a matrix of a layer is multiplied with: f32 rows, one for each token of a sequence.
@@ -50,7 +50,8 @@ impl<'a, B: Backend> Walk<'a, B> {
             BatchLimits { max_tokens: len, max_seqs: 1, max_len: len, max_pages: len.div_ceil(PAGE_LEN) };
         let embed = backend.table_weight(embed_tokens, None)?;
         let rope = Rope::new(&config.rope);
-        let net = Net { config, caches: Caches::default(), rope: &rope, backend: &backend };
+        let net =
+            Net { config, shard: Shard::whole(), caches: Caches::default(), rope: &rope, backend: &backend };
         let w = net.workspace(&limits, config.num_mtp_layers > 0)?;
         let sequences: Vec<Batch> = sequences.iter().map(|ids| sequence(ids)).collect();
         let mut residuals = Vec::with_capacity(sequences.len());
@@ -73,7 +74,7 @@ impl<'a, B: Backend> Walk<'a, B> {
         tensors: &LayerTensors,
         see: impl FnMut(Input<'_, B>) -> Result<()>,
     ) -> Result<()> {
-        let layer = Layer::load(tensors.clone(), 0, self.config, None, &self.backend)?;
+        let layer = Layer::load(tensors.clone(), 0, (self.config, Shard::whole()), None, &self.backend)?;
         self.run(&layer, see)
     }
 
@@ -88,7 +89,7 @@ impl<'a, B: Backend> Walk<'a, B> {
         see: impl FnMut(Input<'_, B>) -> Result<()>,
     ) -> Result<()> {
         let Self { config, rope, backend: b, embed, sequences, residuals, w } = self;
-        let net = Net { config, caches: Caches::default(), rope, backend: &*b };
+        let net = Net { config, shard: Shard::whole(), caches: Caches::default(), rope, backend: &*b };
         let mtp = Mtp::load(tensors.clone(), 0, net, None)?;
         let norm = b.vector(norm, 1.0)?;
         for (batch, residual) in sequences.iter_mut().zip(residuals) {
@@ -106,7 +107,10 @@ impl<'a, B: Backend> Walk<'a, B> {
 
     fn run(&mut self, layer: &Layer<B>, mut see: impl FnMut(Input<'_, B>) -> Result<()>) -> Result<()> {
         let Self { config, rope, backend: b, sequences, residuals, w, .. } = self;
-        let (net, eps) = (Net { config, caches: Caches::default(), rope, backend: &*b }, config.rms_eps);
+        let (net, eps) = (
+            Net { config, shard: Shard::whole(), caches: Caches::default(), rope, backend: &*b },
+            config.rms_eps,
+        );
         let mut memory = Memory { pages: Vec::new(), slots: Vec::new() };
         let num_pages = sequences.iter().map(|batch| batch.pages.len()).max().unwrap_or(0);
         net.memory(layer, num_pages, 1, &mut memory)?;

@@ -1,26 +1,28 @@
 //! Cards that people have. Memory as the driver reports it, bandwidth as the vendor states it.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 
 use crate::{Error, Result};
 
 /// One kind of card.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Gpu {
-    /// Its name.
-    pub name: &'static str,
+    /// Its name, or its memory where that is all that is known.
+    pub name: Cow<'static, str>,
     /// Memory in GiB.
     pub memory_gib: f64,
-    /// Memory bandwidth in GB/s.
-    pub bandwidth_gbs: f64,
+    /// Memory bandwidth in GB/s, where it is known.
+    pub bandwidth_gbs: Option<f64>,
 }
 
 const fn card(name: &'static str, memory_gib: f64, bandwidth_gbs: f64) -> Gpu {
-    Gpu { name, memory_gib, bandwidth_gbs }
+    Gpu { name: Cow::Borrowed(name), memory_gib, bandwidth_gbs: Some(bandwidth_gbs) }
 }
 
 /// The cards that `plan` knows.
-pub const GPUS: [Gpu; 16] = [
+pub static GPUS: [Gpu; 16] = [
     card("RTX 3090", 24.0, 936.0),
     card("RTX 4090", 24.0, 1008.0),
     card("RTX 5090", 31.8, 1792.0),
@@ -39,7 +41,8 @@ pub const GPUS: [Gpu; 16] = [
     card("DGX Spark", 119.7, 273.0),
 ];
 
-/// The card of a name, in any case, with or without spaces and dashes; and other cards that the name may mean.
+/// The card of a name, in any case, with or without spaces and dashes; and other cards that the name may mean. Or one of so
+/// much memory: `48GiB`, `48 GB`, or a number of bytes.
 ///
 /// # Errors
 /// `Request` with the list of names.
@@ -49,18 +52,36 @@ pub fn gpu(name: &str) -> Result<(Gpu, Vec<&'static str>)> {
     };
     let wanted = plain(name);
     let matches = |gpu: &&Gpu| {
-        let known = plain(gpu.name);
+        let known = plain(&gpu.name);
         // "4090", "a6000", "a100-80", "h100" as people say them.
         known == wanted
             || known.strip_prefix("rtx").is_some_and(|short| short == wanted)
             || known.strip_suffix("gb").is_some_and(|short| short == wanted)
             || (wanted == "a100" || wanted == "h100") && known == format!("{wanted}80gb")
     };
-    let found = GPUS.iter().find(matches).copied();
-    let found = found.ok_or_else(|| Error::request("gpu", name, GPUS.map(|gpu| gpu.name).join(", ")))?;
+    let Some(found) = GPUS.iter().find(matches).cloned() else {
+        let names: Vec<_> = GPUS.iter().map(|gpu| gpu.name.as_ref()).collect();
+        let allowed = || format!("{}; or 1 GiB to 1024 GiB of memory, as in 48GiB", names.join(", "));
+        let found = of_memory(name).ok_or_else(|| Error::request("gpu", name, allowed()))?;
+        return Ok((found, Vec::new()));
+    };
     // Longer names by another word: an L4 is no L40S.
     let start = format!("{} ", name.trim().to_ascii_lowercase());
-    let others =
-        GPUS.iter().filter(|gpu| gpu.name != found.name && gpu.name.to_ascii_lowercase().starts_with(&start));
-    Ok((found, others.map(|gpu| gpu.name).collect()))
+    let is_longer =
+        |other: &&Gpu| other.name != found.name && other.name.to_ascii_lowercase().starts_with(&start);
+    let others = GPUS.iter().filter(is_longer).map(|other| other.name.as_ref()).collect();
+    Ok((found, others))
+}
+
+/// A card of so much memory.
+fn of_memory(text: &str) -> Option<Gpu> {
+    let text = text.trim().to_ascii_lowercase();
+    let (number, unit) = match (text.strip_suffix("gib"), text.strip_suffix("gb")) {
+        (Some(number), _) => (number, f64::from(1 << 30)),
+        (_, Some(number)) => (number, 1e9),
+        _ => (text.as_str(), 1.0),
+    };
+    let memory_gib = number.trim().parse::<f64>().ok()? * unit / f64::from(1 << 30);
+    let name = Cow::Owned(format!("{memory_gib:.1} GiB"));
+    (1.0..=1024.0).contains(&memory_gib).then_some(Gpu { name, memory_gib, bandwidth_gbs: None })
 }

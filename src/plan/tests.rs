@@ -1,13 +1,21 @@
 use super::{
-    FAMILY, GPUS, PlanOptions, Scheme, WeightBytes, cache_bytes, expected_experts, family_config, gpu,
+    FAMILY, GPUS, ParamCounts, Part, Plan, PlanOptions, Scheme, WeightBytes, cache_bytes, expected_experts,
+    family_config, gpu,
 };
-use super::{param_counts, plan, step_bytes, weight_bytes};
-use crate::Error;
 use crate::backend::Caches;
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Shard};
+use crate::{Error, Result};
 
-fn all_weights(config: &ModelConfig) -> Vec<WeightBytes> {
-    Scheme::ALL.into_iter().filter_map(|scheme| weight_bytes(config, scheme)).collect()
+fn param_counts(config: &ModelConfig) -> ParamCounts {
+    Part::whole(config).params()
+}
+
+fn weight_bytes(config: &ModelConfig, scheme: Scheme) -> Option<WeightBytes> {
+    Part::whole(config).weights(scheme)
+}
+
+fn plan(config: &ModelConfig, cards: &[usize], schemes: &[Scheme], options: &PlanOptions) -> Result<Plan> {
+    super::plan(config, &GPUS, cards, schemes, &|scheme, part| Ok(part.weights(scheme)), options)
 }
 
 #[test]
@@ -113,8 +121,8 @@ fn names_of_cards() {
     {
         assert_eq!(gpu(said).unwrap().0.name, name);
     }
-    for card in GPUS {
-        assert_eq!(gpu(card.name).unwrap().0, card);
+    for card in &GPUS {
+        assert_eq!(gpu(&card.name).unwrap().0, *card);
     }
     for (said, others) in [
         ("A100", vec!["A100 40GB"]),
@@ -134,13 +142,14 @@ fn experts_touched_by_a_batch() {
     }
     let config = family_config("122b").unwrap();
     let caches = Caches::default();
-    let one = step_bytes(&config, Scheme::Fp8, 1, 1, caches).unwrap();
-    let weights = weight_bytes(&config, Scheme::Fp8).unwrap().read_per_token as f64;
+    let (whole, fp8) = (Part::whole(&config), weight_bytes(&config, Scheme::Fp8).unwrap());
+    let one = whole.step_bytes(&fp8, 1, 1, caches, None);
+    let weights = fp8.read_per_token as f64;
     let cache = cache_bytes(&config);
     let expected = weights + cache.kv_per_token as f64 + 2.0 * cache.state_per_seq(caches) as f64;
     assert!((one / expected - 1.0).abs() < 1e-9);
     let small = PlanOptions { fp8_kv: true, f16_state: true, ..PlanOptions::default() }.caches();
-    let saved = one - step_bytes(&config, Scheme::Fp8, 1, 1, small).unwrap();
+    let saved = one - whole.step_bytes(&fp8, 1, 1, small, None);
     let expected = (cache.kv_per_token - cache.kv_per_token_fp8 + cache.recurrent_per_seq) as f64;
     assert!((saved / expected - 1.0).abs() < 1e-6);
 }
@@ -149,7 +158,7 @@ fn experts_touched_by_a_batch() {
 fn a_plan_of_the_122b() {
     let config = family_config("122b").unwrap();
     let options = PlanOptions::default();
-    let plan = plan(&config, &GPUS, &[1, 2, 4, 8], all_weights(&config), &options).unwrap();
+    let plan = plan(&config, &[1, 2, 4, 8], &[], &options).unwrap();
     assert_eq!(plan.rows.len(), GPUS.len() * 4 * Scheme::ALL.len());
     let find = |gpu: &str, cards: usize, scheme: Scheme| {
         plan.rows.iter().find(|r| r.gpu == gpu && r.num_cards == cards && r.scheme == scheme).unwrap()
@@ -157,9 +166,9 @@ fn a_plan_of_the_122b() {
     // 61 GiB of int4 on a card of 80: fits, and the limit is 3.35 TB/s over 6.4 GB.
     let row = find("H100 80GB", 1, Scheme::Int4);
     assert!(row.fits && row.max_context == 262_144 && row.max_seqs > 16, "{row:?}");
-    assert!((450.0..600.0).contains(&row.decode_limit_tokens_per_s), "{row:?}");
+    assert!((450.0..600.0).contains(&row.decode_limit_tokens_per_s.unwrap()), "{row:?}");
     let row = find("H100 80GB", 1, Scheme::Bf16);
-    assert!(!row.fits && row.max_context == 0 && row.max_seqs == 0 && row.free_gib_per_card < 0.0);
+    assert!(!row.fits && row.max_context == 0 && row.max_seqs == 0 && row.free_gib_per_card.unwrap() < 0.0);
     assert!(find("H100 80GB", 4, Scheme::Bf16).fits);
     for (i, row) in plan.rows.iter().enumerate() {
         assert_eq!(row.fits, row.max_context > 0, "{i}: {row:?}");
@@ -172,13 +181,7 @@ fn a_plan_of_the_122b() {
 #[test]
 fn a_plan_refuses_by_name() {
     let config = family_config("0.8b").unwrap();
-    let field = |options: PlanOptions, cards: usize| match plan(
-        &config,
-        &GPUS,
-        &[cards],
-        all_weights(&config),
-        &options,
-    ) {
+    let field = |options: PlanOptions, cards: usize| match plan(&config, &[cards], &[], &options) {
         Err(Error::Request { field, .. }) => field,
         other => panic!("{other:?}"),
     };
@@ -188,9 +191,49 @@ fn a_plan_refuses_by_name() {
     assert_eq!(field(PlanOptions { memory_utilization: 0.0, ..with() }, 1), "memory_utilization");
     assert_eq!(field(PlanOptions { memory_utilization: f64::NAN, ..with() }, 1), "memory_utilization");
     assert_eq!(field(PlanOptions { reserve_gib: -1.0, ..with() }, 1), "reserve_gib");
+    assert_eq!(field(PlanOptions { all_reduce_us: f64::INFINITY, ..with() }, 1), "all_reduce_us");
+    assert_eq!(field(PlanOptions { num_seqs: Some(0), ..with() }, 1), "max_num_seqs");
     assert_eq!(field(with(), 0), "card_counts");
     assert!(matches!(Scheme::from_name("q4"), Err(Error::Request { .. })));
     for scheme in Scheme::ALL {
         assert_eq!(Scheme::from_name(scheme.name()).unwrap(), scheme);
+    }
+}
+
+#[test]
+fn parts_of_files_are_as_large_as_those_of_their_configuration() {
+    // Nothing in it is quantised, so a GPU holds all of it in 16 bits.
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("python/qwen35rs/model");
+    let config = ModelConfig::from_dir(&dir).unwrap();
+    for (world, expert_parallel) in [(1, false), (2, false), (2, true)] {
+        let part = Part::new(&config, Shard::first(world, expert_parallel).unwrap()).unwrap();
+        let found = super::stored(&dir, &config, &part).unwrap();
+        let counted = part.weights(Scheme::Bf16).unwrap();
+        assert_eq!(WeightBytes { scheme: Scheme::Bf16, ..found }, counted, "{world} {expert_parallel}");
+    }
+}
+
+#[test]
+fn cards_that_cannot_share_a_model() {
+    let config = family_config("35b").unwrap();
+    let found = plan(&config, &[2, 3, 16], &[Scheme::Int4], &PlanOptions::default()).unwrap();
+    for row in &found.rows {
+        let why = row.refused.as_deref().unwrap_or_default();
+        match row.num_cards {
+            2 => assert!(why.is_empty() && row.weights_gib_per_card.is_some()),
+            3 => assert!(why.starts_with("tensor_parallel_size: found 3; allowed: 1, 2, 4, 8, 16, which")),
+            _ => assert_eq!(why, "tensor_parallel_size: found 16; allowed: at most 8 in a plan, of cards that address each other's memory"),
+        }
+        assert!(why.is_empty() || !row.fits && row.max_seqs == 0 && row.weights_gib_per_card.is_none());
+    }
+    assert!(found.choices.is_empty());
+    assert_eq!(field_of(Shard::first(0, false)), "tensor_parallel_size");
+    assert_eq!(field_of(Shard::first(1, true)), "expert_parallel");
+}
+
+fn field_of(found: Result<Shard>) -> String {
+    match found {
+        Err(Error::Request { field, .. }) => field,
+        other => panic!("{other:?}"),
     }
 }

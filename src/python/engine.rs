@@ -4,31 +4,31 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::Duration;
 
 use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::dlpack::{DeviceTensor, Element};
-use super::room::check_decoded;
+use super::load::{Load, Ranks};
 use super::tokenizer::{Ids, PyTokenizer};
 use super::tools::{json, model_config, parse_quantization};
 use super::{enter, to_py};
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Caches, Device};
+use crate::backend::{Caches, Device};
 use crate::config::{GenerationConfig, ModelConfig};
-use crate::engine::{Engine, EngineLimits, StepOutput};
+use crate::engine::{EngineLimits, StepOutput};
 use crate::gguf;
 use crate::machine::available_memory;
-use crate::model::Model;
-use crate::plan::{self, Scheme};
+use crate::plan::{Part, Scheme};
+use crate::ranks::Group;
 use crate::request::{FinishReason, SamplingParams, Wanted};
 use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
+use crate::weights::DType;
 use crate::weights::quant::Quantization;
-use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, ReadAhead};
 use crate::{Error, Result};
 
 /// Most samples of one prompt.
@@ -39,7 +39,7 @@ const SIGNAL_POLL: Duration = Duration::from_millis(20);
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(check_sampling_params, m)?)?;
-    m.add_function(wrap_pyfunction!(find_device, m)?)?;
+    m.add_function(wrap_pyfunction!(check_devices, m)?)?;
     m.add_class::<PyEngine>()?;
     m.add_class::<PyGeneration>()?;
     m.add_class::<PyDelta>()
@@ -133,14 +133,15 @@ fn check_sampling_params(params: PySamplingParams) -> PyResult<()> {
     params.resolve(&GenerationConfig::default(), u32::MAX as usize).map(drop).map_err(to_py)
 }
 
-/// `cpu` or `cuda:N`: the device that a name means, which is there and can be used.
+/// Sees that `LLM`'s arguments of these names can be served: before anything large is fetched.
 #[pyfunction]
-fn find_device(py: Python<'_>, name: &str) -> PyResult<String> {
-    enter(py, || {
-        let device = Device::parse(name)?;
-        device.require()?;
-        Ok(device.to_string())
-    })
+fn check_devices(
+    py: Python<'_>,
+    device: &str,
+    tensor_parallel_size: usize,
+    expert_parallel: bool,
+) -> PyResult<()> {
+    enter(py, || Ranks::new(tensor_parallel_size, expert_parallel)?.devices(device).map(drop))
 }
 
 /// A model on a device, with a thread that runs it.
@@ -149,7 +150,8 @@ struct PyEngine {
     service: Service,
     tokenizer: Option<Py<PyTokenizer>>,
     defaults: GenerationConfig,
-    config: ModelConfig,
+    /// What each rank has of the model.
+    part: Part,
     quantization: Option<Quantization>,
     caches: Caches,
     /// Rows of the head.
@@ -167,112 +169,9 @@ struct PyEngine {
     has_mtp: bool,
     #[pyo3(get)]
     eos_token_ids: Vec<u32>,
-    /// `cpu`, or `cuda:N`.
+    /// `cpu`, `cuda:N`, or `cuda:N,M` of several ranks.
     #[pyo3(get)]
     device: String,
-}
-
-/// The longest request, and whether the MTP module is loaded.
-type Sizes = (usize, bool);
-
-/// What a model is made from.
-struct Load {
-    path: PathBuf,
-    /// Whether the weights are random and nothing is read.
-    dummy: bool,
-    config: ModelConfig,
-    dtype: Option<DType>,
-    /// What its matrices are quantised to as they are loaded.
-    quantization: Option<Quantization>,
-    /// Whether with its MTP module; `None` for where it can be run.
-    mtp: Option<bool>,
-    caches: Caches,
-    limits: EngineLimits,
-    /// Tokens that exist.
-    num_tokens: usize,
-    eos: Vec<u32>,
-    progress: Option<Py<PyAny>>,
-}
-
-impl Load {
-    /// Loads it onto a device; the engine's thread does the work. `room` is what decoded matrices may take, where the
-    /// device does not say itself that they are too large for it.
-    fn start<B: Backend + 'static>(self, backend: B, room: Option<u64>) -> Result<(Service, Sizes)> {
-        let cancelled = Arc::new(AtomicBool::new(false));
-        let seen = Arc::clone(&cancelled);
-        let make = move || {
-            let checkpoint = if self.dummy { Checkpoint::random() } else { Checkpoint::open(&self.path)? };
-            let mut tensors = ModelTensors::resolve(&checkpoint, &self.config)?;
-            if let Some(quantization) = self.quantization {
-                tensors = tensors.requantised(quantization);
-            }
-            check_decoded(&tensors, self.dtype, room)?;
-            let mut ahead = ReadAhead::new(&tensors);
-            let report = |done, total| {
-                ahead.loaded(done);
-                match seen.load(Ordering::Relaxed) {
-                    true => Err(Error::Interrupted),
-                    false => report(&self.progress, done, total),
-                }
-            };
-            let module = match self.mtp {
-                Some(false) => None,
-                Some(true) => Some(MtpTensors::resolve(&checkpoint, &self.config)?),
-                None => MtpTensors::resolve(&checkpoint, &self.config).ok(),
-            };
-            let mut model =
-                Model::load(&self.config, tensors, self.dtype, backend, report)?.with_caches(self.caches);
-            if let Some(mut module) = module {
-                if let Some(quantization) = self.quantization {
-                    module = module.requantised(quantization);
-                }
-                model = model.with_mtp(module, self.dtype)?;
-            }
-            let engine = Engine::new(model, &self.limits, self.num_tokens, self.eos)?;
-            let sizes = (engine.max_model_len(), engine.model().has_mtp());
-            Ok((engine, sizes))
-        };
-        // Ctrl-C ends the wait at once; the thread ends behind the layer that it is at.
-        Service::start(make, || {
-            let signals = Python::attach(|py| py.check_signals());
-            signals.map_err(|_| {
-                cancelled.store(true, Ordering::Relaxed);
-                Error::Interrupted
-            })
-        })
-    }
-
-    /// Refuses random weights that are more than the machine has room for: unlike a file's they cannot be given back.
-    fn check_memory(&self) -> Result<()> {
-        let weights = plan::weight_bytes(&self.config, Scheme::Bf16).map_or(0, |bytes| bytes.resident);
-        match available_memory() {
-            Some(free) if self.dummy && weights > free => Err(Error::OutOfMemory {
-                what: format!("random weights ({weights} bytes; the machine has {free} available)"),
-                advice: "take a smaller model, or a GPU".into(),
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn start_cuda(
-        self,
-        ordinal: usize,
-        folders: &[PathBuf],
-        deterministic: bool,
-        enforce_eager: bool,
-    ) -> Result<(Service, Sizes)> {
-        if let Some(dtype) = self.dtype.filter(|&dtype| dtype != DType::BF16) {
-            let found = if dtype == DType::F32 { "float32" } else { "float16" };
-            return Err(Error::request("dtype", found, "auto, bfloat16 (on a CUDA device)"));
-        }
-        self.start(crate::backend::cuda::Cuda::new(ordinal, folders, deterministic, !enforce_eager)?, None)
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    fn start_cuda(self, ordinal: usize, _: &[PathBuf], _: bool, _: bool) -> Result<(Service, Sizes)> {
-        Device::Cuda(ordinal).require().and_then(|()| self.start(Cpu, None))
-    }
 }
 
 #[pymethods]
@@ -281,7 +180,7 @@ impl PyEngine {
     /// run. `progress(done, total)` is called as layers are loaded. With the load format `dummy`, `path` may also be a
     /// `config.json` or a size of the family, and the weights are random.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, quantization, deterministic, enforce_eager, mtp, kv_cache_dtype, state_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, quantization, deterministic, enforce_eager, tensor_parallel_size, expert_parallel, mtp, kv_cache_dtype, state_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -293,6 +192,8 @@ impl PyEngine {
         quantization: Option<&str>,
         deterministic: bool,
         enforce_eager: bool,
+        tensor_parallel_size: usize,
+        expert_parallel: bool,
         mtp: Option<bool>,
         kv_cache_dtype: &str,
         state_dtype: &str,
@@ -321,7 +222,11 @@ impl PyEngine {
         };
         let quantization = parse_quantization(quantization).map_err(to_py)?;
         let caches = Caches::from_names(kv_cache_dtype, state_dtype).map_err(to_py)?;
-        let device = enter(py, || Device::parse(device))?;
+        let (ranks, devices) = enter(py, || {
+            let ranks = Ranks::new(tensor_parallel_size, expert_parallel)?;
+            let devices = ranks.devices(device)?;
+            Ok((ranks, devices))
+        })?;
         let limits = EngineLimits {
             max_model_len,
             max_num_seqs,
@@ -332,6 +237,13 @@ impl PyEngine {
         };
         let text: Option<Arc<Tokenizer>> = tokenizer.as_ref().map(|t| Arc::clone(&t.get().inner));
         let folders = py.import("sys")?.getattr("path")?.extract::<Vec<PathBuf>>().unwrap_or_default();
+        if ranks.may_load_nccl(&devices) {
+            // NVLink multicast belongs to the whole host, and a program that fails in it can take the cards from others: it
+            // is used where the user says so. Set as Python programs set it, under the interpreter's lock, before NCCL is
+            // loaded.
+            let environment = py.import("os")?.getattr("environ")?;
+            environment.call_method1("setdefault", ("NCCL_NVLS_ENABLE", "0"))?;
+        }
         enter(py, move || {
             let config = if dummy { model_config(&path)? } else { ModelConfig::from_dir(&path)? };
             let defaults = match path.is_dir() || gguf::find(&path)?.is_some() {
@@ -342,10 +254,11 @@ impl PyEngine {
             let eos_token_ids = stop_tokens(&defaults, text.as_deref(), config.vocab);
             let num_tokens = text.map_or(config.vocab, |t| t.len());
             let (vocab, eos) = (config.vocab, eos_token_ids.clone());
+            let (part, num_layers) = (Part::new(&config, ranks.shard(0))?, config.layers.len());
             let load = Load {
                 path,
                 dummy,
-                config: config.clone(),
+                config,
                 dtype,
                 quantization,
                 mtp,
@@ -354,17 +267,24 @@ impl PyEngine {
                 num_tokens,
                 eos,
                 progress,
+                ranks,
             };
-            let (service, (max_model_len, has_mtp)) = match device {
-                Device::Cpu => load.check_memory().and_then(|()| load.start(Cpu, available_memory()))?,
-                Device::Cuda(ordinal) => load.start_cuda(ordinal, &folders, deterministic, enforce_eager)?,
+            let ordinals: Option<Vec<usize>> = devices.iter().map(|device| device.ordinal()).collect();
+            let (service, (max_model_len, has_mtp)) = match ordinals {
+                None => {
+                    load.check_memory()?;
+                    let cpu =
+                        |_, group: Option<Arc<dyn Group>>| Ok(group.map_or_else(Cpu::default, Cpu::among));
+                    load.start(cpu, available_memory())?
+                }
+                Some(ordinals) => load.start_cuda(ordinals, folders, deterministic, enforce_eager)?,
             };
-            let (device, num_layers) = (device.to_string(), config.layers.len());
+            let device = Device::name_of(&devices);
             Ok(Self {
                 service,
                 tokenizer,
                 defaults,
-                config,
+                part,
                 quantization,
                 caches,
                 vocab,
@@ -407,7 +327,7 @@ impl PyEngine {
             let stops = jobs.iter().map(|j| stops_of(j, &self.eos_token_ids)).collect();
             Ok(Under { generation: self.service.submit(jobs)?, texts, stops })
         })?;
-        Ok(PyGeneration { inner: Mutex::new(generation) })
+        Ok(PyGeneration { inner: Mutex::new(generation), closed: AtomicBool::new(false) })
     }
 
     /// JSON of what the engine holds and what its device says of its last step.
@@ -420,16 +340,16 @@ impl PyEngine {
         enter(py, || json(&self.service.measure()?))
     }
 
-    /// What a decode step of the model needs, in bf16 or as it was quantised at load: `(bytes, active parameters)`.
-    /// `experts_hit`: experts of a layer that it reads; 0 for as many as it would under uniform routing.
+    /// What a decode step needs of each rank, in bf16 or as the model was quantised at load: `(bytes, active parameters)`.
+    /// `experts_hit`: experts of a layer that it reads, of all ranks'; 0 for as many as it would under uniform routing.
     fn step_facts(&self, batch: usize, context: usize, experts_hit: usize) -> (f64, u64) {
-        let (config, caches) = (&self.config, self.caches);
         let scheme = self.quantization.map_or(Scheme::Bf16, Scheme::from);
-        let bytes = match experts_hit {
-            0 => plan::step_bytes(config, scheme, batch, context, caches),
-            hit => plan::step_bytes_with(config, scheme, batch, context, caches, hit as f64),
-        };
-        (bytes.unwrap_or_default(), plan::param_counts(config).active)
+        let hit = Some(experts_hit as f64).filter(|&hit| hit > 0.0);
+        let bytes = self
+            .part
+            .weights(scheme)
+            .map(|weights| self.part.step_bytes(&weights, batch, context, self.caches, hit));
+        (bytes.unwrap_or_default(), self.part.params().active)
     }
 
     /// float32 logits of every token of a prompt, `[num_tokens, vocab]`.
@@ -492,15 +412,12 @@ fn stops_of(job: &Job, eos: &[u32]) -> Vec<u32> {
     own.iter().chain(&params.stop_token_ids).copied().collect()
 }
 
-fn report(progress: &Option<Py<PyAny>>, done: usize, total: usize) -> Result<()> {
-    let Some(progress) = progress else { return Ok(()) };
-    Python::attach(|py| progress.call1(py, (done, total)).map(drop)).map_err(|_| Error::Interrupted)
-}
-
 /// Requests under way; an iterator over their [`PyDelta`]s. Dropping it ends them.
 #[pyclass(name = "Generation", module = "qwen35rs._core", frozen)]
 struct PyGeneration {
     inner: Mutex<Under>,
+    /// Set by `close`. Whoever holds `inner` looks at it behind the lock, so that a close that did not get the lock is seen.
+    closed: AtomicBool,
 }
 
 struct Under {
@@ -542,11 +459,27 @@ impl PyGeneration {
                     Event::Output(i, output) => Some(Some(under.delta(i, output)?)),
                 })
             })?;
+            if self.closed.load(Ordering::SeqCst) {
+                self.close();
+                return Ok(None);
+            }
             match event {
                 Some(delta) => return Ok(delta),
                 None => py.check_signals()?,
             }
         }
+    }
+
+    /// Ends the requests, from any thread; one that waits for the next delta gets the end.
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        let mut under = match self.inner.try_lock() {
+            Ok(under) => under,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // The thread that waits there finds `closed` set when it is back, at the latest after `SIGNAL_POLL`.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        (0..under.texts.len()).for_each(|i| under.generation.close(i));
     }
 }
 

@@ -1,6 +1,8 @@
 //! The exception classes, and which error becomes which.
 
-use pyo3::exceptions::{PyException, PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{
+    PyException, PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PySystemExit, PyValueError,
+};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
@@ -13,6 +15,7 @@ struct Classes {
     request: Py<PyType>,
     memory: Py<PyType>,
     cuda: Py<PyType>,
+    ranks: Py<PyType>,
 }
 
 fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
@@ -55,6 +58,11 @@ fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
                 "A GPU that is not there, cannot be used, or failed; says which.",
                 py.get_type::<PyRuntimeError>(),
             )?,
+            ranks: derived(
+                "RankError",
+                "Ranks that share a model and lost each other, or were not started alike; says which.",
+                py.get_type::<PyRuntimeError>(),
+            )?,
             base,
         })
     })
@@ -72,8 +80,10 @@ pub(crate) fn to_py(error: Error) -> PyErr {
             Error::Request { .. } | Error::Template(_) => &classes.request,
             Error::OutOfMemory { .. } => &classes.memory,
             Error::Cuda { .. } => &classes.cuda,
+            Error::Ranks { .. } => &classes.ranks,
             Error::Internal(_) | Error::Model(_) => &classes.base,
             Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
+            Error::Followed => return PySystemExit::new_err(0),
             Error::Io { path, source } => {
                 // The builtin class of the kind, with the path in its text.
                 let text = format!("{}: {source}", path.display());
@@ -90,5 +100,6 @@ pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("ConfigError", &classes.config)?;
     m.add("RequestError", &classes.request)?;
     m.add("OutOfMemoryError", &classes.memory)?;
-    m.add("CudaError", &classes.cuda)
+    m.add("CudaError", &classes.cuda)?;
+    m.add("RankError", &classes.ranks)
 }

@@ -5,6 +5,7 @@
 mod dlpack;
 mod engine;
 mod errors;
+mod load;
 mod ops;
 #[cfg(feature = "cuda")]
 mod ops_cuda;

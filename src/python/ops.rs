@@ -258,6 +258,7 @@ fn ops_moe<'py>(
         shared: None,
         shared_gate: None,
         top_k,
+        here: 0..usize::MAX,
     };
     if let Some([gate_proj, up_proj, down_proj, shared_gate]) = &shared {
         let rows = [gate_proj.data, up_proj.data].concat();

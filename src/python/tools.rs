@@ -10,10 +10,12 @@ use serde_json::{Map, Value};
 use super::{enter, to_py};
 use crate::config::ModelConfig;
 #[cfg(feature = "cuda")]
+use crate::config::Shard;
+#[cfg(feature = "cuda")]
 use crate::engine::EngineLimits;
 use crate::gguf;
 use crate::inspect::inspect;
-use crate::plan::{self, PlanOptions, Scheme};
+use crate::plan::{self, Part, PlanOptions, Scheme};
 use crate::quantize::{Calibration, quantize};
 use crate::tokenizer::chat::ChatTemplate;
 #[cfg(feature = "cuda")]
@@ -158,7 +160,7 @@ struct ModelPlan {
 #[derive(Serialize)]
 struct NamedCard {
     named: String,
-    card: &'static str,
+    card: String,
     others: Vec<&'static str>,
 }
 
@@ -174,9 +176,10 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
     }
 }
 
-/// JSON plan of a model, named by a family name or by the path of a checkpoint or of a `config.json`.
+/// JSON plan of a model, named by a family name or by the path of a checkpoint or of a `config.json`. With `num_seqs`, a layout
+/// is chosen for each card and number of cards, for so many requests at once.
 #[pyfunction]
-#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, f16_state, with_vision, with_mtp))]
+#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, f16_state, with_vision, with_mtp, num_seqs=None))]
 #[allow(clippy::too_many_arguments)]
 fn plan_model(
     py: Python<'_>,
@@ -189,25 +192,23 @@ fn plan_model(
     f16_state: bool,
     with_vision: bool,
     with_mtp: bool,
+    num_seqs: Option<usize>,
 ) -> PyResult<String> {
     let make = || {
         let config = model_config(Path::new(model))?;
         let named: Vec<_> = gpus.iter().map(|name| Ok((name, plan::gpu(name)?))).collect::<Result<_>>()?;
         let gpus = match named.is_empty() {
             true => plan::GPUS.to_vec(),
-            false => named.iter().map(|(_, (gpu, _))| *gpu).collect(),
+            false => named.iter().map(|(_, (gpu, _))| gpu.clone()).collect(),
         };
         let card = |(name, (gpu, others)): (&String, (plan::Gpu, _))| NamedCard {
             named: name.clone(),
-            card: gpu.name,
+            card: gpu.name.into_owned(),
             others,
         };
         let named = named.into_iter().map(card).collect();
-        let schemes = match schemes.is_empty() {
-            true => Scheme::ALL.to_vec(),
-            false => schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?,
-        };
-        let weights = |scheme: Scheme| match scheme {
+        let schemes: Vec<_> = schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?;
+        let weights = |scheme: Scheme, part: &Part| match scheme {
             Scheme::Stored => {
                 let path = Path::new(model);
                 let is_gguf = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
@@ -215,24 +216,29 @@ fn plan_model(
                     let found = format!("stored, of {model}");
                     return Err(Error::request("scheme", found, "that of a checkpoint with its weights"));
                 }
-                plan::stored(path, &config).map(Some)
+                plan::stored(path, &config, part).map(Some)
             }
-            scheme => Ok(plan::weight_bytes(&config, scheme)),
+            scheme => Ok(part.weights(scheme)),
         };
-        let weights =
-            schemes.into_iter().filter_map(|scheme| weights(scheme).transpose()).collect::<Result<_>>()?;
-        let options =
-            PlanOptions { context, fp8_kv, f16_state, with_vision, with_mtp, ..PlanOptions::default() };
-        let plan = plan::plan(&config, &gpus, &cards, weights, &options)?;
+        let options = PlanOptions {
+            context,
+            fp8_kv,
+            f16_state,
+            with_vision,
+            with_mtp,
+            num_seqs,
+            ..PlanOptions::default()
+        };
+        let plan = plan::plan(&config, &gpus, &cards, &schemes, &weights, &options)?;
         json(&ModelPlan { config, cards: named, plan })
     };
     py.detach(make).map_err(to_py)
 }
 
-/// JSON of what this version would hold of a model on one card of so much memory, and leave for keys and values; None
-/// where it was built without CUDA. The model is named as for [`plan_model`].
+/// JSON of what this version would hold of a model on each of so many cards of so much memory, and leave for keys and values;
+/// None where it was built without CUDA. The model is named as for [`plan_model`].
 #[pyfunction]
-#[pyo3(signature = (model, *, gpu, quantization, mtp, fp8_kv, f16_state, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization))]
+#[pyo3(signature = (model, *, gpu, quantization, mtp, fp8_kv, f16_state, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, tensor_parallel_size=1, expert_parallel=false))]
 #[allow(clippy::too_many_arguments, unused_variables)]
 fn plan_memory(
     py: Python<'_>,
@@ -246,12 +252,17 @@ fn plan_memory(
     max_num_seqs: usize,
     max_num_batched_tokens: usize,
     gpu_memory_utilization: f64,
+    tensor_parallel_size: usize,
+    expert_parallel: bool,
 ) -> PyResult<Option<String>> {
     #[cfg(feature = "cuda")]
     return py
         .detach(|| {
             let config = model_config(Path::new(model))?;
-            let bytes = (plan::gpu(gpu)?.0.memory_gib * f64::from(1 << 30)) as usize;
+            let checkpoint = match config.quantization {
+                Some(_) => Checkpoint::open(Path::new(model))?,
+                None => Checkpoint::random(),
+            };
             let limits = EngineLimits {
                 max_model_len,
                 max_num_seqs,
@@ -259,13 +270,15 @@ fn plan_memory(
                 gpu_memory_utilization,
                 ..EngineLimits::default()
             };
-            let quantization = parse_quantization(quantization)?;
-            let checkpoint = match config.quantization {
-                Some(_) => Checkpoint::open(Path::new(model))?,
-                None => Checkpoint::random(),
+            let run = plan::DryRun {
+                quantization: parse_quantization(quantization)?,
+                mtp,
+                caches: PlanOptions { fp8_kv, f16_state, ..PlanOptions::default() }.caches(),
+                limits,
+                shard: Shard::first(tensor_parallel_size, expert_parallel)?,
+                card_bytes: (plan::gpu(gpu)?.0.memory_gib * f64::from(1 << 30)) as usize,
             };
-            let caches = PlanOptions { fp8_kv, f16_state, ..PlanOptions::default() }.caches();
-            json(&plan::memory(&config, &checkpoint, quantization, mtp, caches, &limits, bytes)?).map(Some)
+            json(&run.held(&config, &checkpoint)?).map(Some)
         })
         .map_err(to_py);
     #[cfg(not(feature = "cuda"))]

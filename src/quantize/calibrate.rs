@@ -212,7 +212,7 @@ pub(super) fn write_calibrated(
     }
     check_memory(before, &sequences, &wanted, available_memory())?;
     let slices: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
-    let mut walk = Walk::new(before.config, &before.tensors.embed_tokens, &slices, Cpu)?;
+    let mut walk = Walk::new(before.config, &before.tensors.embed_tokens, &slices, Cpu::default())?;
     let mut next = 0;
     let prepare = |stage: usize, poll: &mut dyn FnMut() -> Result<()>| {
         // What the last layer had is not needed, and its memory is.

@@ -200,26 +200,6 @@ pub(super) fn stored(stored: &Stored) -> Tensor {
     }
 }
 
-/// Rows of a tensor of a file, as a matrix.
-fn rows(tensor: &Tensor, first: usize, shape: [usize; 2]) -> Tensor {
-    let data = match &tensor.data {
-        Data::Mapped(map, range) => {
-            let row_bytes = shape[1] * tensor.dtype.size();
-            let start = range.start + first * row_bytes;
-            Data::Mapped(Arc::clone(map), start..start + shape[0] * row_bytes)
-        }
-        Data::Encoded(encoded) => match encoded.as_ref() {
-            Encoded::Gguf(gguf) => {
-                let codes = rows(&gguf.codes, first, [shape[0], gguf.codes.num_cols()]);
-                Data::Encoded(Arc::new(Encoded::Gguf(Gguf { codes, ..gguf.clone() })))
-            }
-            _ => tensor.data.clone(),
-        },
-        other => other.clone(),
-    };
-    Tensor { name: tensor.name.clone(), dtype: tensor.dtype, shape: shape.to_vec(), data }
-}
-
 /// The matrix with heads where the model has them.
 fn with_order(tensor: Tensor, moved: Moved) -> Tensor {
     let gguf = match &tensor.data {
@@ -277,10 +257,11 @@ impl Resolver<'_> {
             }
         };
         let (gate, up, down) = (gate?, up?, down?);
+        let rows = |tensor: &Tensor, first: usize, len: usize| tensor.row_slice(first..first + len);
         let triple = |e: usize| ExpertTriple {
-            gate_proj: rows(&gate, e * stride, [width, hidden]),
-            up_proj: rows(&up, e * stride + up_first, [width, hidden]),
-            down_proj: rows(&down, e * hidden, [hidden, width]),
+            gate_proj: rows(&gate, e * stride, width),
+            up_proj: rows(&up, e * stride + up_first, width),
+            down_proj: rows(&down, e * hidden, hidden),
         };
         Some(ExpertTensors::PerExpert((0..num_experts).map(triple).collect()))
     }

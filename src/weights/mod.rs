@@ -11,6 +11,7 @@ mod names;
 pub mod quant;
 mod random;
 pub mod safetensors;
+mod shard;
 pub mod write;
 
 pub use ahead::{ReadAhead, release_behind};
@@ -182,8 +183,15 @@ pub struct LayerTensors {
 }
 
 impl LayerTensors {
-    /// Every tensor of the layer.
+    /// Every tensor of the layer: [`LayerTensors::rest`], then [`LayerTensors::experts`].
     pub fn tensors(&self) -> Vec<&Tensor> {
+        let mut list = self.rest();
+        list.extend(self.experts());
+        list
+    }
+
+    /// All but the routed experts.
+    pub fn rest(&self) -> Vec<&Tensor> {
         let mut list = vec![&self.input_layernorm, &self.post_attention_layernorm];
         list.extend(self.mixer.tensors());
         match &self.ffn {
@@ -192,24 +200,29 @@ impl LayerTensors {
             }
             FfnTensors::Moe {
                 gate,
-                experts,
+                experts: _,
                 shared_gate_proj,
                 shared_up_proj,
                 shared_down_proj,
                 shared_expert_gate,
             } => {
                 list.extend([gate, shared_gate_proj, shared_up_proj, shared_down_proj, shared_expert_gate]);
-                match experts {
-                    ExpertTensors::Fused { gate_up_proj, down_proj } => {
-                        list.extend([gate_up_proj, down_proj])
-                    }
-                    ExpertTensors::PerExpert(experts) => {
-                        list.extend(experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]));
-                    }
-                }
             }
         }
         list
+    }
+
+    /// The routed experts, where there are any.
+    pub fn experts(&self) -> Vec<&Tensor> {
+        match &self.ffn {
+            FfnTensors::Dense { .. } => Vec::new(),
+            FfnTensors::Moe { experts: ExpertTensors::Fused { gate_up_proj, down_proj }, .. } => {
+                vec![gate_up_proj, down_proj]
+            }
+            FfnTensors::Moe { experts: ExpertTensors::PerExpert(experts), .. } => {
+                experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]).collect()
+            }
+        }
     }
 }
 

@@ -54,50 +54,14 @@ impl ModelTensors {
     /// Bytes of weights that one token reads, as they are stored (of a quantised matrix codes, scales and zero points):
     /// everything but the embedding (unless it is the head) and the experts the token is not sent to.
     pub fn bytes_per_token(&self, config: &ModelConfig) -> u64 {
-        self.per_token(config, |tensor| tensor.num_bytes() as u64)
-    }
-
-    /// The same sum of another size.
-    pub fn per_token(&self, config: &ModelConfig, size: impl Fn(&Tensor) -> u64) -> u64 {
+        let size = |tensors: Vec<&Tensor>| tensors.into_iter().map(|t| t.num_bytes() as u64).sum::<u64>();
+        let (num_experts, top_k) = match config.ffn {
+            FfnConfig::Moe { num_experts, top_k, .. } => (num_experts as u64, top_k as u64),
+            FfnConfig::Dense { .. } => (1, 1),
+        };
         let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        let mut total = size(head) + size(&self.norm);
-        for layer in &self.layers {
-            total += size(&layer.input_layernorm) + size(&layer.post_attention_layernorm);
-            total += layer.mixer.tensors().into_iter().map(&size).sum::<u64>();
-            total += match &layer.ffn {
-                FfnTensors::Dense { gate_proj, up_proj, down_proj } => {
-                    size(gate_proj) + size(up_proj) + size(down_proj)
-                }
-                FfnTensors::Moe {
-                    gate,
-                    experts,
-                    shared_gate_proj,
-                    shared_up_proj,
-                    shared_down_proj,
-                    shared_expert_gate,
-                } => {
-                    let all: u64 = match experts {
-                        ExpertTensors::Fused { gate_up_proj, down_proj } => {
-                            size(gate_up_proj) + size(down_proj)
-                        }
-                        ExpertTensors::PerExpert(list) => list
-                            .iter()
-                            .map(|e| size(&e.gate_proj) + size(&e.up_proj) + size(&e.down_proj))
-                            .sum(),
-                    };
-                    let (num_experts, top_k) = match config.ffn {
-                        FfnConfig::Moe { num_experts, top_k, .. } => (num_experts as u64, top_k as u64),
-                        FfnConfig::Dense { .. } => (1, 1),
-                    };
-                    all / num_experts * top_k
-                        + [gate, shared_gate_proj, shared_up_proj, shared_down_proj, shared_expert_gate]
-                            .into_iter()
-                            .map(&size)
-                            .sum::<u64>()
-                }
-            };
-        }
-        total
+        let layers = self.layers.iter().map(|l| size(l.rest()) + size(l.experts()) / num_experts * top_k);
+        size(vec![head, &self.norm]) + layers.sum::<u64>()
     }
 }
 

@@ -81,6 +81,12 @@ impl Random {
         }
     }
 
+    /// So many elements for a part of the tensor, by the rule of the whole: the same for the same part.
+    pub(super) fn part(&self, places: impl Iterator<Item = usize>, num_elements: usize) -> Random {
+        let seed = places.fold(self.seed, |seed, place| mix(seed ^ place as u64));
+        Random { seed, rule: self.rule, num_elements, drawn: OnceLock::new() }
+    }
+
     /// As bf16.
     pub(super) fn bytes(&self) -> &[u8] {
         self.drawn.get_or_init(|| {

@@ -9,6 +9,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+# Ranks of one card wait for each other (ranks.py): no stream may be queued behind another. The driver reads this once.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 import torch
 
 CUDA = Path(__file__).resolve().parents[2] / "cuda"
@@ -43,15 +46,33 @@ class AttentionDims(ctypes.Structure):
 
 
 class MoeDims(ctypes.Structure):
-    _fields_ = _ints("hidden", "num_experts", "top_k", "width", "shared_width")
+    _fields_ = _ints("hidden", "num_experts", "top_k", "width", "shared_width", "first_expert", "num_here")
+
+    def __init__(self, hidden, num_experts, top_k, width, shared_width, first_expert=0, num_here=None):
+        here = num_experts if num_here is None else num_here
+        super().__init__(hidden, num_experts, top_k, width, shared_width, first_expert, here)
 
 
 class MoeWeights(ctypes.Structure):
     _fields_ = _pointers("router", "gate_up", "down", "shared_gate_up", "shared_down", "shared_gate")
 
 
+class Peers(ctypes.Structure):
+    _fields_ = [
+        *_ints("rank", "world", "channels", "early", "width"),
+        ("gather_bytes", _LONG),
+        ("timeout_ns", _LONG),
+        ("regions", _POINTER * 8),
+        ("status", _POINTER),
+    ]
+
+
 class PackedMatrix(ctypes.Structure):
     _fields_ = [*_pointers("codes", "scales", "zeros"), *_ints("rows", "k", "group", "kind")]
+
+
+class HeadOrder(ctypes.Structure):
+    _fields_ = _ints("start", "num_k_heads", "per_k_head", "head_dim")
 
 
 class PackedMoe(ctypes.Structure):
@@ -94,7 +115,9 @@ _TYPES = {
     "q35_attention_dims": AttentionDims,
     "q35_moe_dims": MoeDims,
     "q35_moe_weights": MoeWeights,
+    "q35_peers": Peers,
     "q35_packed": PackedMatrix,
+    "q35_head_order": HeadOrder,
     "q35_packed_moe_weights": PackedMoe,
     "int": ctypes.c_int,
     "int32_t": _INT,
@@ -151,7 +174,7 @@ def call(name, *arguments):
         torch.zeros(1, device="cuda")  # makes the context
         _lib = _declare(_library())
     plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if name.endswith("_workspace"):
+    if getattr(_lib, name).restype is _LONG:
         return getattr(_lib, name)(*plain)
     code = getattr(_lib, name)(torch.cuda.current_stream().cuda_stream, *plain)
     assert code == 0, f"{name}: CUDA error {code}"

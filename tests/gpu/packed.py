@@ -1,9 +1,15 @@
 """Matrices of 4 and 8 bits in the order of `q35_packed`, with random codes, and the numbers they stand for."""
 
+import copy
+
 import torch
 from launch import PackedMatrix
 
 KINDS = {"bf16": 0, "int4_f16": 1, "int4_bf16": 2, "fp8_block": 3, "fp8_row": 4, "fp4": 5}
+GGUF = {"q4_k": 6, "q5_k": 7, "q6_k": 8, "q8_0": 9}
+KINDS |= GGUF
+_GGUF_BITS = {"q4_k": 4, "q5_k": 5, "q6_k": 6, "q8_0": 8}
+_GGUF_RMS = {"q4_k": 300.0, "q5_k": 600.0, "q6_k": 1370.0, "q8_0": 74.0}  # where d is 1
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _STEP = 1 << 16  # rows that are drawn and laid out at a time
 
@@ -42,6 +48,30 @@ def lay_out_fp4_scales(scales, wholes):
     return torch.cat([tiles.reshape(-1), wholes.view(torch.uint8)])
 
 
+def lay_out_upper(codes):
+    """Tiles of codes of up to 6 bits, uint8 [rows, k], with the upper two behind the others."""
+    rows, k = codes.shape
+    tiles = (codes >> 4).view(
+        rows // 16, 2, 8, k // 64, 4, 2, 4, 2
+    )  # row: tile, +8, g; k: tile, step, 8, pair, element
+    tiles = tiles.permute(0, 3, 2, 6, 4, 5, 1, 7)
+    words = torch.zeros(*tiles.shape[:4], 2, dtype=torch.int32, device=codes.device)
+    for step in range(4):
+        for i in range(4):
+            for element in range(2):
+                code = tiles[:, :, :, :, step, i // 2, i % 2, element].to(torch.int32)
+                words[..., step // 2] |= code << (8 * (step % 2) + 2 * i + 16 * element)
+    shape = (rows // 16, k // 64, -1)
+    lower = lay_out(codes & 15, 4).view(shape)
+    return torch.cat([lower, words.view(torch.uint8).reshape(shape)], -1).reshape(-1)
+
+
+def by_tile(parts):
+    """[rows, tiles along k, bytes] in the order of `q35_packed`."""
+    rows, tiles, size = parts.shape
+    return parts.view(rows // 16, 16, tiles, size).transpose(1, 2).reshape(-1)
+
+
 def of_e2m1(codes):
     numbers = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float64, device=codes.device)
     return numbers[codes.int()]
@@ -63,6 +93,10 @@ class Packed:
     def __init__(self, rows, k, kind, group, zeros, *, scale, generator):
         self.rows, self.k, self.kind, self.group = rows, k, kind, group if 0 < group < k else k
         self.scales = self.zeros = None
+        self.rounded = False  # whether a product is of elements rounded to bf16
+        if kind in GGUF:
+            self._draw_gguf(scale, generator)
+            return
         self.bits = {"bf16": 16, "int4": 4, "fp8_": 8, "fp4": 4}[kind[:4]]
         if self.bits == 16:
             self.codes = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
@@ -99,6 +133,51 @@ class Packed:
         self.scales = lay_out_fp4_scales(self.steps, self.wholes)
         self.laid_out = torch.cat([lay_out_fp4(part) for part in self.codes.split(_STEP)])
 
+    def _draw_gguf(self, scale, generator):
+        """Numbers of a file: bytes of scales by tile, d and m by 128 columns, or scales by 32."""
+        rows, k = self.rows, self.k
+
+        def floats(*shape):
+            return (0.5 + torch.rand(shape, generator=generator, device="cuda")).mul(
+                scale / _GGUF_RMS[self.kind]
+            )
+
+        self.codes = torch.empty(rows, k, dtype=torch.uint8, device="cuda")
+        for part in self.codes.split(_STEP):
+            part.random_(0, 1 << _GGUF_BITS[self.kind], generator=generator)
+        if self.kind == "q8_0":
+            self.floats = floats(rows, k // 64, 2).half()
+            self._lay_out_gguf_scales()
+            self.laid_out = torch.cat([lay_out(part, 8) for part in self.codes.split(_STEP)])
+            return
+        self.steps = torch.empty(rows, k // 64, 4, dtype=torch.uint8, device="cuda")
+        low, high = (0, 256) if self.kind == "q6_k" else (30, 64)
+        self.steps.random_(low, high, generator=generator)
+        self.floats = floats(rows, k // 128, 2)
+        self.floats[..., 1] *= {"q4_k": 7.5, "q5_k": 15.5, "q6_k": 0.0}[self.kind]
+        self.floats = self.floats.half()
+        self._lay_out_gguf_scales()
+        laid = lay_out_upper if self.kind != "q4_k" else lambda part: lay_out(part, 4)
+        self.laid_out = torch.cat([laid(part) for part in self.codes.split(_STEP)])
+
+    def _lay_out_gguf_scales(self):
+        steps = [] if self.kind == "q8_0" else [by_tile(self.steps)]
+        self.scales = torch.cat([*steps, by_tile(self.floats.view(torch.uint8))])
+
+    def _plain_gguf(self, start, end):
+        codes, floats = self.codes[start:end], self.floats[start:end].double()
+        if self.kind == "q8_0":
+            w = codes.view(torch.int8).double() * floats.reshape(len(codes), -1).repeat_interleave(32, 1)
+        else:
+            d, m = (floats[..., i].repeat_interleave(128, 1) for i in range(2))
+            steps = self.steps[start:end].double()
+            if self.kind == "q6_k":
+                w = d * (steps.reshape(len(codes), -1).repeat_interleave(16, 1) - 128) * (codes.double() - 32)
+            else:
+                s, t = (steps[..., i : i + 2].reshape(len(codes), -1) for i in (0, 2))
+                w = d * s.repeat_interleave(32, 1) * codes.double() - m * t.repeat_interleave(32, 1)
+        return w.float().to(torch.bfloat16).double() if self.rounded else w
+
     def _lay_out(self):
         self.laid_out = torch.cat([lay_out(part, self.bits) for part in self.codes.split(_STEP)])
 
@@ -110,6 +189,8 @@ class Packed:
 
     def plain(self, start, end):
         """Rows start .. end - 1, whole tiles, in f64."""
+        if self.kind in GGUF:
+            return self._plain_gguf(start, end)
         codes = self.codes[start:end]
         if self.bits == 16:
             return codes.double()
@@ -125,6 +206,23 @@ class Packed:
         if self.bits == 8:
             return of_e4m3(codes) * spread(self.scales)
         return (codes.double() - (8 if self.zeros is None else spread(self.zeros))) * spread(self.scales)
+
+    def part(self, start, end):
+        """Rows start .. end - 1, whole tiles, as a matrix of their own."""
+        part, tiles = copy.copy(self), slice(start // 16, end // 16)
+        part.rows, part.codes = end - start, self.codes[start:end]
+        part.laid_out = self.laid_out.view(self.rows // 16, -1)[tiles]
+        if self.kind in GGUF:
+            part.floats = self.floats[start:end]
+            if self.kind != "q8_0":
+                part.steps = self.steps[start:end]
+            part._lay_out_gguf_scales()
+        elif self.kind == "fp4":
+            part.steps, part.wholes = self.steps[start:end], self.wholes[tiles]
+            part.scales = lay_out_fp4_scales(part.steps, part.wholes)
+        else:
+            part.scales, part.zeros = (None if t is None else t[tiles] for t in (self.scales, self.zeros))
+        return part
 
     def struct(self):
         tensors = (self.laid_out, self.scales, self.zeros)

@@ -1,5 +1,6 @@
 """The sparse block and its routing on the GPU against plain f64."""
 
+import copy
 import math
 
 import pytest
@@ -44,13 +45,30 @@ class Block:
             flat = empty(n, misaligned)
             return flat.normal_(generator=generator).mul_(scale).view(shape)
 
-        self.dims = dims
+        self.dims, self.here = dims, range(experts)
         self.router = draw(2 * hidden**-0.5, experts, hidden)
         self.gate_up = draw(hidden**-0.5, experts, 2 * width, hidden)
         self.down = draw(4 * width**-0.5, experts, hidden, width)
         self.shared_gate_up = draw(hidden**-0.5, 2 * shared, hidden) if shared else None
         self.shared_down = draw(4 * shared**-0.5, hidden, shared) if shared else None
         self.shared_gate = draw(hidden**-0.5, 1, hidden) if shared else None
+
+    def part(self, here):
+        """What a rank has that holds some of the experts."""
+        part = copy.copy(self)
+        part.here = here
+        part.gate_up = self.gate_up[here.start : here.stop]
+        part.down = self.down[here.start : here.stop]
+        return part
+
+    def without_shared(self):
+        other = copy.copy(self)
+        other.dims = (*self.dims[:4], 0)
+        other.shared_gate_up = other.shared_down = other.shared_gate = None
+        return other
+
+    def struct(self):
+        return MoeDims(*self.dims, self.here.start, len(self.here))
 
     def tokens(self, n, *, seed=1, misaligned=False):
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -69,7 +87,7 @@ class Block:
 
     def workspace(self, n):
         """NaN whichever way it is read, and a guard behind it."""
-        size = call("q35_moe_workspace", n, MoeDims(*self.dims))
+        size = call("q35_moe_workspace", n, self.struct())
         space = torch.full((size + 4096,), 0xFF, dtype=torch.uint8, device="cuda")
         space[size:] = 0xA5
         return space
@@ -79,7 +97,7 @@ class Block:
         space = self.workspace(max_tokens or n)
         if out is None:
             out = torch.full_like(x, float("nan"))
-        call("q35_moe", n, MoeDims(*self.dims), self.weights(), x, space, out)
+        call("q35_moe", n, self.struct(), self.weights(), x, space, out)
         assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
         return out
 
@@ -89,7 +107,7 @@ class Block:
         residual, space = residual.clone(), self.workspace(n)
         x = empty((n + 1) * hidden, misaligned).fill_(float("nan")).view(n + 1, hidden)
         out = poisoned(n + 1, hidden)
-        dims, weights = MoeDims(*self.dims), self.weights()
+        dims, weights = self.struct(), self.weights()
         call("q35_norm_moe", n, dims, weights, delta, residual, w, EPS, x, space, out)
         assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
         assert x[-1].isnan().all() and out[-1].isnan().all()
@@ -121,8 +139,11 @@ class Block:
 
         out = torch.zeros_like(x)
         for e in chosen.unique().tolist():
+            if e not in self.here:
+                continue
             token, place = (chosen == e).nonzero(as_tuple=True)
-            y = swiglu(x[token], self.gate_up[e], self.down[e], width)
+            at = e - self.here.start
+            y = swiglu(x[token], self.gate_up[at], self.down[at], width)
             out.index_add_(0, token, weights[token, place, None] * y)
         if shared:
             gate = torch.sigmoid(x @ self.shared_gate.double().T)

@@ -24,7 +24,7 @@ def together(block, x, residual, w, *, in_place=False):
     residual, space = residual.clone(), block.workspace(n)
     out = poisoned(n + 1, hidden)
     given = out[:n].copy_(x) if in_place else x
-    dims, weights = MoeDims(*block.dims), block.weights()
+    dims, weights = block.struct(), block.weights()
     call("q35_moe_then_norm", n, dims, weights, given, space, residual, w, EPS, out)
     assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
     assert out[-1].isnan().all()

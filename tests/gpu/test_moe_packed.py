@@ -1,5 +1,7 @@
 """The sparse block with experts in 4 and 8 bits against plain f64 of the numbers that the codes stand for."""
 
+import copy
+
 import pytest
 import torch
 from launch import MoeDims, PackedMatrix, PackedMoe, call, error, poisoned, same_bits
@@ -23,6 +25,24 @@ INT4 = ("int4_f16", 128, False)
 FP8 = ("fp8_block", 128, False)
 BF16 = ("bf16", 0, False)
 NVFP4 = ("fp4", 0, False)
+# Of GGUF: in whole units of 128 columns.
+Q4_K, Q5_K, Q6_K, Q8_0 = GGUF = [(kind, 0, False) for kind in ("q4_k", "q5_k", "q6_k", "q8_0")]
+UNITS = [
+    (128, 5, 2, 128, 128),
+    (256, 12, 12, 128, 0),
+    (384, 16, 1, 256, 128),
+    (640, 7, 3, 384, 256),
+    (1152, 256, 8, 128, 640),
+    (128, 40, 32, 128, 128),
+]
+# Those of a Q4_K_M file; others beside int4 and bf16.
+GGUF_MIXED = [
+    (Q4_K, Q6_K, Q4_K, Q6_K),
+    (Q4_K, Q4_K, Q8_0, Q8_0),
+    (Q5_K, Q6_K, BF16, BF16),
+    (Q8_0, INT4, Q5_K, ("int4_f16", 32, False)),
+    (BF16, Q4_K, Q6_K, BF16),
+]
 FORMATS = [
     *(("int4_f16", group, zeros) for group in (32, 64, 128, 1 << 30) for zeros in (False, True)),
     ("int4_bf16", 32, True),
@@ -47,13 +67,31 @@ class Block:
         def packed(rows, k, form, scale):
             return Packed(rows, k, *form, scale=scale * k**-0.5, generator=generator)
 
-        self.dims = dims
+        self.dims, self.here = dims, range(experts)
         self.router = plain(experts, hidden, scale=2 * hidden**-0.5)
         self.gate_up = packed(experts * 2 * width, hidden, formats[0], 1)
         self.down = packed(experts * hidden, width, formats[1], 4)
         self.shared_gate_up = packed(2 * shared, hidden, formats[2], 1) if shared else None
         self.shared_down = packed(hidden, shared, formats[3], 4) if shared else None
         self.shared_gate = plain(1, hidden, scale=hidden**-0.5) if shared else None
+
+    def part(self, here):
+        """What a rank has that holds some of the experts."""
+        hidden, _, _, width, _ = self.dims
+        part = copy.copy(self)
+        part.here = here
+        part.gate_up = self.gate_up.part(2 * width * here.start, 2 * width * here.stop)
+        part.down = self.down.part(hidden * here.start, hidden * here.stop)
+        return part
+
+    def without_shared(self):
+        other = copy.copy(self)
+        other.dims = (*self.dims[:4], 0)
+        other.shared_gate_up = other.shared_down = other.shared_gate = None
+        return other
+
+    def struct(self):
+        return MoeDims(*self.dims, self.here.start, len(self.here))
 
     def weights(self):
         packed = (self.gate_up, self.down, self.shared_gate_up, self.shared_down)
@@ -62,7 +100,7 @@ class Block:
 
     def workspace(self, n):
         """NaN whichever way it is read, and a guard behind it."""
-        size = call("q35_moe_workspace", n, MoeDims(*self.dims))
+        size = call("q35_moe_workspace", n, self.struct())
         space = torch.full((size + 4096,), 0xFF, dtype=torch.uint8, device="cuda")
         space[size:] = 0xA5
         return space
@@ -72,7 +110,7 @@ class Block:
         n, hidden = residual.shape
         residual, space = residual.clone(), self.workspace(n)
         x, out = poisoned(n + 1, hidden), poisoned(n + 1, hidden)
-        dims, weights = MoeDims(*self.dims), self.weights()
+        dims, weights = self.struct(), self.weights()
         call("q35_packed_norm_moe", n, dims, weights, delta, residual, w, EPS, x, space, out)
         assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
         assert x[-1].isnan().all() and out[-1].isnan().all()
@@ -105,9 +143,12 @@ class Block:
 
         out, self.apart = torch.zeros_like(x), torch.zeros_like(x)
         for e in chosen.unique().tolist():
+            if e not in self.here:
+                continue
             token, place = (chosen == e).nonzero(as_tuple=True)
-            gate_up = self.gate_up.plain(2 * width * e, 2 * width * (e + 1))
-            down = self.down.plain(hidden * e, hidden * (e + 1))
+            at = e - self.here.start
+            gate_up = self.gate_up.plain(2 * width * at, 2 * width * (at + 1))
+            down = self.down.plain(hidden * at, hidden * (at + 1))
             add(token, weights[token, place, None], *swiglu(x[token], gate_up, down, width))
         if shared:
             gate = torch.sigmoid(x @ self.shared_gate.double().T)
@@ -130,7 +171,7 @@ class Block:
         assert (rows[sure] < TOLERANCE).all(), "one token is off"
 
 
-@pytest.mark.parametrize("form", [INT4, ("int4_bf16", 32, True), FP8, NVFP4], ids=str)
+@pytest.mark.parametrize("form", [INT4, ("int4_bf16", 32, True), FP8, NVFP4, *GGUF], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name, form):
     block = Block(FAMILIES[name], [form] * 4)
@@ -144,6 +185,22 @@ def test_odd_sizes(dims, form):
     block = Block(dims, [form] * 4)
     for n in (1, 2, 7, 8, 9, 15, 16):
         block.check(n, with_delta=n != 8)
+
+
+@pytest.mark.parametrize("form", GGUF, ids=str)
+@pytest.mark.parametrize("dims", UNITS, ids=str)
+def test_units_of_gguf(dims, form):
+    block = Block(dims, [form] * 4)
+    for n in (1, 2, 7, 8, 9, 15, 16):
+        block.check(n, with_delta=n != 8)
+
+
+@pytest.mark.parametrize("formats", GGUF_MIXED, ids=str)
+@pytest.mark.parametrize("dims", [SMALL_FAMILY, (640, 7, 3, 384, 256)], ids=str)
+def test_mixed_kinds_of_gguf(dims, formats):
+    block = Block(dims, formats)
+    for n in (1, 2, 7, 16):
+        block.check(n)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +235,7 @@ def test_the_smallest_numbers_of_8_bits(kind):
         block.check(n)
 
 
-@pytest.mark.parametrize("form", [INT4, FP8, NVFP4], ids=str)
+@pytest.mark.parametrize("form", [INT4, FP8, NVFP4, *GGUF], ids=str)
 def test_one_expert_takes_all_tokens(form):
     block = Block((2048, 64, 1, 512, 512), [form] * 4)
     block.router.zero_()
@@ -199,6 +256,16 @@ def test_one_expert_takes_all_tokens(form):
 )
 @pytest.mark.parametrize("dims", [SMALL_FAMILY, (576, 12, 3, 320, 64)], ids=str)
 def test_a_token_does_not_see_the_batch(dims, formats):
+    alone_and_among_others(dims, formats)
+
+
+@pytest.mark.parametrize("formats", [*([form] * 4 for form in GGUF), GGUF_MIXED[0]], ids=str)
+@pytest.mark.parametrize("dims", [SMALL_FAMILY, (640, 12, 3, 384, 128)], ids=str)
+def test_a_token_of_gguf_does_not_see_the_batch(dims, formats):
+    alone_and_among_others(dims, formats)
+
+
+def alone_and_among_others(dims, formats):
     block = Block(dims, formats)
     delta, residual, w = norm_inputs(16, dims[0])
     alone = [block.run(delta[t : t + 1], residual[t : t + 1], w) for t in range(16)]
@@ -209,7 +276,7 @@ def test_a_token_does_not_see_the_batch(dims, formats):
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
-@pytest.mark.parametrize("form", [INT4, FP8, NVFP4], ids=str)
+@pytest.mark.parametrize("form", [INT4, FP8, NVFP4, Q4_K, Q6_K], ids=str)
 def test_layer_after_layer(form, n):
     """Kernels of neighbouring layers overlap, and share a workspace: many in a graph, against one at a time."""
     blocks = [Block(SMALL_FAMILY, [form] * 4, seed=seed) for seed in (0, 5)]
@@ -251,3 +318,11 @@ def test_nothing_and_what_is_refused():
     block.gate_up.group = 48
     with pytest.raises(AssertionError, match="CUDA error 1"):
         block.run(delta[:1], residual[:1], w)
+    # Columns that are no whole units, and floats of few bits beside GGUF's.
+    for dims, formats in (
+        ((192, 4, 2, 128, 128), [Q4_K] * 4),
+        ((128, 4, 2, 128, 128), [Q4_K, FP8, Q4_K, NVFP4]),
+    ):
+        delta, residual, w = norm_inputs(1, dims[0])
+        with pytest.raises(AssertionError, match="CUDA error 1"):
+            Block(dims, formats).run(delta, residual, w)

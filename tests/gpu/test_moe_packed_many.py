@@ -5,7 +5,19 @@ import pytest
 import torch
 from launch import MoeDims, call, error, poisoned, same_bits
 from test_moe import EPS, LARGE_FAMILY, SMALL_FAMILY, TOLERANCE, norm_inputs
-from test_moe_packed import BF16, FORMATS, FP8, INT4, NVFP4, ODD, Block
+from test_moe_packed import (
+    BF16,
+    FORMATS,
+    FP8,
+    GGUF,
+    GGUF_MIXED,
+    INT4,
+    NVFP4,
+    ODD,
+    Q4_K,
+    UNITS,
+    Block,
+)
 
 pytestmark = pytest.mark.gpu
 MIXED = [
@@ -21,6 +33,12 @@ MIXED = [
 
 
 class Many(Block):
+    def __init__(self, dims, formats, **options):
+        super().__init__(dims, formats, **options)
+        for matrix in (self.gate_up, self.down, self.shared_gate_up, self.shared_down):
+            if matrix is not None:
+                matrix.rounded = True  # those of GGUF
+
     def tokens(self, n, *, seed=1):
         generator = torch.Generator("cuda").manual_seed(seed)
         x = torch.empty(n, self.dims[0], dtype=torch.bfloat16, device="cuda")
@@ -29,7 +47,7 @@ class Many(Block):
     def run(self, x, *, max_tokens=None):
         n, hidden = x.shape
         space, out = self.workspace(max_tokens or n), poisoned(n + 1, hidden)
-        call("q35_packed_moe", n, MoeDims(*self.dims), self.weights(), x, space, out)
+        call("q35_packed_moe", n, self.struct(), self.weights(), x, space, out)
         assert (space[-4096:] == 0xA5).all(), "wrote past the workspace"
         assert out[-1].isnan().all()
         return out[:-1]
@@ -48,7 +66,7 @@ class Many(Block):
         _, residual, w = norm_inputs(n, hidden)
         together, apart, space = residual.clone(), residual.clone(), self.workspace(n)
         normed, want = x.clone(), poisoned(n, hidden)
-        dims = MoeDims(*self.dims)
+        dims = self.struct()
         # The output takes the place of x.
         call("q35_packed_moe_then_norm", n, dims, self.weights(), normed, space, together, w, EPS, normed)
         call("q35_rmsnorm_residual", n, hidden, out, apart, w, EPS, want)
@@ -76,6 +94,8 @@ def test_small_family(small_family, n):
         (LARGE_FAMILY, [INT4, INT4, BF16, BF16]),
         (LARGE_FAMILY, [NVFP4, NVFP4, BF16, BF16]),
         ((4096, 512, 10, 1024, 1024), [("int4_bf16", 32, True)] * 4),
+        (SMALL_FAMILY, [Q4_K] * 4),
+        (LARGE_FAMILY, GGUF_MIXED[0]),
     ],
     ids=str,
 )
@@ -97,6 +117,28 @@ def test_odd_sizes(dims, form):
             block.check_norm(x, out)
 
 
+@pytest.mark.parametrize("form", GGUF, ids=str)
+@pytest.mark.parametrize("dims", UNITS, ids=str)
+def test_units_of_gguf(dims, form):
+    block = Many(dims, [form] * 4)
+    for n in (1, 17, 300):
+        x = block.tokens(n)
+        out = block.check(x, max_tokens=300 if n % 2 else None)
+        if n > 16:
+            block.check_norm(x, out)
+
+
+@pytest.mark.parametrize("formats", [*GGUF_MIXED, (Q4_K, FP8, NVFP4, BF16)], ids=str)
+@pytest.mark.parametrize("dims", [(640, 7, 3, 384, 128), (128, 5, 2, 128, 384)], ids=str)
+def test_mixed_kinds_of_gguf(dims, formats):
+    block = Many(dims, formats)
+    for n in (1, 17, 100, 1000):
+        x = block.tokens(n)
+        out = block.check(x)
+        if n > 16:
+            block.check_norm(x, out)
+
+
 @pytest.mark.parametrize("formats", MIXED, ids=str)
 @pytest.mark.parametrize("dims", [(576, 7, 3, 320, 64), (192, 5, 2, 64, 320)], ids=str)
 def test_mixed_kinds(dims, formats):
@@ -106,6 +148,15 @@ def test_mixed_kinds(dims, formats):
         out = block.check(x)
         if n > 16:
             block.check_norm(x, out)
+
+
+@pytest.mark.parametrize("form", GGUF, ids=str)
+def test_a_token_of_gguf_does_not_see_the_batch(form):
+    block = Many((640, 64, 8, 128, 384), [form] * 4)
+    x = block.tokens(1500)
+    out = block.run(x)
+    for first, n in ((0, 17), (100, 40), (260, 64), (700, 300)):
+        assert same_bits(block.run(x[first : first + n]), out[first : first + n])
 
 
 @pytest.mark.parametrize("formats", [[INT4] * 4, [FP8] * 4, [NVFP4] * 4, [INT4, INT4, BF16, BF16]], ids=str)

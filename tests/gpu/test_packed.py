@@ -74,6 +74,10 @@ class Matrix:
         tiles = self.scales[: self.rows * self.k // 16].view(self.rows // 16, self.k // 64, 8, 2, 4)
         return tiles.permute(0, 3, 2, 1, 4).reshape(self.rows, self.k // 16), wholes
 
+    def multiplied(self):
+        """What products of many rows take."""
+        return self.dequantised()
+
     def dequantised(self):
         """float64 [rows, k]."""
         codes = self.unpacked()
@@ -448,7 +452,7 @@ def test_what_is_refused():
         return struct
 
     refused("q35_packed_linear", 1, m.struct, x, out, 0, 31)
-    for fields in ({"kind": 6}, {"group": 48}, {"rows": 24}, {"k": 96}, {"codes": m.codes.data_ptr() + 4}):
+    for fields in ({"kind": 10}, {"group": 48}, {"rows": 24}, {"k": 96}, {"codes": m.codes.data_ptr() + 4}):
         refused("q35_packed_linear", 1, changed(**fields), x, out, 0, 32)
     for n, tail, stride in ((17, 16, 48), (1, 0, 48), (1, 16, 47), (-1, 16, 48)):
         refused("q35_packed_linear_tail", n, m.struct, x, tail, x, out, 0, stride)

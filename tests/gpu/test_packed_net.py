@@ -197,9 +197,10 @@ def test_codes_are_as_close_as_bf16(name, kept, tmp_path):
 
 
 @pytest.mark.parametrize("count", [8, 90])
-def test_four_bits_of_gguf(count, tmp_path):
-    """Q4_0 keeps its codes, also where the file has heads in another order."""
-    values, stored, config = gguf.wide("Q4_0")
+@pytest.mark.parametrize("kind", gguf.QUANTISED)
+def test_types_of_gguf(kind, count, tmp_path):
+    """They keep their codes, also where the file has heads in another order."""
+    values, stored, config = gguf.wide(kind)
     one = g.write(tmp_path / "one.gguf", values, stored)
     plain = g.as_hugging_face(stored, config, tmp_path / "plain")
     prompt = gguf.ids(count)
@@ -207,6 +208,63 @@ def test_four_bits_of_gguf(count, tmp_path):
     on_gpu, rounded = LLM(one, device="cuda"), LLM(plain, device="cuda")
     assert on_gpu.memory["weights"] < 0.8 * rounded.memory["weights"]
     assert distance(on_gpu.logits(prompt), want) < 1.25 * distance(rounded.logits(prompt), want)
+
+
+def sparse_of_gguf():
+    """A sparse model of Q4_K with some Q6_K, whose rows are whole blocks, and its config.json; value heads of 128."""
+    values, tensors = g.read(gguf.GOLDEN / "moe-q8_0.gguf")
+    sizes = {"embedding_length": 256, "attention.head_count": 2, "rope.dimension_count": 32}
+    sizes |= {"attention.key_length": 128, "attention.value_length": 128, "ssm.inner_size": 512}
+    sizes |= {"expert_feed_forward_length": 256, "expert_shared_feed_forward_length": 256}
+    values |= {f"qwen35moe.{key}": (g.U32, value) for key, value in sizes.items()}
+    values["qwen35moe.rope.dimension_sections"] = ((g.LIST, 5), [11, 11, 10, 0])
+    shapes = {"attn_q": [512, 256], "attn_k": [128, 256], "attn_v": [128, 256], "attn_output": [256, 256]}
+    shapes |= {"attn_q_norm": [128], "attn_k_norm": [128], "ssm_norm": [128], "ssm_out": [256, 512]}
+    shapes |= {"attn_qkv": [576, 256], "attn_gate": [512, 256], "ssm_conv1d": [576, 4], "eh_proj": [256, 512]}
+    rng, out = np.random.default_rng(12), {}
+    for name, (stored, shape, _) in tensors.items():
+        stem = name.split(".")[-2 if name.endswith(("weight", "bias")) else -1]
+        # Heads and experts stay as many as they are.
+        shape = shapes.get(stem, [x if x in (3, 4, 280) and i == 0 else 256 for i, x in enumerate(shape)])
+        if stem == "ffn_gate_inp_shexp":
+            shape = [1, 256]
+        x = rng.standard_normal(shape).astype(np.float32)
+        if stem == "ssm_a":
+            x = -np.exp(x)
+        elif "norm" in stem:
+            x = 1 + np.float32(0.3) * x
+        elif stem.startswith("ffn_gate_inp"):
+            x *= np.float32(0.1)
+        plain = len(shape) == 1 or stem.startswith(("ffn_gate_inp", "ssm_conv1d"))
+        kind = "Q6_K" if stem in ("ffn_down_exps", "attn_v", "output") else "Q4_K"
+        size = 0.35 if stem == "token_embd" else 0.06
+        out[name] = q.tensor("F32", x) if plain else g.random_blocks(rng, kind, shape, size)
+    config = gguf.config_of("moe-q8_0")
+    config["text_config"] |= {
+        "hidden_size": 256,
+        "head_dim": 128,
+        "num_attention_heads": 2,
+        "linear_value_head_dim": 128,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
+    }
+    return values, out, config
+
+
+@pytest.mark.parametrize("count", [8, 90])
+def test_experts_of_gguf(count, tmp_path):
+    values, stored, config = sparse_of_gguf()
+    one = g.write(tmp_path / "one.gguf", values, stored)
+    plain = g.as_hugging_face(stored, config, tmp_path / "plain")
+    prompt = gguf.ids(count)
+    want = LLM(one, device="cpu").logits(prompt)
+    assert np.array_equal(want, LLM(plain, device="cpu").logits(prompt))
+    on_gpu, rounded = LLM(one, device="cuda"), LLM(plain, device="cuda")
+    assert on_gpu.memory["weights"] < 0.6 * rounded.memory["weights"]
+    # By token: one whose routing is nearly a tie may go either way.
+    found, bf16 = (np.median(np.linalg.norm(llm.logits(prompt) - want, axis=1)) for llm in (on_gpu, rounded))
+    assert found < 1.25 * bf16
 
 
 @pytest.mark.parametrize("scheme", ["int4", "fp8", "mixed"])

@@ -3,7 +3,7 @@ The launchers are those of test_packed_many.py and test_moe_packed_many.py."""
 
 import pytest
 from launch import same_bits
-from test_moe_packed import BF16, FORMATS, FP8, INT4, NVFP4
+from test_moe_packed import BF16, FORMATS, FP8, GGUF, INT4, NVFP4, Q4_K, Q6_K
 from test_moe_packed_many import Many
 from test_packed import FP4, FP8_BLOCK, FP8_ROW, INT4_BF16, INT4_F16, ROW, filled
 from test_packed_many import check
@@ -41,7 +41,7 @@ def test_more_tiles_than_blocks(kind, rows, n):
     check(filled(kind, rows, 256, seed=rows), (17, n))
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("form", [*FORMATS, *GGUF], ids=str)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_experts(dims, form):
     block = Many(dims, [form] * 4)
@@ -52,7 +52,7 @@ def test_experts(dims, form):
         assert same_bits(block.check(x[-n:].contiguous()), out[-n:])
 
 
-@pytest.mark.parametrize("form", [INT4, FP8, NVFP4], ids=str)
+@pytest.mark.parametrize("form", [INT4, FP8, NVFP4, *GGUF], ids=str)
 @pytest.mark.parametrize("n", EDGES)
 def test_one_expert_takes_every_token(n, form):
     block = Many((128, 16, 1, 128, 128), [form] * 4)
@@ -67,6 +67,7 @@ def test_one_expert_takes_every_token(n, form):
         (NVFP4, NVFP4, BF16, INT4),
         (NVFP4, BF16, NVFP4, FP8),
         (BF16, INT4, FP8, BF16),
+        (Q4_K, BF16, Q6_K, FP8),
         (("int4_f16", 32, True), BF16, ("int4_bf16", 64, False), ("fp8_row", 0, False)),
     ],
     ids=str,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .._core import RequestError
+from . import options
 from .options import Device, Dtype, Json, KvCacheDtype, LoadFormat, Model, Quantization, StateDtype
 from .terminal import guarded, load, write, write_json
 
@@ -33,6 +34,8 @@ def tasks(
     ] = None,
     seed: Annotated[int, typer.Option(help="Which questions; the same seed, the same questions.")] = 0,
     device: Device = "auto",
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    expert_parallel: options.ExpertParallel = False,
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
@@ -57,6 +60,8 @@ def tasks(
     llm = load(
         model,
         device=device,
+        tensor_parallel_size=tensor_parallel_size,
+        expert_parallel=expert_parallel,
         quantization=quantization,
         mtp=None,
         kv_cache_dtype=kv_cache_dtype,
@@ -101,6 +106,8 @@ def engine(
         typer.Option(help="Tokens of a prompt to time; may be repeated. \\[default: as --context]"),
     ] = None,
     device: Device = "auto",
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    expert_parallel: options.ExpertParallel = False,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
@@ -122,8 +129,9 @@ def engine(
     it must move (weights once, of experts those that were really hit;
     keys, values and states) over the read bandwidth, which is measured
     here; that of a prompt two operations for each active parameter and
-    token over the rate of a large bf16 product, measured too. On the CPU
-    nothing is measured, and no floor is shown.
+    token over the rate of a large bf16 product, measured too. Of several
+    ranks it is what one has to do; sums over ranks are not in it. On the
+    CPU nothing is measured, and no floor is shown.
     """
     from ..speed import decode, measured, room_for
     from ..speed import prefill as time_prompt
@@ -142,6 +150,8 @@ def engine(
             model,
             load_format=load_format,
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
+            expert_parallel=expert_parallel,
             dtype=dtype,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
@@ -162,6 +172,8 @@ def engine(
     floors = measured(llm)
     found: dict[str, Any] = {"model": llm.model, "device": llm.device, "quantization": quantization}
     found |= {
+        "tensor_parallel_size": tensor_parallel_size,
+        "expert_parallel": expert_parallel,
         "load_seconds": round(loaded, 3),
         "measured": floors,
         "memory": llm.memory,

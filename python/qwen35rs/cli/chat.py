@@ -40,6 +40,8 @@ def chat(
     frequency_penalty: options.Frequency = None,
     repetition_penalty: options.Repetition = None,
     device: Device = "auto",
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    expert_parallel: options.ExpertParallel = False,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
@@ -77,6 +79,8 @@ def chat(
     llm = load(
         model,
         device=device,
+        tensor_parallel_size=tensor_parallel_size,
+        expert_parallel=expert_parallel,
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,

@@ -70,6 +70,8 @@ def generate(
     repetition_penalty: options.Repetition = None,
     logprobs: options.Logprobs = None,
     device: Device = "auto",
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    expert_parallel: options.ExpertParallel = False,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
@@ -116,6 +118,8 @@ def generate(
     llm = load(
         model,
         device=device,
+        tensor_parallel_size=tensor_parallel_size,
+        expert_parallel=expert_parallel,
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,

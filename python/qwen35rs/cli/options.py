@@ -53,6 +53,22 @@ Logprobs = Annotated[
 Device = Annotated[
     str, typer.Option(help="Where it runs: auto, cpu, cuda, cuda:1, ...", rich_help_panel=_LOADING)
 ]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        help="Ranks that share the model: as many GPUs, from the one of --device on or those of --device cuda:0,2; threads "
+        "on the CPU.",
+        rich_help_panel=_LOADING,
+    ),
+]
+ExpertParallel = Annotated[
+    bool,
+    typer.Option(
+        "--expert-parallel",
+        help="Give each rank some of the experts whole, and not a slice of each.",
+        rich_help_panel=_LOADING,
+    ),
+]
 LoadFormat = Annotated[
     str,
     typer.Option(

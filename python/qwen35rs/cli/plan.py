@@ -10,6 +10,7 @@ import typer
 
 from .. import _core, hub
 from .inspect import cache, facts, parameters, table_of
+from .layout import show_choice, show_held
 from .options import Json
 from .terminal import BOLD, console, gib, guarded, note, write, write_json
 
@@ -38,12 +39,16 @@ def plan(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Card, such as 4090, h100 or 'RTX PRO 6000'; may be repeated. \\[default: {', '.join(GPUS)}]"
+            help="Card, such as 4090, h100 or 'RTX PRO 6000', or its memory, such as 48GiB; may be repeated. "
+            f"\\[default: {', '.join(GPUS)}]"
         ),
     ] = None,
     cards: Annotated[
         list[int] | None,
-        typer.Option(help="Number of cards; may be repeated. \\[default: the fewest of 1, 2, 4, 8 that do]"),
+        typer.Option(
+            help="Number of cards; may be repeated. With --gpu, a layout of them is chosen. "
+            "\\[default: the fewest of 1, 2, 4, 8 that do]"
+        ),
     ] = None,
     scheme: Annotated[
         list[str] | None,
@@ -65,55 +70,74 @@ def plan(
         bool,
         typer.Option(
             "--memory",
-            help="What this version holds on one card of each kind, byte by byte: as published, or with --quantization.",
+            "--dry-run",
+            help="What this version would hold on each card, byte by byte: as published, or with --quantization.",
         ),
     ] = False,
     quantization: Annotated[
         str | None,
         typer.Option(help="With --memory: quantised at load to int4, fp8 or mixed.", show_default=False),
     ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="With --memory: cards that share the model. \\[default: 1]")
+    ] = None,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="With --memory: some of the experts whole on each card.")
+    ] = False,
     max_model_len: Annotated[
         int | None, typer.Option(help="With --memory: longest prompt plus output.", show_default=False)
     ] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(help="With --memory: requests that run at once. \\[default: 32]")
+        int | None,
+        typer.Option(
+            help="Requests that run at once, with --memory, or over all replicas of a layout. \\[default: 32]"
+        ),
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(help="With --memory: prompt tokens of a step. \\[default: 512]")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say whether a model fits on GPUs, and how fast it could decode at most. Arithmetic: no GPU is needed.
+    """Say whether a model fits on GPUs, how fast it could decode at most, and which layout to take. No GPU is needed.
 
     \b
     qwen35rs plan 122b-a10b
     qwen35rs plan 35b-a3b --gpu 4090 --gpu 5090 --context 32768
+    qwen35rs plan 122b-a10b --gpu h100 --cards 4
     qwen35rs plan ./demo/config.json --json
 
     \b
-    "At most" is memory bandwidth over the bytes that a token of one
-    sequence must read: no engine decodes faster without drafting tokens.
-    This version runs bf16 on the CPU and on one GPU.
+    "At most" is memory bandwidth over the bytes that a card must read for
+    a token of one sequence, and what the cards of a model exchange: no
+    engine decodes faster without drafting tokens. Cards that share a model
+    are ranks (tensor parallel). Of a --gpu and a number of --cards a layout
+    is chosen: the first precision that fits, and in it the cards to a model
+    with the most tokens per second of --max-num-seqs requests.
     """
     sizes = {
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
+        "tensor_parallel_size": tensor_parallel_size,
     }
+    chooses = bool(gpu and cards)
     for name, value in sizes.items():
-        if value is not None and not memory:
-            raise _core.RequestError(f"{name}: found it without --memory; allowed: with it")
+        of_layout = name == "max_num_seqs"
+        if value is not None and not memory and not (chooses and of_layout):
+            also = ", or with --gpu and --cards" if of_layout else ""
+            raise _core.RequestError(f"{name}: found it without --memory; allowed: with it{also}")
         if value is not None and not 0 <= value < 2**63:
             raise _core.RequestError(f"{name}: found {value}; allowed: numbers from 1 to 2^63 - 1")
-    if quantization is not None and not memory:
-        raise _core.RequestError("quantization: found it without --memory; allowed: with it")
+    for name, given in {"quantization": quantization, "expert_parallel": expert_parallel}.items():
+        if given and not memory:
+            raise _core.RequestError(f"{name}: found it without --memory; allowed: with it")
     if quantization not in SCHEME_OF:
         raise _core.RequestError(f"quantization: found {quantization}; allowed: int4, fp8, mixed")
     others = {"scheme": scheme, "cards": cards, "context": context, "vision": vision}
-    for name, given in others.items():
-        if memory and given:
+    for name, other in others.items():
+        if memory and other:
             raise _core.RequestError(
-                f"{name}: found it with --memory; allowed: without (one card, no vision)"
+                f"{name}: found it with --memory; allowed: without (no vision; cards are --tensor-parallel-size)"
             )
     source = _source(model)
 
@@ -128,6 +152,7 @@ def plan(
             f16_state=f16_state,
             with_vision=vision,
             with_mtp=mtp,
+            num_seqs=(32 if max_num_seqs is None else max_num_seqs) if chooses else None,
         )
         plan: dict[str, Any] = json_text.loads(text)
         return plan
@@ -159,6 +184,7 @@ def plan(
             note(f"note: --gpu {named['named']} is taken as {named['card']}; there is {too} too")
     if memory:
         limits: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
+        limits |= {"tensor_parallel_size": 1, "expert_parallel": expert_parallel}
         limits |= {"max_model_len": None, "mtp": mtp}
         limits |= {"fp8_kv": fp8_kv, "f16_state": f16_state}
         limits |= {name: value for name, value in sizes.items() if value is not None}
@@ -169,13 +195,15 @@ def plan(
         if not json:
             cards_of = {named["named"]: named["card"] for named in found["cards"]}
             for name, report in held.items():
-                _show_held(cards_of.get(name, name), report)
+                show_held(cards_of.get(name, name), report)
             return
         found["memory"] = held
     if json:
         write_json({"model": model, **found})
         return
     _show(model, found, fewest=not cards)
+    for choice in found["choices"]:
+        show_choice(choice)
 
 
 def _declared(quantised: dict[str, Any]) -> str:
@@ -192,28 +220,12 @@ def _held(source: str, gpu: str, limits: dict[str, Any], weights: int) -> dict[s
         text = _core.plan_memory(source, gpu=gpu, gpu_memory_utilization=0.9, **limits)
     except _core.OutOfMemoryError as error:
         reason = str(error).partition("; lower ")[0].removeprefix("out of memory: ")
-        return {"error": f"the weights alone are {weights / 2**30:.1f} GiB; it failed at: {reason}"}
+        together = "" if limits["tensor_parallel_size"] == 1 else " on all cards together"
+        return {"error": f"the weights alone are {weights / 2**30:.1f} GiB{together}; it failed at: {reason}"}
     if text is None:
         raise _core.RequestError("--memory: found a build without CUDA; allowed: a build with it")
     report: dict[str, Any] = json_text.loads(text)
     return report
-
-
-def _show_held(gpu: str, report: dict[str, Any]) -> None:
-    if "error" in report:
-        write(f"{gpu}: does not fit: {report['error']}\n")
-        return
-    table = table_of(f"One {gpu}", ("held for", "left"), ("GiB", "right"))
-    for name, size in sorted(report["memory"].items(), key=lambda item: -item[1]):
-        if size:
-            table.add_row(name, f"{size / 2**30:.3f}")
-    table.add_section()
-    table.add_row("all of it", f"{sum(report['memory'].values()) / 2**30:.3f}")
-    console().print(table)
-    write(
-        f"Pages hold {64 * report['num_pages']:,} tokens, a sequence at most {report['max_model_len']:,}. "
-        "What recorded decode steps take comes later, up to 0.06 GiB.\n"
-    )
 
 
 def _source(model: str) -> str:
@@ -260,7 +272,8 @@ def _show(model: str, found: dict[str, Any], fewest: bool) -> None:
         f"states {'f16' if options['f16_state'] else 'f32'}"
         f"{''.join(f', {name} held' for name in held)}; {options['memory_utilization']:.0%} of each card is used, "
         f"{options['reserve_gib']} GiB of it for work space. Tokens per second are what the bandwidth allows one "
-        "sequence at most.\n"
+        f"sequence at most; between cards {options['all_reduce_us']:g} us are assumed for each of two sums a layer, as over NVLink "
+        "and for few tokens.\n"
     )
 
 
@@ -292,16 +305,18 @@ def _rows(found: dict[str, Any], context: int, fewest: bool) -> Table:
         if fewest:
             rows = [row for row in rows if row["max_seqs"] > 0][:1] or rows[-1:]
         for row in rows:
-            does = row["max_seqs"] > 0
+            does, cannot = row["max_seqs"] > 0, row["refused"] is not None
             few = not does and fewest
+            speed = row["decode_limit_tokens_per_s"]
+            longest = f"{row['max_context']:,}" if row["fits"] else "" if few else "does not fit"
             table.add_row(
                 gpu if gpu != last else "",
                 scheme,
                 f"more than {row['num_cards']}" if few else str(row["num_cards"]),
-                "" if few else f"{row['weights_gib_per_card']:.1f} GiB",
-                f"{row['max_context']:,}" if row["fits"] else "does not fit" if not few else "",
-                f"{row['max_seqs']:,}" if does else "" if few else "0",
-                f"{row['decode_limit_tokens_per_s']:,.0f} tok/s" if does else "",
+                "" if few or cannot else f"{row['weights_gib_per_card']:.1f} GiB",
+                "cannot share it" if cannot else longest,
+                f"{row['max_seqs']:,}" if does else "" if few or cannot else "0",
+                f"{speed:,.0f} tok/s" if does and speed else "",
             )
             last = gpu
     return table

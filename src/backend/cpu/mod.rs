@@ -23,6 +23,7 @@ mod tile;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use self::attention::{PagedRows, Queries};
 use self::cached::{Rows, States};
@@ -34,14 +35,55 @@ use self::screen::Screen;
 use super::{Backend, Caches, DecayWeights, KvCache, MoeTensors, Precision, Rope, StateType};
 use crate::batch::{Batch, BatchLimits, BatchSeq, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
+use crate::ranks::Group;
 use crate::weights::{DType, Tensor};
 use crate::{Error, Result};
 
 /// Tokens of one attention task.
 const QUERY_TILE: usize = 16;
 
-/// The backend; it holds nothing.
-pub struct Cpu;
+/// The backend; alone it holds nothing.
+#[derive(Default)]
+pub struct Cpu {
+    ranks: Option<Ranks>,
+}
+
+/// The ranks that share its model.
+struct Ranks {
+    group: Arc<dyn Group>,
+    failed: Mutex<Option<Error>>,
+}
+
+impl Cpu {
+    /// One of several ranks.
+    pub fn among(group: Arc<dyn Group>) -> Self {
+        Self { ranks: Some(Ranks { group, failed: Mutex::default() }) }
+    }
+
+    /// What every rank has of something, in the order of ranks; `None` alone, and where ranks have lost each other.
+    fn exchange(&self, mine: &[f32]) -> Option<Vec<Vec<f32>>> {
+        let ranks = self.ranks.as_ref()?;
+        let mut failed = ranks.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed.is_some() {
+            return None;
+        }
+        let bytes: Vec<u8> = mine.iter().flat_map(|x| x.to_le_bytes()).collect();
+        match ranks.group.exchange(&bytes, false) {
+            Ok(all) => {
+                let floats = |bytes: &Arc<[u8]>| {
+                    let floats: Vec<f32> =
+                        bytes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)).collect();
+                    floats
+                };
+                Some(all.iter().map(floats).collect())
+            }
+            Err(error) => {
+                *failed = Some(error);
+                None
+            }
+        }
+    }
+}
 
 /// Activations `[rows, width]`.
 pub struct Buf {
@@ -143,7 +185,28 @@ impl Backend for Cpu {
             shared: Some((linear(&[gate, up])?, linear(&[shared_down])?)),
             shared_gate: Some(linear(std::slice::from_ref(t.shared_gate))?),
             top_k: t.top_k,
+            here: t.here,
         })
+    }
+
+    fn check(&self) -> Result<()> {
+        let Some(ranks) = &self.ranks else { return Ok(()) };
+        ranks.failed.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+
+    fn all_reduce(&self, n: usize, x: &mut Buf) {
+        let x = &mut x.data[..n * x.width];
+        let Some(all) = self.exchange(x) else { return };
+        x.fill(0.0);
+        all.iter().for_each(|part| x.iter_mut().zip(part).for_each(|(sum, x)| *sum += x));
+    }
+
+    fn all_gather(&self, n: usize, part: &Buf, out: &mut Buf) {
+        let Some(all) = self.exchange(&part.data[..n * part.width]) else { return };
+        for (rank, part_of) in all.iter().enumerate() {
+            let rows = part_of.chunks_exact(part.width).zip(out.data.chunks_exact_mut(out.width));
+            rows.for_each(|(from, to)| to[rank * part.width..][..part.width].copy_from_slice(from));
+        }
     }
 
     fn pages(&self, num_pages: usize, dims: &AttentionConfig, kv: KvCache) -> Result<Pages> {

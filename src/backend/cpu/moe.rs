@@ -1,6 +1,7 @@
 //! The sparse block: routing, the experts that were hit and the shared expert, f32.
 
 use std::cmp::Ordering;
+use std::ops::Range;
 
 use super::gemm::Panel;
 use super::linear::Linear;
@@ -21,6 +22,8 @@ pub struct Moe {
     pub shared_gate: Option<Linear>,
     /// Experts a token is sent to.
     pub top_k: usize,
+    /// The experts that are here, of the router's.
+    pub here: Range<usize>,
 }
 
 /// Scratch of [`Moe::forward`], kept between calls.
@@ -179,7 +182,7 @@ impl Moe {
             // SAFETY: one row per token.
             let out = unsafe { out.slice(t * hidden, hidden) };
             out.fill(0.0);
-            for r in 0..top_k {
+            for r in (0..top_k).filter(|r| self.here.contains(&(experts[t * top_k + r] as usize))) {
                 axpy(weights[t * top_k + r], &y[(t * per_token + r) * hidden..][..hidden], out);
             }
             if self.shared.is_some() {
@@ -200,12 +203,13 @@ impl Moe {
         by_expert.sort_unstable();
         let mut groups: Vec<Group<'_>> = by_expert
             .chunk_by(|a, b| a.0 == b.0)
+            .filter(|chunk| self.here.contains(&(chunk[0].0 as usize)))
             .map(|chunk| {
                 let place = |i: u32| (i as usize / self.top_k, i as usize % self.top_k);
                 Group {
                     gate_up: &self.gate_up,
                     down: &self.down,
-                    index: chunk[0].0 as usize,
+                    index: chunk[0].0 as usize - self.here.start,
                     width: self.down.num_in,
                     tokens: chunk.iter().map(|&(_, i)| place(i).0 as u32).collect(),
                     rows: chunk.iter().map(|&(_, i)| (place(i).0 * per_token + place(i).1) as u32).collect(),
@@ -231,7 +235,7 @@ fn over_groups<'a>(
     groups: &'a [Group<'a>],
     num_features: impl Fn(&Group<'_>) -> usize,
     num_in: usize,
-    task: impl Fn(&Group<'a>, std::ops::Range<usize>) + Sync + Send,
+    task: impl Fn(&Group<'a>, Range<usize>) + Sync + Send,
 ) {
     let total: usize = groups.iter().map(|g| g.tokens.len() * num_features(g)).sum();
     let mut tasks = Vec::new();

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -89,6 +91,7 @@ pub struct Device {
     imagined: Option<usize>,
     /// Bytes that are allocated, by what they are for.
     ledger: Mutex<BTreeMap<&'static str, usize>>,
+    clock: Clock,
 }
 
 // SAFETY: driver handles may be used from any thread that has the context current, which `bind` sees to.
@@ -104,7 +107,8 @@ impl Device {
         let context = unsafe { result::primary_ctx::retain(device) }
             .map_err(|e| failed(&format!("cuda:{ordinal}: opening it"), e))?;
         let stream = std::ptr::null_mut();
-        let mut opened = Self { device, context, stream, imagined: None, ledger: Mutex::default() };
+        let (ledger, clock) = (Mutex::default(), Clock::new());
+        let mut opened = Self { device, context, stream, imagined: None, ledger, clock };
         opened.bind()?;
         opened.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("making a stream", e))?;
@@ -114,7 +118,8 @@ impl Device {
     /// A card with so much memory, none of it real: what is allocated on it is counted.
     pub fn imagine(bytes: usize) -> Arc<Self> {
         let (context, stream) = (std::ptr::null_mut(), std::ptr::null_mut());
-        Arc::new(Self { device: 0, context, stream, imagined: Some(bytes), ledger: Mutex::default() })
+        let (ledger, clock) = (Mutex::default(), Clock::new());
+        Arc::new(Self { device: 0, context, stream, imagined: Some(bytes), ledger, clock })
     }
 
     /// Its number.
@@ -152,9 +157,20 @@ impl Device {
         self.stream
     }
 
+    /// Says that the host is in a call that may wait for the device, as long as this lives.
+    pub fn waiting(&self) -> Waiting<'_> {
+        self.clock.start()
+    }
+
+    /// How long the host has been in such a call.
+    pub fn waited(&self) -> Duration {
+        self.clock.waited()
+    }
+
     /// Waits for everything that was launched.
     pub fn synchronize(&self) -> Result<()> {
         self.bind()?;
+        let _waiting = self.waiting();
         // SAFETY: the stream lives as long as self.
         unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failed("running the net", e))
     }
@@ -228,6 +244,43 @@ impl Drop for Device {
     }
 }
 
+/// Since when the host waits: milliseconds since it was made, and one; 0 while it does not.
+struct Clock(Instant, AtomicU64);
+
+impl Clock {
+    fn new() -> Self {
+        Self(Instant::now(), AtomicU64::new(0))
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+
+    fn start(&self) -> Waiting<'_> {
+        // What is inside another call began with that.
+        let first = self.1.compare_exchange(0, self.now(), Ordering::Relaxed, Ordering::Relaxed);
+        Waiting(first.is_ok().then_some(&self.1))
+    }
+
+    fn waited(&self) -> Duration {
+        match self.1.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since => Duration::from_millis(self.now().saturating_sub(since)),
+        }
+    }
+}
+
+/// The host in a call that may wait for the device.
+pub struct Waiting<'a>(Option<&'a AtomicU64>);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(since) = self.0 {
+            since.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Device memory.
 pub struct Memory {
     ptr: sys::CUdeviceptr,
@@ -292,6 +345,11 @@ impl Memory {
         unsafe { result::memcpy_dtoh_async(&mut host.as_mut_slice()[..len], self.ptr, stream) }
             .map_err(|e| failed("copying from the device", e))?;
         host.record()
+    }
+
+    /// Waits until nothing uses it any more.
+    pub fn wait(&self) -> Result<()> {
+        if self.device.is_imagined() { Ok(()) } else { self.device.synchronize() }
     }
 
     /// Copies `len` bytes of `from`, from `skip` on, to `offset`, on the stream.
@@ -453,6 +511,7 @@ impl Pinned {
             return Ok(());
         }
         self.device.bind()?;
+        let _waiting = self.device.waiting();
         // SAFETY: the event lives; one that was never recorded is done.
         unsafe { result::event::synchronize(self.copied) }.map_err(|e| failed("running the net", e))
     }
@@ -471,5 +530,24 @@ impl Drop for Pinned {
                 let _ = result::free_host(self.ptr.cast());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Clock;
+    use std::time::Duration;
+
+    #[test]
+    fn the_outermost_call_is_what_the_host_waits_in() {
+        let (clock, pause) = (Clock::new(), Duration::from_millis(20));
+        assert_eq!(clock.waited(), Duration::ZERO);
+        let outer = clock.start();
+        std::thread::sleep(pause);
+        drop(clock.start());
+        assert!(clock.waited() >= pause, "an inner call ended it");
+        drop(outer);
+        std::thread::sleep(pause);
+        assert_eq!(clock.waited(), Duration::ZERO);
     }
 }

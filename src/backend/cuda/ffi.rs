@@ -61,6 +61,8 @@ pub struct MoeDims {
     pub top_k: i32,
     pub width: i32,
     pub shared_width: i32,
+    pub first_expert: i32,
+    pub num_here: i32,
 }
 
 /// `q35_moe_weights`
@@ -93,6 +95,17 @@ pub struct Packed {
 // SAFETY: addresses on a device, which this process reads nothing at.
 unsafe impl Send for Packed {}
 
+/// `q35_head_order`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct HeadOrder {
+    pub start: i32,
+    pub num_k_heads: i32,
+    pub per_k_head: i32,
+    pub head_dim: i32,
+}
+
 /// `q35_packed_moe_weights`
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -104,6 +117,27 @@ pub struct PackedMoe {
     pub shared_down: Packed,
     pub router: *const Bf16,
     pub shared_gate: *const Bf16,
+}
+
+/// `Q35_MAX_RANKS`
+pub const MAX_RANKS: usize = 8;
+/// `Q35_GATHERED_AT`
+pub const GATHERED_AT: usize = 16384;
+
+/// `q35_peers`
+#[repr(C)]
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Peers {
+    pub rank: i32,
+    pub world: i32,
+    pub channels: i32,
+    pub early: i32,
+    pub width: i32,
+    pub gather_bytes: i64,
+    pub timeout_ns: i64,
+    pub regions: [*mut c_void; MAX_RANKS],
+    pub status: *mut i32,
 }
 
 /// See `q35_sampling`.
@@ -165,7 +199,7 @@ unsafe impl Plain for Edit {}
 // SAFETY: as above.
 unsafe impl Plain for Sampled {}
 
-#[allow(dead_code)] // two are for the tests under `tests/gpu` and for benchmarks
+#[allow(dead_code)] // some are for the tests under `tests/gpu` and for benchmarks
 unsafe extern "C" {
     pub fn q35_embed(stream: Stream, batch: Batch, table: *const Bf16, hidden: c_int, out: *mut f32)
     -> c_int;
@@ -456,6 +490,14 @@ unsafe extern "C" {
         scales: *const u8,
         whole: f32,
     ) -> c_int;
+    pub fn q35_pack_gguf(
+        stream: Stream,
+        to: Packed,
+        row0: c_int,
+        rows: c_int,
+        blocks: *const u8,
+        order: HeadOrder,
+    ) -> c_int;
     pub fn q35_pack_scales(
         stream: Stream,
         to: Packed,
@@ -516,6 +558,27 @@ unsafe extern "C" {
         out: *mut Sampled,
         tokens: *mut i32,
     ) -> c_int;
+    pub fn q35_peer_bytes(world: c_int, channels: c_int, width: c_int, gather_bytes: i64) -> i64;
+    pub fn q35_all_reduce(
+        stream: Stream,
+        peers: Peers,
+        n: c_int,
+        width: c_int,
+        x: *const Bf16,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_all_reduce_norm(
+        stream: Stream,
+        peers: Peers,
+        n: c_int,
+        width: c_int,
+        delta: *const Bf16,
+        residual: *mut f32,
+        w: *const f32,
+        eps: f32,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_gather_columns(stream: Stream, peers: Peers, n: c_int, width: c_int, x: *const f32) -> c_int;
     pub fn q35_read(stream: Stream, num_bytes: i64, x: *const c_void, out: *mut u32) -> c_int;
 
     /// Of the CUDA runtime.

@@ -36,7 +36,9 @@ fn rust_type(text: &str) -> String {
         ("MoeDims", "q35_moe_dims"),
         ("MoeWeights", "q35_moe_weights"),
         ("Packed", "q35_packed"),
+        ("HeadOrder", "q35_head_order"),
         ("PackedMoe", "q35_packed_moe_weights"),
+        ("Peers", "q35_peers"),
         ("Sampling", "q35_sampling"),
         ("Edit", "q35_edit"),
         ("Sampled", "q35_sampled"),
@@ -88,12 +90,13 @@ fn in_rust() -> BTreeMap<String, String> {
 #[test]
 fn functions_are_those_of_the_header() {
     let (header, rust) = (in_header(), in_rust());
-    assert_eq!(header.len(), 42, "{:?}", header.keys());
+    assert_eq!(header.len(), 47, "{:?}", header.keys());
     assert_eq!(rust, header);
 }
 
 #[test]
 fn constants_are_those_of_the_header() {
+    assert!(HEADER.contains("Q35_MAX_RANKS = 8,") && RUST.contains("MAX_RANKS: usize = 8;"));
     assert!(HEADER.contains("enum { Q35_MAX_TOP_K = 1024, Q35_MAX_LOGPROBS = 32 };"));
     assert!(RUST.contains("MAX_TOP_K: usize = 1024;") && RUST.contains("MAX_LOGPROBS: usize = 32;"));
 }
@@ -109,7 +112,9 @@ fn structs_are_those_of_the_header() {
         ("q35_moe_dims", "MoeDims"),
         ("q35_moe_weights", "MoeWeights"),
         ("q35_packed", "Packed"),
+        ("q35_head_order", "HeadOrder"),
         ("q35_packed_moe_weights", "PackedMoe"),
+        ("q35_peers", "Peers"),
         ("q35_sampling", "Sampling"),
         ("q35_edit", "Edit"),
         ("q35_sampled", "Sampled"),

@@ -10,12 +10,13 @@ use rayon::prelude::*;
 use super::device::Memory;
 use super::ffi;
 use super::weights::{BUFFER_BYTES, Uploader};
-use crate::weights::quant::{BLOCK, Encoded, Fp8, Gguf, Int4, Layout, Nvfp4, Scheme};
+use crate::gguf::TensorType;
+use crate::weights::quant::{BLOCK, Encoded, Fp8, Int4, Layout, Nvfp4, Scheme, kept_bytes};
 use crate::weights::{DType, Random, Tensor};
 use crate::{Error, Result};
 
 /// Rows and inputs of a tile.
-const TILE: [usize; 2] = [16, 64];
+pub(super) const TILE: [usize; 2] = [16, 64];
 /// Inputs that a kernel counts to.
 const MAX_IN: usize = 1 << 16;
 /// Groups of inputs that kernels know, beside whole rows.
@@ -41,11 +42,13 @@ pub(super) enum Form {
     Fp8Rows,
     /// 4-bit floats, a scale for 16 inputs of a row, and one for 16 rows.
     Nvfp4,
+    /// GGUF's blocks of this type.
+    Gguf(TensorType),
 }
 
 /// Inputs that share a scale of NVFP4, and of GGUF's Q4_0.
 const NVFP4_GROUP: usize = 16;
-const Q4_0_GROUP: usize = 32;
+pub(super) const Q4_0_GROUP: usize = 32;
 
 /// Consecutive rows of a matrix, in one form.
 pub(super) struct Part {
@@ -72,6 +75,7 @@ impl Form {
             (Some(Encoded::Gguf(gguf)), _) if gguf.is_int4() => {
                 Form::Int4 { bf16_scales: false, group: Q4_0_GROUP, zeros: false }
             }
+            (Some(Encoded::Gguf(gguf)), _) if gguf.keeps_codes() => Form::Gguf(gguf.kind),
             (None, Some(Scheme::Int4 { group })) if group >= k || GROUPS.contains(&group) => {
                 Form::Int4 { bf16_scales: true, group, zeros: false }
             }
@@ -84,6 +88,12 @@ impl Form {
     pub fn of_all(tensors: &[Tensor]) -> Self {
         let form = tensors.first().map_or(Form::Bf16, Form::of);
         if tensors.iter().all(|tensor| Form::of(tensor) == form) { form } else { Form::Bf16 }
+    }
+
+    /// What it is beside these in a sparse block: no kernel has both floats of 4 or 8 bits and GGUF's blocks.
+    pub fn beside(self, others: &[Form]) -> Self {
+        let floats = matches!(self, Form::Fp8Blocks | Form::Fp8Rows | Form::Nvfp4);
+        if floats && others.iter().any(|form| matches!(form, Form::Gguf(_))) { Form::Bf16 } else { self }
     }
 
     fn of_int4(int4: &Int4) -> Self {
@@ -118,6 +128,7 @@ impl Form {
             Form::Fp8Blocks => k.div_ceil(BLOCK),
             Form::Fp8Rows => 1,
             Form::Nvfp4 => k / NVFP4_GROUP,
+            Form::Gguf(_) => k / TILE[1],
         }
     }
 
@@ -132,6 +143,10 @@ impl Form {
             Form::Fp8Blocks => [rows * k, 4 * rows / TILE[0] * groups, 0],
             Form::Fp8Rows => [rows * k, 4 * rows, 0],
             Form::Nvfp4 => [rows * k / 2, rows * groups + 4 * rows / TILE[0], 0],
+            Form::Gguf(kind) => {
+                let [codes, scales] = kept_bytes(kind, rows * k).unwrap_or_default();
+                [codes, scales, 0]
+            }
         }
     }
 }
@@ -166,6 +181,10 @@ impl Part {
             Form::Fp8Blocks => (3, BLOCK as i32),
             Form::Fp8Rows => (4, k as i32),
             Form::Nvfp4 => (5, NVFP4_GROUP as i32),
+            Form::Gguf(TensorType::Q4_K) => (6, TILE[1] as i32),
+            Form::Gguf(TensorType::Q5_K) => (7, TILE[1] as i32),
+            Form::Gguf(TensorType::Q6_K) => (8, TILE[1] as i32),
+            Form::Gguf(_) => (9, TILE[1] as i32),
         };
         packed.scales = scales;
         if let Form::Int4 { zeros: true, .. } = self.form {
@@ -176,9 +195,9 @@ impl Part {
 }
 
 /// A part that is being filled, from row `row` on.
-struct Filling {
-    to: ffi::Packed,
-    row: usize,
+pub(super) struct Filling {
+    pub to: ffi::Packed,
+    pub row: usize,
 }
 
 impl Uploader {
@@ -195,7 +214,8 @@ impl Uploader {
                 (Some(Encoded::Int4(int4)), _) => self.pack_int4(&mut filling, int4)?,
                 (Some(Encoded::Fp8(fp8)), _) => self.pack_fp8(&mut filling, fp8, &tensor.name)?,
                 (Some(Encoded::Nvfp4(fp4)), _) => self.pack_fp4(&mut filling, fp4, &tensor.name)?,
-                (Some(Encoded::Gguf(gguf)), _) => self.pack_q4_0(&mut filling, gguf)?,
+                (Some(Encoded::Gguf(gguf)), _) if gguf.is_int4() => self.pack_q4_0(&mut filling, gguf)?,
+                (Some(Encoded::Gguf(gguf)), _) => self.pack_gguf(&mut filling, gguf)?,
                 (_, Some(scheme)) => self.quantise(&mut filling, tensor, scheme)?,
                 _ => return Err(Error::Internal(format!("{} has no codes", tensor.name))),
             }
@@ -356,36 +376,6 @@ impl Uploader {
         Ok(())
     }
 
-    fn pack_q4_0(&mut self, f: &mut Filling, from: &Gguf) -> Result<()> {
-        let (k, groups) = (from.num_cols, from.num_cols / Q4_0_GROUP);
-        for rows in pieces(0..from.codes.num_rows(), k / 2, TILE[0]) {
-            let (to, row0, n) = (f.to, (f.row + rows.start) as c_int, rows.len() as c_int);
-            let line = k / 2;
-            let codes = self.stage(rows.len() * line, line, |place, out| {
-                for (i, out) in out.chunks_exact_mut(line).enumerate() {
-                    from.read_int4_codes(rows.start + place.start / line + i, out);
-                }
-            })?;
-            // SAFETY: rows of this matrix, all of which are sent before.
-            self.queue("pack_int4", move |stream| unsafe {
-                ffi::q35_pack_int4(stream, to, row0, n, codes as *const i32, 0)
-            });
-            let line = 2 * groups;
-            let scales = self.stage(rows.len() * line, line, |place, out| {
-                for (i, out) in out.chunks_exact_mut(line).enumerate() {
-                    from.read_int4_scales(rows.start + place.start / line + i, out);
-                }
-            })?;
-            // SAFETY: as above.
-            self.queue("pack_scales", move |stream| unsafe {
-                let scales = scales as *const c_void;
-                ffi::q35_pack_scales(stream, to, row0, n, scales, 1, 1, groups as i64, 1)
-            });
-        }
-        f.row += from.codes.num_rows();
-        Ok(())
-    }
-
     /// Quantises on the device: [`crate::weights::quant::quantise_int4`], `quantise_fp8`.
     fn quantise(&mut self, f: &mut Filling, tensor: &Tensor, scheme: Scheme) -> Result<()> {
         let (k, source) = (tensor.num_cols(), tensor.source());
@@ -469,7 +459,11 @@ fn find_infinite(elements: &[u8]) -> Option<usize> {
 }
 
 /// Rows by pieces that fit the staging memory, each but the last of whole `unit`s.
-fn pieces(rows: Range<usize>, row_bytes: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn pieces(
+    rows: Range<usize>,
+    row_bytes: usize,
+    unit: usize,
+) -> impl Iterator<Item = Range<usize>> {
     let step = (BUFFER_BYTES / row_bytes.max(1) / unit * unit).max(unit);
     rows.clone().step_by(step).map(move |first| first..(first + step).min(rows.end))
 }

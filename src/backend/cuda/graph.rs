@@ -83,6 +83,7 @@ impl Graph {
     /// Runs it, on the stream.
     pub fn launch(&self) -> Result<()> {
         self.device.bind()?;
+        let _waiting = self.device.waiting();
         // SAFETY: both live.
         unsafe { result::graph::launch(self.exec, self.device.stream()) }
             .map_err(|e| failed("launching a step", e))

@@ -5,11 +5,11 @@ use std::ffi::c_int;
 use std::sync::{Arc, PoisonError};
 
 use super::buffers::{
-    Buf, Moe, Pages, Slots, Vector, bytes_of, delta_dims, fp8_page_bytes, is_run, product, slot_parts,
-    takes_codes,
+    Buf, Moe, Pages, Slots, Vector, bytes_of, delta_dims, fp8_page_bytes, product, slot_parts, takes_codes,
 };
 use super::form::Form;
 use super::graph::{self, Graph, Turn};
+use super::others::{Largest, Others};
 use super::step::Step;
 use super::weights::Linear;
 use super::{Cuda, State, ffi, measure, sample};
@@ -18,7 +18,7 @@ use crate::backend::{
     Backend, Caches, DecayWeights, DeltaWeights, KvCache, Measured, MoeTensors, Precision, Rope, Sampled,
     Sampling, StateType, Stats,
 };
-use crate::batch::{Batch, BatchLimits, PAGE_LEN};
+use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
 use crate::lend::Lendable;
 use crate::weights::{DType, Tensor};
@@ -46,7 +46,14 @@ impl Backend for Cuda {
         if !self.device.is_imagined() {
             self.device.synchronize()?;
         }
-        let step = Step::new(&self.device, config, limits, caches)?;
+        let mut step = Step::new(&self.device, config, limits, caches)?;
+        if let Some(ranks) = &self.ranks {
+            let rows = limits.max_tokens;
+            let logits = product(&[rows.min(MAX_LOGIT_ROWS), config.vocab, 4]).unwrap_or_default();
+            let largest = Largest { rows, width: config.hidden, gather_bytes: logits };
+            let loads = self.blas.is_some();
+            step.others = Some(ranks.join(&self.device, self.deterministic, loads, &largest)?);
+        }
         self.state().step = Some(step);
         Ok(())
     }
@@ -84,13 +91,16 @@ impl Backend for Cuda {
             top_k: t.top_k as i32,
             width: width(&down),
             shared_width: width(&shared_down),
+            first_expert: t.here.start as i32,
+            num_here: t.here.len() as i32,
         };
-        let experts = |tensors: &[Tensor]| {
-            let form = if takes_codes(&dims) { Form::of_all(tensors) } else { Form::Bf16 };
-            self.whole(tensors, form)
+        let forms = [&gate_up, &down, &shared_gate_up, &shared_down].map(|tensors| Form::of_all(tensors));
+        let experts = |tensors: &[Tensor], form: Form| {
+            self.whole(tensors, if takes_codes(&dims) { form.beside(&forms) } else { Form::Bf16 })
         };
-        let (gate_up, down) = (experts(&gate_up)?, experts(&down)?);
-        let (shared_gate_up, shared_down) = (experts(&shared_gate_up)?, experts(&shared_down)?);
+        let (gate_up, down) = (experts(&gate_up, forms[0])?, experts(&down, forms[1])?);
+        let (shared_gate_up, shared_down) =
+            (experts(&shared_gate_up, forms[2])?, experts(&shared_down, forms[3])?);
         let plain = |tensor: &Tensor| self.whole(std::slice::from_ref(tensor), Form::Bf16);
         let (router, shared_gate) = (plain(t.router)?, plain(t.shared_gate)?);
         Ok(Moe { dims, router, gate_up, down, shared_gate_up, shared_down, shared_gate })
@@ -153,7 +163,11 @@ impl Backend for Cuda {
     }
 
     fn begin(&self, batch: &Batch) {
-        self.launch("the batch", batch.num_tokens(), |step, _| step.begin(batch).map(|()| 0));
+        self.launch("the batch", batch.num_tokens(), |step, _| {
+            // A recorded step does not ask.
+            step.others.as_ref().map_or(Ok(()), Others::check)?;
+            step.begin(batch).map(|()| 0)
+        });
     }
 
     fn replay(&self, _batch: &Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
@@ -177,13 +191,7 @@ impl Backend for Cuda {
     }
 
     fn check(&self) -> Result<()> {
-        match &self.state().error {
-            None => Ok(()),
-            Some(Error::Cuda { what, advice }) => {
-                Err(Error::Cuda { what: what.clone(), advice: advice.clone() })
-            }
-            Some(error) => Err(Error::Internal(error.to_string())),
-        }
+        self.state().error.as_ref().map_or(Ok(()), |error| Err(error.again()))
     }
 
     fn embed(&self, batch: &Batch, table: &Linear, out: &mut Buf) {
@@ -210,6 +218,45 @@ impl Backend for Cuda {
             // SAFETY: shapes are those of the trait.
             Ok(unsafe { ffi::q35_rmsnorm_residual(stream, rows, hidden, delta, residual, w, eps, out) })
         });
+    }
+
+    fn all_reduce(&self, n: usize, x: &mut Buf) {
+        if self.ranks.is_some() {
+            self.sum(n, x);
+        }
+    }
+
+    fn all_reduce_norm(
+        &self,
+        n: usize,
+        delta: &mut Buf,
+        residual: &mut Buf,
+        w: &Vector,
+        eps: f32,
+        out: &mut Buf,
+    ) {
+        match self.ranks {
+            Some(_) => self.sum_norm(n, delta, residual, w, eps, out),
+            None => self.rmsnorm_residual(n, Some(delta), residual, w, eps, out),
+        }
+    }
+
+    fn all_reduce_norm_moe(
+        &self,
+        n: usize,
+        residual: &mut Buf,
+        norm: (&Vector, f32),
+        x: &mut Buf,
+        weights: &Moe,
+        _scratch: &mut (),
+        block: &mut Buf,
+    ) {
+        self.all_reduce_norm(n, block, residual, norm.0, norm.1, x);
+        self.normed_experts(n, residual, norm, x, weights, block);
+    }
+
+    fn all_gather(&self, n: usize, part: &Buf, out: &mut Buf) {
+        self.gather_parts(n, part, out);
     }
 
     fn linear(&self, n: usize, x: &Buf, w: &Linear, out: &mut Buf) {
@@ -444,13 +491,22 @@ impl Backend for Cuda {
     }
 
     fn send_sampled(&self) {
-        self.launch("sending tokens", 1, |step, _| step.sampler.send().map(|()| 0));
+        self.launch("sending tokens", 1, |step, _| {
+            // First: whoever has waited for the tokens finds it.
+            step.others.as_mut().map_or(Ok(()), Others::send)?;
+            step.sampler.send().map(|()| 0)
+        });
     }
 
     fn sampled(&self) -> Result<Vec<Sampled>> {
         self.check()?;
         match &mut self.state().step {
-            Some(step) => step.sampler.read(),
+            Some(step) => {
+                let sampled = step.sampler.read();
+                // Where a rank was lost, that is why the device failed.
+                step.others.as_ref().map_or(Ok(()), Others::check)?;
+                sampled
+            }
             None => Err(Error::Internal("sampling without scratch".into())),
         }
     }
@@ -465,74 +521,26 @@ impl Backend for Cuda {
     }
 
     fn gather(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
-        debug_assert!(x.width == out.width);
-        self.launch("gather", rows.len(), |step, stream| {
-            let (row_bytes, num) = (x.row_bytes(), rows.len());
-            if is_run(rows) && x.precision == out.precision {
-                return out.memory.copy(0, &x.memory, rows[0] * row_bytes, num * row_bytes).map(|()| 0);
-            }
-            let same = x.precision == out.precision;
-            let to = if same { out.memory.ptr() } else { step.gathered.ptr() };
-            let (at, elements) = (step.rows(rows)?, (num * x.width) as i64);
-            // SAFETY: rows of x, as many as fit `to`.
-            let code =
-                unsafe { ffi::q35_gather(stream, at, num as c_int, x.memory.ptr(), row_bytes as i64, to) };
-            let from = &step.gathered;
-            Ok(match (code, x.precision, out.precision) {
-                (0, Precision::Compute, Precision::Full) => {
-                    // SAFETY: as many elements as were gathered.
-                    unsafe { ffi::q35_to_f32(stream, elements, from.ptr(), out.memory.ptr()) }
-                }
-                (0, Precision::Full, Precision::Compute) => {
-                    // SAFETY: as above.
-                    unsafe { ffi::q35_to_bf16(stream, elements, from.ptr(), out.memory.ptr()) }
-                }
-                _ => code,
-            })
-        });
+        self.gather_of(rows, x, out);
     }
 
     fn scatter(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
-        debug_assert!(x.width == out.width && x.precision == out.precision);
-        self.launch("scatter", rows.len(), |_, _| {
-            let (bytes, mut done) = (x.row_bytes(), 0);
-            for run in rows.chunk_by(|a, b| a + 1 == *b) {
-                out.memory.copy(run[0] * bytes, &x.memory, done * bytes, run.len() * bytes)?;
-                done += run.len();
-            }
-            Ok(0)
-        });
+        self.scatter_of(rows, x, out);
     }
 
     fn concat(&self, n: usize, left: &Buf, right: &Buf, out: &mut Buf) {
-        debug_assert!(left.width + right.width == out.width);
-        self.launch("concat", n, |_, _| {
-            let (a, b, pitch) = (left.row_bytes(), right.row_bytes(), out.row_bytes());
-            out.memory.copy_columns(n, 0, pitch, &left.memory, a)?;
-            out.memory.copy_columns(n, a, pitch, &right.memory, b)?;
-            Ok(0)
-        });
+        self.concat_of(n, left, right, out);
     }
 
     fn keep_rows(&self, rows: &[usize], buf: &mut Buf) {
-        if is_run(rows) && rows.first() == Some(&0) {
-            return;
-        }
-        self.launch("keep_rows", rows.len(), |step, stream| {
-            let row_bytes = buf.row_bytes();
-            let (at, to) = (step.rows(rows)?, step.gathered.ptr());
-            let num = rows.len() as c_int;
-            // SAFETY: rows of the buffer, as many as fit `gathered`.
-            let code = unsafe { ffi::q35_gather(stream, at, num, buf.memory.ptr(), row_bytes as i64, to) };
-            match code {
-                0 => buf.memory.copy(0, &step.gathered, 0, rows.len() * row_bytes).map(|()| 0),
-                code => Ok(code),
-            }
-        });
+        self.kept_rows_of(rows, buf);
     }
 
     fn read<'a>(&self, buf: &'a mut Buf, rows: usize) -> Cow<'a, [f32]> {
         let (len, precision) = (rows * buf.width, buf.precision);
+        self.launch("sending the ranks' status", 1, |step, _| {
+            step.others.as_mut().map_or(Ok(()), Others::check_all).map(|()| 0)
+        });
         match buf.fetch(&self.device, rows) {
             Ok(host) if precision == Precision::Full => Cow::Borrowed(&host.items()[..len]),
             Ok(host) => {

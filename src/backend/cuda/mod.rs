@@ -11,16 +11,22 @@ mod device;
 
 mod ffi;
 mod form;
+mod form_gguf;
 mod graph;
 mod launches;
 mod lend;
 mod measure;
+mod nccl;
 pub mod ops;
+mod others;
+mod peers;
 mod products;
+mod rows;
 mod sample;
 mod step;
 mod weights;
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_int};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +35,7 @@ use self::blas::Blas;
 use self::device::{Device, Memory};
 use self::form::Form;
 use self::graph::Graphs;
+use self::others::Ranks;
 use self::step::{MIN_WIDE_ROWS, Step};
 use self::weights::{Linear, Uploader};
 use crate::weights::Tensor;
@@ -44,6 +51,8 @@ pub struct Cuda {
     deterministic: bool,
     /// Whether decode steps are recorded.
     records: bool,
+    /// The ranks that share the model.
+    ranks: Option<Ranks>,
     state: Mutex<State>,
     uploader: Mutex<Option<Uploader>>,
     /// What the driver and libraries take, on a card that is only imagined.
@@ -52,8 +61,9 @@ pub struct Cuda {
 
 #[derive(Default)]
 struct State {
-    step: Option<Step>,
+    /// Gone before the ranks that they add up with, who wait for that.
     graphs: Graphs,
+    step: Option<Step>,
     error: Option<Error>,
 }
 
@@ -84,7 +94,8 @@ impl Cuda {
         let device = Device::open(ordinal)?;
         let blas = if deterministic { None } else { Blas::open(&device, folders)? };
         let (state, uploader) = (Mutex::default(), Mutex::default());
-        Ok(Self { device, blas, deterministic, records, state, uploader, _taken: Vec::new() })
+        let (ranks, _taken) = (None, Vec::new());
+        Ok(Self { device, blas, deterministic, records, ranks, state, uploader, _taken })
     }
 
     /// A card with so much memory that is only imagined: a model can be loaded with random weights, and its memory
@@ -98,7 +109,13 @@ impl Cuda {
         let taken = vec![context, blas::imagine(&device)?];
         let (state, uploader) = (Mutex::default(), Mutex::default());
         let (blas, deterministic, records) = (None, false, true);
-        Ok(Self { device, blas, deterministic, records, state, uploader, _taken: taken })
+        Ok(Self { device, blas, deterministic, records, ranks: None, state, uploader, _taken: taken })
+    }
+
+    /// What its device has allocated, by what it is for, whenever it is asked: also where the backend has gone to a thread.
+    pub fn ledger(&self) -> impl Fn() -> BTreeMap<&'static str, usize> + Send + use<> {
+        let device = Arc::clone(&self.device);
+        move || device.ledger()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -115,6 +132,8 @@ impl Cuda {
             state.error = Some(Error::Internal(format!("{name} without scratch")));
             return;
         };
+        // A full queue waits for the device, too.
+        let _waiting = self.device.waiting();
         let launched = self.device.bind().and_then(|()| call(step, self.device.stream().cast()));
         state.error = match launched {
             Ok(0) => None,

@@ -473,6 +473,8 @@ impl Queue {
             top_k: int(top_k)?,
             width: int(width)?,
             shared_width: int(shared_width)?,
+            first_expert: 0,
+            num_here: int(num_experts)?,
         };
         let n = int(x.len / hidden)?;
         // SAFETY: only computes.

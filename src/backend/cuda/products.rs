@@ -91,12 +91,45 @@ impl Cuda {
         block: &mut Buf,
     ) {
         let rows = self.num_rows(n, residual.rows.min(x.rows).min(block.rows));
-        let weights = m.weights();
-        if rows >= MIN_WIDE_ROWS && matches!(weights, MoeWeights::Packed(_)) {
+        if rows >= MIN_WIDE_ROWS && matches!(m.weights(), MoeWeights::Packed(_)) {
             self.rmsnorm_residual(rows, Some(block), residual, norm.0, norm.1, x);
             self.experts(rows, x, m, block);
             return;
         }
+        self.few_experts(rows, block.memory.ptr(), residual, norm, x, m, block);
+    }
+
+    /// [`Cuda::experts`] of x, which is that norm of the residual stream: few rows take the kernels that compute it anew.
+    pub(super) fn normed_experts(
+        &self,
+        n: usize,
+        residual: &mut Buf,
+        norm: (&Vector, f32),
+        x: &mut Buf,
+        m: &Moe,
+        block: &mut Buf,
+    ) {
+        let rows = self.num_rows(n, residual.rows.min(x.rows).min(block.rows));
+        if rows >= MIN_WIDE_ROWS {
+            self.experts(rows, x, m, block);
+            return;
+        }
+        self.few_experts(rows, std::ptr::null(), residual, norm, x, m, block);
+    }
+
+    /// The residual stream with the change in `delta`, where there is one; its norm, to x; and the experts of that.
+    #[allow(clippy::too_many_arguments)]
+    fn few_experts(
+        &self,
+        rows: usize,
+        delta: *const ffi::Bf16,
+        residual: &mut Buf,
+        norm: (&Vector, f32),
+        x: &mut Buf,
+        m: &Moe,
+        block: &mut Buf,
+    ) {
+        let weights = m.weights();
         self.launch("norm_moe", rows, |step, stream| {
             let (block, residual, x) = (block.memory.ptr(), residual.memory.ptr(), x.memory.ptr());
             let (norm, eps, workspace) = (norm.0.0.ptr(), norm.1, step.moe.ptr());
@@ -105,10 +138,10 @@ impl Cuda {
             Ok(unsafe {
                 match weights {
                     MoeWeights::Plain(w) => {
-                        ffi::q35_norm_moe(stream, n, dims, w, block, residual, norm, eps, x, workspace, block)
+                        ffi::q35_norm_moe(stream, n, dims, w, delta, residual, norm, eps, x, workspace, block)
                     }
                     MoeWeights::Packed(w) => ffi::q35_packed_norm_moe(
-                        stream, n, dims, w, block, residual, norm, eps, x, workspace, block,
+                        stream, n, dims, w, delta, residual, norm, eps, x, workspace, block,
                     ),
                 }
             })

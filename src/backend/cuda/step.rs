@@ -8,6 +8,7 @@ use super::buffers::{attention_dims, delta_dims};
 use super::device::{Device, Memory, Pinned};
 use super::ffi;
 use super::graph::{self, Shape};
+use super::others::Others;
 use super::sample::Sampler;
 use crate::backend::{Caches, KvCache, Rope};
 use crate::batch::{Batch, BatchLimits, BatchSeq, MAX_LOGIT_ROWS, PAGE_LEN};
@@ -47,6 +48,8 @@ pub(super) struct Step {
     pub sampler: Sampler,
     pub inv_freq: Memory,
     pub axis: Memory,
+    /// The other ranks, where there are any.
+    pub others: Option<Others>,
 }
 
 // SAFETY: the raw pointers are device addresses inside memory that it owns.
@@ -81,7 +84,9 @@ impl Step {
             FfnConfig::Moe { num_experts, top_k, expert_width, shared_width } => {
                 let [hidden, num_experts, top_k, width, shared_width] =
                     [config.hidden, num_experts, top_k, expert_width, shared_width].map(|n| n as i32);
-                Some(ffi::MoeDims { hidden, num_experts, top_k, width, shared_width })
+                // Fewer experts, where others are elsewhere, need no more.
+                let (first_expert, num_here) = (0, num_experts);
+                Some(ffi::MoeDims { hidden, num_experts, top_k, width, shared_width, first_expert, num_here })
             }
         };
         // SAFETY: only computes.
@@ -142,6 +147,7 @@ impl Step {
             )?,
             inv_freq: upload(&inv_freq)?,
             axis: upload(&rope.axis)?,
+            others: None,
         })
     }
 

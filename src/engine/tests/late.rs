@@ -70,7 +70,7 @@ impl Lendable for Lent {
 /// Ops that are the CPU's.
 macro_rules! as_the_cpu {
     ($(fn $name:ident($($arg:ident: $of:ty),*) $(-> $out:ty)?;)*) => {
-        $(fn $name(&self, $($arg: $of),*) $(-> $out)? { Cpu.$name($($arg),*) })*
+        $(fn $name(&self, $($arg: $of),*) $(-> $out)? { Cpu::default().$name($($arg),*) })*
     };
 }
 
@@ -126,7 +126,7 @@ impl Backend for Late {
     }
 
     fn read<'a>(&self, buf: &'a mut Buf, rows: usize) -> Cow<'a, [f32]> {
-        Cpu.read(buf, rows)
+        Cpu::default().read(buf, rows)
     }
 
     fn embed(&self, batch: &Batch, table: &Linear, out: &mut Buf) {
@@ -137,7 +137,7 @@ impl Backend for Late {
             assert_eq!(token_ids.len(), batch.num_tokens());
             state.followed += 1;
         }
-        Cpu.embed(&Batch { token_ids, ..batch.clone() }, table, out);
+        Cpu::default().embed(&Batch { token_ids, ..batch.clone() }, table, out);
     }
 
     fn lendable(&self, rows: usize, width: usize) -> Result<Option<Arc<dyn Lendable>>> {

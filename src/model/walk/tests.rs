@@ -131,7 +131,7 @@ fn inputs_are_those_of_the_layers() {
         let (config, tensors, module) = open(name);
         let sequences = [ids(70, 1, 140), ids(70, 2, 140)];
         let slices: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
-        let mut walk = Walk::new(&config, &tensors.embed_tokens, &slices, Cpu).unwrap();
+        let mut walk = Walk::new(&config, &tensors.embed_tokens, &slices, Cpu::default()).unwrap();
         let residuals = |walk: &mut Walk<'_, Cpu>, n: usize| -> Vec<Vec<f32>> {
             walk.residuals.iter_mut().map(|x| walk.backend.read(x, n).to_vec()).collect()
         };
@@ -148,7 +148,7 @@ fn inputs_are_those_of_the_layers() {
         }
 
         // Where the layers end, and the module's: at the model's own logits.
-        let mut model = Model::load(&config, tensors.clone(), None, Cpu, |_, _| Ok(())).unwrap();
+        let mut model = Model::load(&config, tensors.clone(), None, Cpu::default(), |_, _| Ok(())).unwrap();
         if let Some(module) = &module {
             model = model.with_mtp(module.clone(), None).unwrap();
         }
@@ -179,12 +179,14 @@ fn inputs_are_those_of_the_layers() {
             model.forward(&batch, &mut memory, &mut w, || Ok(())).unwrap();
             let last: Vec<usize> = (60..70).collect();
             let want = logits_of(&ends[i][60 * config.hidden..], &tensors.norm);
-            near(&model.logits(&last, None, &mut w), &want);
+            model.compute_logits(&last, None, &mut w);
+            near(&model.read_logits(last.len(), &mut w), &want);
             if let Some(module) = &module {
                 let batch = DraftBatch { batch: super::sequence(&ids[1..]), hidden_rows: (0..69).collect() };
                 model.forward_mtp(&batch, &mut memory, &mut w, || Ok(())).unwrap();
                 let want = logits_of(&drafts[i][60 * config.hidden..], &module.norm);
-                near(&model.logits(&last[..9], None, &mut w), &want);
+                model.compute_logits(&last[..9], None, &mut w);
+                near(&model.read_logits(9, &mut w), &want);
             }
         }
     }

@@ -65,6 +65,20 @@ impl HeadOrder {
     }
 }
 
+/// Columns that stay together where a device has K-quants or Q8_0.
+const UNIT: usize = 128;
+
+/// Bytes that so many elements take there: those of codes, then those of scales (`cuda/launch.h`). Codes of Q5_K have a
+/// bit to spare.
+pub fn kept_bytes(kind: TensorType, len: usize) -> Option<[usize; 2]> {
+    match kind {
+        TensorType::Q4_K => Some([len / 2, len / 16 + len / 32]),
+        TensorType::Q5_K | TensorType::Q6_K => Some([len / 4 * 3, len / 16 + len / 32]),
+        TensorType::Q8_0 => Some([len, len / 16]),
+        _ => None,
+    }
+}
+
 impl Gguf {
     pub(super) fn format(&self) -> String {
         format!("gguf {}", self.kind)
@@ -87,6 +101,15 @@ impl Gguf {
             order.start.is_multiple_of(len) && order.head_dim.is_multiple_of(len)
         };
         self.kind == TensorType::Q4_0 && !matches!(self.moved, Some(Moved::Cols(order)) if !whole(order))
+    }
+
+    /// Whether a device multiplies its blocks as they are: K-quants and Q8_0, where heads that moved along the columns are
+    /// whole units.
+    pub fn keeps_codes(&self) -> bool {
+        let whole =
+            |order: HeadOrder| order.start.is_multiple_of(UNIT) && order.head_dim.is_multiple_of(UNIT);
+        let moved = matches!(self.moved, Some(Moved::Cols(order)) if !whole(order));
+        kept_bytes(self.kind, 0).is_some() && self.num_cols.is_multiple_of(UNIT) && !moved
     }
 
     /// The blocks of a row, in the order of the matrix, of one that [`Gguf::is_int4`].
@@ -202,7 +225,7 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
-    use super::{Gguf, HeadOrder, Moved, TensorType, half_at};
+    use super::{Gguf, HeadOrder, Moved, TensorType, half_at, kept_bytes};
     use crate::weights::quant::{Encoded, Scheme};
     use crate::weights::{Checkpoint, DType, Data, Tensor};
 
@@ -271,6 +294,43 @@ mod tests {
         assert!(!asked(&gguf));
         gguf.kind = TensorType::Q8_0;
         assert!(!gguf.is_int4() && asked(&gguf));
+    }
+
+    #[test]
+    fn blocks_that_stay() {
+        let codes = Tensor {
+            name: "x".into(),
+            dtype: DType::U8,
+            shape: vec![16, 0],
+            data: Data::Owned(Vec::new().into()),
+        };
+        let mut gguf = Gguf { codes, kind: TensorType::Q4_K, num_cols: 1024, moved: None };
+        let stays = |gguf: &Gguf, scheme: Scheme| {
+            let data = Data::Encoded(Arc::new(Encoded::Gguf(gguf.clone())));
+            let tensor = Tensor { name: "x".into(), dtype: DType::F32, shape: vec![16, gguf.num_cols], data };
+            tensor.requantised(scheme).scheme().is_none()
+        };
+        let (int4, fp8) = (Scheme::Int4 { group: 128 }, Scheme::Fp8 { matrix_rows: 16 });
+        // Bits an element, in hundredths.
+        for (kind, bits) in [(0, 475), (1, 675), (2, 675), (3, 850)] {
+            gguf.kind = [TensorType::Q4_K, TensorType::Q5_K, TensorType::Q6_K, TensorType::Q8_0][kind];
+            gguf.moved = None;
+            assert!(gguf.keeps_codes() && stays(&gguf, fp8));
+            assert_eq!(stays(&gguf, int4), gguf.kind == TensorType::Q4_K);
+            let bytes: usize = kept_bytes(gguf.kind, 3 << 20).unwrap().iter().sum();
+            assert_eq!(bytes * 800, bits * (3 << 20), "{}", gguf.kind);
+            gguf.moved = Some(Moved::Rows(ORDER));
+            assert!(gguf.keeps_codes());
+            // Heads of 128 columns are whole units, those of 64 are not.
+            gguf.moved = Some(Moved::Cols(HeadOrder { head_dim: 128, ..ORDER }));
+            assert!(gguf.keeps_codes());
+            gguf.moved = Some(Moved::Cols(ORDER));
+            assert!(!gguf.keeps_codes() && !stays(&gguf, fp8));
+        }
+        (gguf.moved, gguf.num_cols) = (None, 1056);
+        assert!(!gguf.keeps_codes());
+        gguf.kind = TensorType::Q4_0;
+        assert!(kept_bytes(gguf.kind, 32).is_none() && gguf.is_int4());
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod scheme;
 
 pub(super) use find::{Problem, find, is_ignored};
 pub use fp8::{Fp8, decode_e4m3};
-pub use gguf::{Gguf, HeadOrder, Moved};
+pub use gguf::{Gguf, HeadOrder, Moved, kept_bytes};
 pub use int4::{Int4, Layout};
 pub use nvfp4::{Nvfp4, decode_e2m1};
 pub use quantise::{

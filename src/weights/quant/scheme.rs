@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::Encoded;
 use super::quantise::{BLOCK, dequantise_fp8, dequantise_int4, quantise_fp8, quantise_int4};
+use crate::gguf::TensorType;
 use crate::weights::{
     DType, Data, ExpertTensors, FfnTensors, LayerTensors, MixerTensors, ModelTensors, MtpTensors, Tensor,
 };
@@ -20,8 +21,8 @@ use crate::{Error, Result};
 ///
 /// Norms, routers, gates of shared experts, convolutions, the decay and beta projections of the delta layers, the
 /// embedding (also where it is the head), the `fc` of the MTP module and the vision tower stay as they are; and so does
-/// every matrix that the checkpoint has in as few bits or in fewer: 4-bit integers, GGUF's Q4_0 among them, NVFP4, and FP8.
-/// Other types of GGUF, whose codes no device multiplies, are quantised anew.
+/// every matrix that the checkpoint has in as few bits or in fewer: 4-bit integers, NVFP4, GGUF's Q4_0 and Q4_K, and, where
+/// 8 bits are asked for, FP8 and GGUF's Q5_K, Q6_K and Q8_0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Quantization {
@@ -110,6 +111,10 @@ impl Requantised {
         &self.source
     }
 
+    pub(in crate::weights) fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
     /// Bytes of codes and scales.
     pub(in crate::weights) fn num_bytes(&self) -> usize {
         let (rows, k) = (self.source.num_rows(), self.source.num_cols());
@@ -167,6 +172,10 @@ impl Tensor {
         let stored = match (self.encoded(), self.scheme()) {
             (Some(Encoded::Int4(_) | Encoded::Nvfp4(_)), _) => 4,
             (Some(Encoded::Gguf(gguf)), _) if gguf.is_int4() => 4,
+            (Some(Encoded::Gguf(gguf)), _) if gguf.keeps_codes() => match gguf.kind {
+                TensorType::Q4_K => 4,
+                _ => 8,
+            },
             (Some(Encoded::Fp8(_)), _) => 8,
             // No device multiplies their codes: whoever asks for fewer bits gets them.
             (Some(Encoded::Gguf(_)), _) => 16,

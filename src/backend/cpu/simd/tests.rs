@@ -214,6 +214,7 @@ fn digest() -> String {
             )),
             shared_gate: Some(owned(&numbers(hidden, 23), hidden, dtype)),
             top_k: 3,
+            here: 0..usize::MAX,
         };
         let mut out = vec![0.0; n * hidden];
         moe.forward(n, &numbers(n * hidden, 24), &mut Scratch::default(), &mut out);

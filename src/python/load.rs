@@ -1,0 +1,305 @@
+//! From the arguments of `LLM` to an engine that runs: the weights, onto one device or onto those of several ranks, which
+//! are threads of this process or processes that were started together.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use pyo3::prelude::*;
+
+use super::room::check_decoded;
+use crate::backend::{Backend, Caches, Device};
+use crate::config::{ModelConfig, Shard};
+use crate::engine::{Engine, EngineLimits, follow};
+use crate::machine::available_memory;
+use crate::model::Model;
+use crate::plan::{Part, Scheme};
+use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Tcp, Threads, agree};
+use crate::service::Service;
+use crate::weights::quant::Quantization;
+use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, ReadAhead};
+use crate::{Error, Result};
+
+/// How often a rank that follows lets Python handle its signals.
+const SIGNAL_POLL: Duration = Duration::from_millis(50);
+
+/// The longest request, and whether the MTP module is loaded.
+pub(super) type Sizes = (usize, bool);
+
+/// What a model is made from.
+pub(super) struct Load {
+    pub path: PathBuf,
+    /// Whether the weights are random and nothing is read.
+    pub dummy: bool,
+    pub config: ModelConfig,
+    pub dtype: Option<DType>,
+    /// What its matrices are quantised to as they are loaded.
+    pub quantization: Option<Quantization>,
+    /// Whether with its MTP module; `None` for where it can be run.
+    pub mtp: Option<bool>,
+    pub caches: Caches,
+    pub limits: EngineLimits,
+    /// Tokens that exist.
+    pub num_tokens: usize,
+    pub eos: Vec<u32>,
+    pub progress: Option<Py<PyAny>>,
+    pub ranks: Ranks,
+}
+
+/// How a model is shared.
+#[derive(Clone)]
+pub(super) struct Ranks {
+    pub world: usize,
+    pub expert_parallel: bool,
+    /// Where they are processes: which this is, and where they meet.
+    pub meeting: Option<Meeting>,
+    /// How their devices add up.
+    pub collectives: Collectives,
+}
+
+impl Ranks {
+    /// From `tensor_parallel_size`, and what started this process.
+    pub fn new(world: usize, expert_parallel: bool) -> Result<Self> {
+        Shard::first(world, expert_parallel)?;
+        let var = |name: &str| std::env::var(name).ok();
+        let (meeting, collectives) = match world {
+            1 => (None, Collectives::Auto),
+            _ => (Meeting::from_env(var)?, Collectives::from_env(var)?),
+        };
+        match &meeting {
+            Some(meeting) if meeting.world != world => Err(Error::request(
+                "tensor_parallel_size",
+                world,
+                format!("{}, the number of processes that were started together (WORLD_SIZE)", meeting.world),
+            )),
+            _ => Ok(Self { world, expert_parallel, meeting, collectives }),
+        }
+    }
+
+    /// The devices of the ranks of this process, by rank: from what the user called them.
+    pub fn devices(&self, name: &str) -> Result<Vec<Device>> {
+        let devices = match &self.meeting {
+            None => Device::for_ranks(name, self.world, 0)?,
+            Some(meeting) => Device::for_ranks(name, 1, meeting.local_rank)?,
+        };
+        devices.iter().try_for_each(|device| device.require())?;
+        Ok(devices)
+    }
+
+    /// Whether NCCL is one of the ways in which these devices may add up.
+    pub fn may_load_nccl(&self, devices: &[Device]) -> bool {
+        let cards = devices.iter().all(|device| device.ordinal().is_some());
+        self.world > 1 && cards && self.collectives != Collectives::Direct
+    }
+
+    pub fn shard(&self, rank: usize) -> Shard {
+        Shard { rank, world: self.world, expert_parallel: self.expert_parallel }
+    }
+}
+
+impl Load {
+    /// Loads it; the engine's thread does the work. `backend` makes that of a rank, which has no group alone. `room` is what
+    /// decoded matrices may take, where the device does not say itself that they are too large for it.
+    ///
+    /// # Errors
+    /// What the files, the devices and the ranks say. Of a process that is not rank 0, [`Error::Followed`] once rank 0 has
+    /// ended.
+    pub fn start<B, F>(self, backend: F, room: Option<u64>) -> Result<(Service, Sizes)>
+    where
+        B: Backend + 'static,
+        F: Fn(usize, Option<Arc<dyn Group>>) -> Result<B> + Send + Sync + 'static,
+    {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let (load, backend) = (Arc::new(self), Arc::new(backend));
+        let part = {
+            let (load, seen) = (Arc::clone(&load), Arc::clone(&cancelled));
+            move |rank: usize, group: Option<Arc<dyn Group>>| {
+                load.part(rank, backend(rank, group.clone())?, group.as_deref(), room, &seen)
+            }
+        };
+        // Ctrl-C ends the wait at once; the thread ends behind the layer that it is at.
+        let poll = || {
+            let signals = Python::attach(|py| py.check_signals());
+            signals.map_err(|_| {
+                cancelled.store(true, Ordering::Relaxed);
+                Error::Interrupted
+            })
+        };
+        let seen = Arc::clone(&cancelled);
+        let met = move || if seen.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) };
+        if let Some(meeting) = load.ranks.meeting.clone().filter(|meeting| meeting.rank > 0) {
+            let run = move || {
+                let group: Arc<dyn Group> = Arc::new(Tcp::meet(&meeting, met)?);
+                let followed = part(meeting.rank, Some(Arc::clone(&group)))
+                    .and_then(|model| follow(model, Arc::clone(&group)));
+                followed.inspect_err(|error| group.fail(&error.to_string()))
+            };
+            return Err(on_a_thread(run, poll).err().unwrap_or(Error::Followed));
+        }
+        let make = move || {
+            let group: Option<Arc<dyn Group>> = match (&load.ranks.meeting, load.ranks.world) {
+                (Some(meeting), _) => Some(Arc::new(Tcp::meet(meeting, met)?)),
+                (None, 1) => None,
+                (None, world) => {
+                    let part = part.clone();
+                    let follow = move |group: Arc<dyn Group>| {
+                        follow(part(group.rank(), Some(Arc::clone(&group)))?, group)
+                    };
+                    Some(Arc::new(Threads::lead(world, PATIENCE, follow)?))
+                }
+            };
+            let made = part(0, group.clone()).and_then(|model| {
+                Engine::among(model, group.clone(), &load.limits, load.num_tokens, load.eos.clone())
+            });
+            let engine = made.inspect_err(|error| {
+                if let Some(group) = &group {
+                    group.fail(&error.to_string());
+                }
+            })?;
+            let sizes = (engine.max_model_len(), engine.model().has_mtp());
+            Ok((engine, sizes))
+        };
+        Service::start(make, poll)
+    }
+
+    /// A rank's part of the model, on its device.
+    fn part<B: Backend>(
+        &self,
+        rank: usize,
+        backend: B,
+        group: Option<&dyn Group>,
+        room: Option<u64>,
+        cancelled: &AtomicBool,
+    ) -> Result<Model<B>> {
+        let (config, shard) = (&self.config, self.ranks.shard(rank));
+        let checkpoint = if self.dummy { Checkpoint::random() } else { Checkpoint::open(&self.path)? };
+        let mut tensors = ModelTensors::resolve(&checkpoint, config)?;
+        let module = match self.mtp {
+            Some(false) => None,
+            Some(true) => Some(MtpTensors::resolve(&checkpoint, config)?),
+            None => MtpTensors::resolve(&checkpoint, config).ok(),
+        };
+        if let Some(group) = group.filter(|_| self.ranks.meeting.is_some()) {
+            agree(group, &self.things(&tensors, module.is_some()))?;
+        }
+        if let Some(quantization) = self.quantization {
+            tensors = tensors.requantised(quantization);
+        }
+        check_decoded(&tensors, self.dtype, room)?;
+        let mut ahead = (shard.is_whole()).then(|| ReadAhead::new(&tensors));
+        let report = |done, total| {
+            if let Some(ahead) = &mut ahead {
+                ahead.loaded(done);
+            }
+            match cancelled.load(Ordering::Relaxed) {
+                true => Err(Error::Interrupted),
+                false if rank > 0 => Ok(()),
+                false => report(&self.progress, done, total),
+            }
+        };
+        let model = Model::load_shard(config, shard, tensors, self.dtype, backend, report)?;
+        let model = model.with_caches(self.caches);
+        let Some(mut module) = module else { return Ok(model) };
+        if let Some(quantization) = self.quantization {
+            module = module.requantised(quantization);
+        }
+        model.with_mtp(module.sharded(config, shard)?, self.dtype)
+    }
+
+    /// What must be the same on all ranks.
+    fn things(&self, tensors: &ModelTensors, has_mtp: bool) -> Vec<(String, String)> {
+        let config = serde_json::to_value(&self.config).ok();
+        let fields = config.as_ref().and_then(|config| config.as_object()).into_iter().flatten();
+        let mut things: Vec<_> =
+            fields.map(|(name, value)| (format!("config {name}"), value.to_string())).collect();
+        let quantization = format!("{:?}", self.quantization);
+        let others = [
+            (Collectives::VARIABLE, self.ranks.collectives.name().into()),
+            ("expert_parallel", self.ranks.expert_parallel.to_string()),
+            ("dtype", self.dtype.map_or("auto", DType::name).into()),
+            ("quantization", quantization),
+            ("caches", format!("{:?}", self.caches)),
+            ("mtp", has_mtp.to_string()),
+            ("checkpoint", tensors.digest()),
+        ];
+        things.extend(others.map(|(name, value)| (name.to_string(), value)));
+        things
+    }
+
+    /// Refuses random weights that are more than the machine has room for: unlike a file's they cannot be given back.
+    pub fn check_memory(&self) -> Result<()> {
+        let weights = Part::whole(&self.config).weights(Scheme::Bf16).map_or(0, |bytes| bytes.resident);
+        match available_memory() {
+            Some(free) if self.dummy && weights > free => Err(Error::OutOfMemory {
+                what: format!("random weights ({weights} bytes; the machine has {free} available)"),
+                advice: "take a smaller model, or a GPU".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn start_cuda(
+        self,
+        ordinals: Vec<usize>,
+        folders: Vec<PathBuf>,
+        deterministic: bool,
+        enforce_eager: bool,
+    ) -> Result<(Service, Sizes)> {
+        use crate::backend::cuda::Cuda;
+        if let Some(dtype) = self.dtype.filter(|&dtype| dtype != DType::BF16) {
+            let found = if dtype == DType::F32 { "float32" } else { "float16" };
+            return Err(Error::request("dtype", found, "auto, bfloat16 (on a CUDA device)"));
+        }
+        let (here, collectives) = (self.ranks.meeting.is_none(), self.ranks.collectives);
+        let make = move |rank: usize, group: Option<Arc<dyn Group>>| {
+            let ordinal = ordinals[if here { rank } else { 0 }];
+            let cuda = Cuda::new(ordinal, &folders, deterministic, !enforce_eager)?;
+            Ok(match group {
+                Some(group) => cuda.among(group, collectives, folders.clone()),
+                None => cuda,
+            })
+        };
+        self.start(make, None)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub fn start_cuda(
+        self,
+        ordinals: Vec<usize>,
+        _: Vec<PathBuf>,
+        _: bool,
+        _: bool,
+    ) -> Result<(Service, Sizes)> {
+        use crate::backend::cpu::Cpu;
+        ordinals.into_iter().try_for_each(|ordinal| Device::Cuda(ordinal).require())?;
+        self.start(|_, group| Ok(group.map_or_else(Cpu::default, Cpu::among)), None)
+    }
+}
+
+/// Runs something that may take long on a thread, whose end or error this waits for; `poll` may end the wait.
+fn on_a_thread(
+    run: impl FnOnce() -> Result<()> + Send + 'static,
+    poll: impl Fn() -> Result<()>,
+) -> Result<()> {
+    let (done, ended) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("qwen35rs-rank".into());
+    let spawned = thread.spawn(move || drop(done.send(run())));
+    spawned.map_err(|e| Error::Internal(format!("no thread for a rank: {e}")))?;
+    loop {
+        match ended.recv_timeout(SIGNAL_POLL) {
+            Ok(result) => return result,
+            Err(mpsc::RecvTimeoutError::Timeout) => poll()?,
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(Error::Internal("a rank's thread panicked".into()));
+            }
+        }
+    }
+}
+
+/// Tells Python how far the load is; what that raises ends it.
+fn report(progress: &Option<Py<PyAny>>, done: usize, total: usize) -> Result<()> {
+    let Some(progress) = progress else { return Ok(()) };
+    Python::attach(|py| progress.call1(py, (done, total)).map(drop)).map_err(|_| Error::Interrupted)
+}

@@ -1,0 +1,203 @@
+"""Layouts: which one `plan` chooses, what it would hold, and the commands that load a model on several ranks."""
+
+import json
+
+import pytest
+from qwen35rs import RequestError, _core, demo
+from qwen35rs.demo import make_checkpoint
+from test_cli import as_json, invoke, ok
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("layout") / "demo", vocab="bytes").path)
+
+
+def choice(*args):
+    (found,) = as_json("plan", *args)["choices"]
+    return found
+
+
+def taken(*args):
+    chosen = choice(*args)["chosen"]
+    return chosen["scheme"], chosen["tensor_parallel_size"], chosen["replicas"], chosen["idle_cards"]
+
+
+def test_a_layout_is_chosen():
+    assert taken("122b", "--gpu", "h200", "--cards", 2, "--scheme", "bf16") == ("bf16", 2, 1, 0)
+    assert choice("122b", "--gpu", "h200", "--cards", 1, "--scheme", "bf16")["chosen"] is None
+    assert taken("122b", "--gpu", "h100", "--cards", 1, "--scheme", "int4") == ("int4", 1, 1, 0)
+    assert taken("122b", "--gpu", "h100", "--cards", 2)[0] == "fp8-head"
+    text = ok("plan", "122b", "--gpu", "h100", "--cards", 2)
+    assert 'Take tensor_parallel_size=2, quantization="fp8": one replica.' in text
+    assert "bf16 fit no sequence of 8192 tokens; fp8-head fits, 58." in text
+    assert "6 us are assumed for each of two sums a layer" in text
+    assert "Nothing fits" in ok("plan", "397b", "--gpu", "4090", "--cards", 1)
+    # One request wants cards that share the model, many want replicas, where a card has room for one.
+    few, many = (
+        taken("122b", "--gpu", "h100", "--cards", 3, "--max-num-seqs", n, "--scheme", "int4") for n in (1, 32)
+    )
+    assert few == ("int4", 2, 1, 1) and many == ("int4", 1, 3, 0)
+    assert choice("9b", "--gpu", "h100", "--cards", 8)["num_seqs"] == 32
+    # Where no card or no number was said there is nothing to choose from.
+    assert (
+        as_json("plan", "9b", "--gpu", "h100")["choices"]
+        == as_json("plan", "9b", "--cards", 2)["choices"]
+        == []
+    )
+
+
+def test_sizes_that_do_not_divide_are_explained():
+    text = ok("plan", "35b", "--gpu", "h100", "--cards", 3, "--scheme", "bf16")
+    assert (
+        "tensor_parallel_size cannot be 3; allowed: 1, 2, 4, 8, 16, which divide 16 key and 32 value" in text
+    )
+    assert "cannot share it" in text and "(1 idle)" in text
+    (refused,) = choice("35b", "--gpu", "h100", "--cards", 3)["refused"]
+    assert refused["tensor_parallel_size"] == 3 and refused["why"].startswith(
+        "tensor_parallel_size: found 3;"
+    )
+
+
+def test_a_card_may_be_an_amount_of_memory():
+    found = as_json("plan", "35b", "--gpu", "48GiB", "--cards", 4, "--scheme", "bf16")
+    assert {row["gpu"] for row in found["rows"]} == {"48.0 GiB"}
+    assert found["choices"][0]["chosen"]["tensor_parallel_size"] == 2
+    assert found["rows"][0]["decode_limit_tokens_per_s"] is None
+    assert "bandwidth is not known" in ok("plan", "35b", "--gpu", "48GiB", "--cards", 4, "--scheme", "bf16")
+
+
+def test_the_layout_of_what_is_quantised_already(model, tmp_path):
+    _core.quantize_checkpoint(model, tmp_path / "fp8", scheme="fp8", group_size=128, progress=None)
+    found = choice(tmp_path / "fp8", "--gpu", "4090", "--cards", 2)
+    assert found["chosen"]["scheme"] == "stored"
+    one, two = (layout["weights_gib_per_card"] for layout in found["layouts"])
+    assert 0.5 * one < two < one
+    # Its parts are cut out of the files, and counted as they are loaded.
+    alone, both = (held(tmp_path / "fp8", "--gpu", "4090", "--tensor-parallel-size", n) for n in (1, 2))
+    (first, second), (whole,) = both["ranks"], alone["ranks"]
+    assert first == second and whole["weights"] / 2 < first["weights"] < whole["weights"]
+
+
+def held(*args):
+    (found,) = as_json("plan", *args, "--dry-run")["memory"].values()
+    return found
+
+
+def test_a_dry_run_says_what_each_rank_holds():
+    one = held("35b", "--gpu", "h200")
+    two = held("35b", "--gpu", "h200", "--tensor-parallel-size", 2, "--max-num-seqs", 32)
+    assert one["ranks"] == [one["memory"]] and two["ranks"] == [two["memory"]] * 2
+    assert "sums over ranks" not in one["memory"] and two["memory"]["sums over ranks"] > 2**20
+    # Half of all but the embedding, routers and norms; heads, slots and pages of its own.
+    both, embedding = 2 * two["memory"]["weights"] - one["memory"]["weights"], 2 * 248320 * 2048
+    assert embedding < both < 1.06 * embedding
+    assert 2 * two["memory"]["recurrent states"] == one["memory"]["recurrent states"]
+    assert 2 * two["page_bytes"] == one["page_bytes"]
+    pages = two["memory"]["pages of keys"] + two["memory"]["pages of values"]
+    assert pages == two["num_pages"] * two["page_bytes"]
+    assert sum(two["memory"].values()) < 140.4 * 2**30
+    small = held("35b", "--gpu", "h200", "--tensor-parallel-size", 2, "--max-num-seqs", 8)
+    assert 4 * small["memory"]["recurrent states"] == two["memory"]["recurrent states"]
+    text = ok("plan", "35b", "--gpu", "h200", "--memory", "--tensor-parallel-size", 2)
+    for part in ("Each of 2 x H200", "ranks 0 to 1, GiB", "weights", "sums over ranks", "all of it"):
+        assert part in text
+    assert "does not fit: the weights alone are 227.5 GiB on all cards together" in ok(
+        "plan", "122b", "--gpu", "h100", "--dry-run", "--tensor-parallel-size", 2
+    )
+
+
+REFUSED = [
+    (["--tensor-parallel-size", "2"], "tensor_parallel_size: found it without --memory; allowed: with it"),
+    (["--expert-parallel"], "expert_parallel: found it without --memory; allowed: with it"),
+    (
+        ["--dry-run", "--tensor-parallel-size", "3"],
+        "tensor_parallel_size: found 3; allowed: 1, 2, 4, 8, 16, which",
+    ),
+    (["--dry-run", "--tensor-parallel-size", "0"], "tensor_parallel_size: found 0; allowed: at least 1"),
+    (
+        ["--dry-run", "--tensor-parallel-size", "16"],
+        "tensor_parallel_size: found 16; allowed: at most 8 in a plan",
+    ),
+    (
+        ["--dry-run", "--expert-parallel"],
+        "expert_parallel: found True with one rank; allowed: False, or a tensor_",
+    ),
+    (
+        ["--dry-run", "--cards", "2"],
+        "cards: found it with --memory; allowed: without (no vision; cards are --tensor-",
+    ),
+    (["--gpu", "h100", "--cards", "2", "--max-num-seqs", "0"], "max_num_seqs: found 0; allowed: 1 or more"),
+    (["--gpu", "3GB RAM"], "gpu: found 3GB RAM; allowed: RTX 3090, "),
+    (["--gpu", "2TiB"], "or 1 GiB to 1024 GiB of memory, as in 48GiB"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_is_refused_is_named(arguments, message):
+    result = invoke("plan", "35b", *arguments)
+    assert result.exit_code == 1 and message in result.stderr and result.stdout == "", result.output
+
+
+# ------------------------------------------------------------------------------- commands that load a model
+
+
+def test_a_command_loads_a_model_on_ranks(model):
+    args = ["--model", model, "Hello", "--temperature", 0, "--max-tokens", 8, "--device", "cpu"]
+    want = as_json("generate", *args)["outputs"]
+    for shared in (["--tensor-parallel-size", 2], ["--tensor-parallel-size", 2, "--expert-parallel"]):
+        found = as_json("generate", *args, *shared)["outputs"]
+        assert [s["token_ids"] for o in found for s in o["samples"]] == [
+            s["token_ids"] for o in want for s in o["samples"]
+        ]
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "x"], ["chat"], ["bench", "tasks", "--n", "1"], ["bench", "engine"]]
+)
+def test_every_command_that_loads_a_model_takes_ranks(command, model):
+    for more, message in (
+        (["--tensor-parallel-size", 3], "tensor_parallel_size: found 3; allowed: 1, 2, 4, which divide"),
+        (["--tensor-parallel-size", 0], "tensor_parallel_size: found 0; allowed: 1 to 1024"),
+        (
+            ["--expert-parallel"],
+            "expert_parallel: found True with one rank; allowed: False, or a tensor_parallel",
+        ),
+    ):
+        result = invoke(*command, "--model", model, "--device", "cpu", *more, input="x\n")
+        assert result.exit_code == 1 and message in result.stderr, result.output
+
+
+def test_the_floor_of_a_benchmark_is_that_of_one_rank(tmp_path):
+    sizes = {"num_hidden_layers": 4, "vocab_size": 512, "mtp_num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(demo.config(400, **sizes)))
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+
+    def bench(*more):
+        args = ["-m", tmp_path / "config.json", "--load-format", "dummy", "--device", "cpu"]
+        args += ["--context", 64, "--steps", 2, "--prefill", 64]
+        return as_json("bench", "engine", *args, *more)
+
+    one, two = bench(), bench("--tensor-parallel-size", 2)
+    assert (one["tensor_parallel_size"], two["tensor_parallel_size"]) == (1, 2)
+    assert two["expert_parallel"] is False
+    hidden, layers = text["hidden_size"], 4
+    attention = sum(kind == "full_attention" for kind in text.get("layer_types") or ["full_attention"])
+    every = (text["num_experts"] + 1) * hidden * layers + (2 * layers + 1) * hidden
+    every += 2 * text["head_dim"] * attention + text["linear_value_head_dim"] * (layers - attention)
+    whole, part = one["decode"][0]["bytes"], two["decode"][0]["bytes"]
+    assert 2 * part - whole == pytest.approx(2 * every, abs=1)
+    assert 2 * two["prefill"][0]["flops"] - one["prefill"][0]["flops"] == 2 * 64 * every
+    with pytest.raises(RequestError, match="max_num_seqs: found 0; allowed: 1 or more"):
+        _core.plan_model(
+            "9b",
+            gpus=["h100"],
+            cards=[1],
+            schemes=[],
+            context=1,
+            fp8_kv=False,
+            f16_state=False,
+            with_vision=False,
+            with_mtp=False,
+            num_seqs=0,
+        )

@@ -32,8 +32,9 @@ from qwen35rs.speed import decode, measured, prefill, room_for
 model, quantization, ranks, by_experts, batches, prompts = json.loads(sys.argv[1])
 rooms = [room_for(size, 1024, 64, 8192) for size in batches]
 start = time.perf_counter()
+length = max(*rooms, *(n + 1 for n in prompts))
 llm = LLM(model, load_format="dummy", device="cuda", quantization=quantization, tensor_parallel_size=ranks,
-          expert_parallel=by_experts, max_num_seqs=max(batches), max_num_batched_tokens=8192, max_model_len=max(*rooms, *(n + 1 for n in prompts)))
+          expert_parallel=by_experts, max_num_seqs=max(batches), max_num_batched_tokens=8192, max_model_len=length)
 loaded = time.perf_counter() - start
 floors = measured(llm)
 facts = {"device": llm.device, "load_seconds": round(loaded, 2), "measured": floors, "memory": llm.memory}

@@ -2,7 +2,9 @@
 
 import json
 
+import gguf_file
 import pytest
+import test_gguf
 from qwen35rs import RequestError, _core, demo
 from qwen35rs.demo import make_checkpoint
 from test_cli import as_json, invoke, ok
@@ -77,6 +79,22 @@ def test_the_layout_of_what_is_quantised_already(model, tmp_path):
     alone, both = (held(tmp_path / "fp8", "--gpu", "4090", "--tensor-parallel-size", n) for n in (1, 2))
     (first, second), (whole,) = both["ranks"], alone["ranks"]
     assert first == second and whole["weights"] / 2 < first["weights"] < whole["weights"]
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_the_layout_of_gguf(kind, tmp_path):
+    # Rows of 256 are halved: blocks of 32 are cut between, those of 256 through, which makes bf16 of them.
+    values, tensors, _ = test_gguf.wide(kind)
+    path = gguf_file.write(tmp_path / "wide.gguf", values, tensors)
+    layouts = choice(path, "--gpu", "4090", "--cards", 2)["layouts"]
+    assert [layout["scheme"] for layout in layouts] == ["stored"] * 2
+    one, two = (layout["weights_gib_per_card"] * 2**30 for layout in layouts)
+    alone, shared = (
+        held(path, "--gpu", "4090", "--tensor-parallel-size", n)["memory"]["weights"] for n in (1, 2)
+    )
+    # In memory matrices so small are filled up to tiles.
+    assert one < alone < 1.25 * one
+    assert 0 <= (shared - alone) - (two - one) < 0.1 * alone
 
 
 def held(*args):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         RequestError,
         __version__,
     )
-    from .llm import LLM
+    from .llm import LLM, DeltaStream
     from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
     from .sampling import SamplingParams
     from .tokenizer import Tokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "ConfigError",
     "CudaError",
     "Delta",
+    "DeltaStream",
     "Logprob",
     "OutOfMemoryError",
     "Qwen35Error",
@@ -44,6 +45,7 @@ _HOME = {
     "ConfigError": "_core",
     "CudaError": "_core",
     "Delta": "outputs",
+    "DeltaStream": "llm",
     "LLM": "llm",
     "Logprob": "outputs",
     "OutOfMemoryError": "_core",

@@ -10,26 +10,27 @@ from types import FrameType
 def main() -> None:
     """Reads the command line's modules, and runs it.
 
-    Reading them takes a moment, in which Ctrl-C would end in the middle of an import. Nothing is under way then that
-    would have to be ended, so the process ends at once.
+    Modules are read when the process starts, and some once a command does. Ctrl-C meanwhile ends the process at once,
+    since an exception in the middle of an import can get lost or end in a traceback; elsewhere it is KeyboardInterrupt.
     """
-    heeds = (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )  # not where the caller has it ignored
-    if heeds:
-        signal.signal(signal.SIGINT, _end)
+    # Not where the caller has it ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     from .cli import main as run
 
-    if heeds:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
-    try:
-        os.write(2, b"interrupted\n")
-    finally:  # also where stderr is closed
-        os._exit(130)
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    inner = frame
+    while inner is not None:
+        if inner.f_code.co_filename == "<frozen importlib._bootstrap>":
+            try:
+                os.write(2, b"interrupted\n")
+            finally:  # also where stderr is closed
+                os._exit(130)
+        inner = inner.f_back
+    signal.default_int_handler(signum, frame)
 
 
 if __name__ == "__main__":

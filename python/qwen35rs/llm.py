@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -134,12 +135,13 @@ class LLM:
             if not isinstance(found, str):
                 raise RequestError(f"{option}: found {_short(found)}; allowed: {allowed}")
         is_number = hasattr(tensor_parallel_size, "__index__") and not isinstance(tensor_parallel_size, bool)
-        if not is_number or not 1 <= tensor_parallel_size <= 1024:
-            found = f"{_short(tensor_parallel_size)}"
-            raise RequestError(f"tensor_parallel_size: found {found}; allowed: 1 to 1024, an integer")
+        if not is_number or not 1 <= operator.index(tensor_parallel_size) <= 1024:
+            raise RequestError(
+                f"tensor_parallel_size: found {_short(tensor_parallel_size)}; allowed: 1 to 1024, an integer"
+            )
         if not isinstance(expert_parallel, bool):
             raise RequestError(f"expert_parallel: found {_short(expert_parallel)}; allowed: True, False")
-        tensor_parallel_size = int(tensor_parallel_size)
+        tensor_parallel_size = operator.index(tensor_parallel_size)
         _core.check_devices(device, tensor_parallel_size, expert_parallel)
         if load_format == "dummy" and model is not None and not Path(model).is_dir():
             path = Path(model)

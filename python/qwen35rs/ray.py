@@ -212,6 +212,8 @@ class _Reader:
     def run(self) -> None:
         """The thread. Raises what the stream raises."""
         try:
+            if self._closed:  # while it waited for a thread
+                return
             self._stream = self._start()
             if self._closed:  # before there was a stream to close
                 self._stream.close()

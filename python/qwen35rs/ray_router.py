@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 import math
 import random
+import threading
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 LOAD_FACTOR = 1.25
 LOAD_SLACK = 8
@@ -26,6 +29,34 @@ class ConversationRouter(RequestRouter):  # type: ignore[misc]
     of two replicas.
     """
 
+    def initialize_state(self, **options: Any) -> None:
+        """Serve calls it once, before the first request."""
+        super().initialize_state(**options)
+        self._sent: Counter[ReplicaID] = Counter()
+        self._lock = threading.Lock()  # what ends a request may be another thread than the router's
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Counts a request as the replica's load until `on_request_completed`."""
+        super().on_send_request(replica_id)
+        with self._lock:
+            self._sent[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Ends what `on_send_request` counted. Serve calls it for requests that could not be sent too."""
+        super().on_request_completed(replica_id, internal_request_id)
+        with self._lock:
+            self._sent[replica_id] -= 1
+            if self._sent[replica_id] <= 0:
+                del self._sent[replica_id]
+
+    def _load(self, replica_id: ReplicaID) -> int:
+        """Requests under way: those that this process has sent, or what the replica itself has told.
+
+        Its number has other processes' requests too, but is older: of a burst that is still on its way to a busy replica
+        it has next to nothing.
+        """
+        return max(self._sent[replica_id], self.replica_queue_len_cache.get(replica_id) or 0)
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
@@ -39,7 +70,7 @@ class ConversationRouter(RequestRouter):  # type: ignore[misc]
         if key is None:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         replicas = {r.replica_id.unique_id: r for r in candidate_replicas}
-        loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in replicas.items()}
+        loads = {name: self._load(r.replica_id) for name, r in replicas.items()}
         return [[replicas[name]] for name in ranked(key, loads)]
 
 

@@ -190,10 +190,10 @@ fn local_width(width: usize, world: usize, formats: Option<&QuantConfig>) -> usi
     units.extend(int4.iter().map(|_| (CODES, 8)));
     units.extend(nvfp4.then_some((CODES, 16)));
     // All parts in one block, as blocks are large or parts are small.
-    let is_whole = |&(unit, least): &(usize, usize)| {
+    let cuts_nothing = |&(unit, least): &(usize, usize)| {
         even.is_multiple_of(unit) || unit.is_multiple_of(even) && even.is_multiple_of(least)
     };
-    if units.iter().all(is_whole) {
+    if units.iter().all(cuts_nothing) {
         return even;
     }
     let unit = units.iter().try_fold(1usize, |all, &(unit, _)| (all / gcd(all, unit)).checked_mul(unit));

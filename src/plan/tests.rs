@@ -222,7 +222,10 @@ fn cards_that_cannot_share_a_model() {
         match row.num_cards {
             2 => assert!(why.is_empty() && row.weights_gib_per_card.is_some()),
             3 => assert!(why.starts_with("tensor_parallel_size: found 3; allowed: 1, 2, 4, 8, 16, which")),
-            _ => assert_eq!(why, "tensor_parallel_size: found 16; allowed: at most 8 in a plan, of cards that address each other's memory"),
+            _ => assert_eq!(
+                why,
+                "tensor_parallel_size: found 16; allowed: at most 8 in a plan, of cards that address each other's memory"
+            ),
         }
         assert!(why.is_empty() || !row.fits && row.max_seqs == 0 && row.weights_gib_per_card.is_none());
     }

@@ -151,6 +151,8 @@ fn quantize_checkpoint(
 #[derive(Serialize)]
 struct ModelPlan {
     config: ModelConfig,
+    /// Whether its weights are loaded as they are stored: those of a quantised checkpoint, or of GGUF.
+    stored: bool,
     /// Of each card that was named: which it is, and others that the name may mean.
     cards: Vec<NamedCard>,
     #[serde(flatten)]
@@ -174,6 +176,11 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
     } else {
         plan::family_config(&model.to_string_lossy())
     }
+}
+
+/// Whether the weights of a model are loaded as they are stored, and not all in bf16.
+fn is_stored(model: &Path, config: &ModelConfig) -> Result<bool> {
+    Ok(config.quantization.is_some() || model.exists() && gguf::find(model)?.is_some())
 }
 
 /// JSON plan of a model, named by a family name or by the path of a checkpoint or of a `config.json`. With `num_seqs`, a layout
@@ -230,7 +237,8 @@ fn plan_model(
             ..PlanOptions::default()
         };
         let plan = plan::plan(&config, &gpus, &cards, &schemes, &weights, &options)?;
-        json(&ModelPlan { config, cards: named, plan })
+        let stored = is_stored(Path::new(model), &config)?;
+        json(&ModelPlan { config, stored, cards: named, plan })
     };
     py.detach(make).map_err(to_py)
 }
@@ -259,9 +267,9 @@ fn plan_memory(
     return py
         .detach(|| {
             let config = model_config(Path::new(model))?;
-            let checkpoint = match config.quantization {
-                Some(_) => Checkpoint::open(Path::new(model))?,
-                None => Checkpoint::random(),
+            let checkpoint = match is_stored(Path::new(model), &config)? {
+                true => Checkpoint::open(Path::new(model))?,
+                false => Checkpoint::random(),
             };
             let limits = EngineLimits {
                 max_model_len,

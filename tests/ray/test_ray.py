@@ -409,13 +409,14 @@ def test_an_update_loses_no_request(handle, llm):
             except Exception as error:  # noqa: BLE001  which one is the test's report
                 errors.append(error)
 
-    askers = [threading.Thread(target=ask) for _ in range(3)]
+    askers = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
     for asker in askers:
         asker.start()
     deploy("two", num_replicas=2, max_model_len=2048, tensor_parallel_size=2)
     ended.set()
     for asker in askers:
         asker.join(30)
+    assert not any(asker.is_alive() for asker in askers)
     assert errors == [] and len(answers) > 3
     assert all(len(tokens) == 4 and finish == "length" for _, tokens, finish, _ in answers)
     for first, stream in zip(firsts, long, strict=True):

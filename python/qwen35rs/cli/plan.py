@@ -55,7 +55,7 @@ def plan(
         typer.Option(
             help="bf16, fp8, fp8-head, int4, int4-experts, nvfp4, nvfp4-experts, mixed, or stored: as the checkpoint has "
             "them; may be repeated. \\[default: bf16, fp8, int4; all of them for a --gpu; stored for a checkpoint that is "
-            "quantised]"
+            "quantised and for GGUF]"
         ),
     ] = None,
     context: Annotated[
@@ -162,16 +162,18 @@ def plan(
             raise _core.RequestError(f"cards: found {number}; allowed: 1 or more")
     if context is not None and context < 1:
         raise _core.RequestError(f"context: found {context}; allowed: 1 or more")
-    planned = ask([], [], [], 1)["config"]
-    quantised = planned["quantization"]
+    planned = ask([], [], [], 1)
+    quantised = planned["config"]["quantization"]
     if context is None:
-        context = min(CONTEXT, planned["max_position"])
+        context = min(CONTEXT, planned["config"]["max_position"])
     schemes = scheme or ([] if gpu else SCHEMES)
-    if quantised and not scheme and not memory:
+    if planned["stored"] and not scheme and not memory:
         schemes = [STORED]
         try:
             ask([], [], schemes, context)
         except (_core.ConfigError, _core.RequestError, OSError) as error:
+            if not quantised:
+                raise
             schemes = [_declared(quantised)]
             note(
                 f"note: {model} is quantised, and its weights cannot be counted ({error}); this counts {schemes[0]}, the "
@@ -189,7 +191,7 @@ def plan(
         limits |= {"fp8_kv": fp8_kv, "f16_state": f16_state}
         limits |= {name: value for name, value in sizes.items() if value is not None}
         limits["quantization"] = quantization
-        counted = STORED if quantised and quantization is None else SCHEME_OF[quantization]
+        counted = STORED if planned["stored"] and quantization is None else SCHEME_OF[quantization]
         weights = next(row["resident"] for row in ask([], [], [counted], context)["weights"])
         held = {name: _held(source, name, limits, weights) for name in gpu or ["H100 80GB"]}
         if not json:

@@ -126,6 +126,29 @@ def test_a_checkpoint_with_one_other_byte_is_refused(port, processes, tmp_path):
         assert "qwen35rs.RankError: ranks: checkpoint: rank 0 has " in err
 
 
+def test_a_rank_says_whom_it_waits_for(port, processes):
+    # Rank 1 finds nobody where rank 0 should be; rank 0 waits for one that never comes.
+    processes += [start(1, 2, port), start(0, 2, free_port())]
+    for process, reason in zip(
+        processes, ("rank 0 is not to be reached", "rank 1 of 2 has not come"), strict=True
+    ):
+        line = process.stderr.readline()
+        assert line.startswith(f"qwen35rs: waiting for 10 seconds: {reason}"), line
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        assert "KeyboardInterrupt" in err
+
+
+def test_a_port_that_is_taken_is_named(processes):
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        processes += [start(0, 2, port - 1)]
+        _, err = processes[0].communicate(timeout=60)
+    assert f"RequestError: the port after MASTER_PORT, or QWEN35RS_PORT: found {port}, which cannot be" in err
+
+
 def test_the_number_of_processes_is_that_of_ranks(port, processes):
     processes += [start(0, 4, port)]
     _, err = processes[0].communicate(timeout=60)

@@ -412,7 +412,7 @@ class LLM:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def __repr__(self) -> str:
-        return f"LLM({self.model!r}, max_model_len={self.max_model_len})"
+        return f"LLM({self.model!r}, device={self.device!r}, max_model_len={self.max_model_len})"
 
 
 class DeltaStream(Iterator[Delta]):

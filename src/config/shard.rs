@@ -93,9 +93,12 @@ impl ModelConfig {
     ///
     /// # Errors
     /// `Request` where the model does not divide so, naming `tensor_parallel_size`, the sizes that would do, and
-    /// what has to divide; where `rank` is none of the `world`.
+    /// what has to divide; where `rank` is none of the `world`; where experts that a model has not are to be shared out.
     pub fn sharded(&self, shard: Shard) -> Result<ModelConfig> {
         let Shard { rank, world, expert_parallel } = shard;
+        if expert_parallel && let FfnConfig::Dense { .. } = self.ffn {
+            return Err(Error::request("expert_parallel", "True, for a model without experts", "False"));
+        }
         if !self.divides(world, expert_parallel) {
             return Err(self.indivisible(world, expert_parallel));
         }

@@ -2,7 +2,7 @@
 //! are threads of this process or processes that were started together.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -127,7 +127,14 @@ impl Load {
             })
         };
         let seen = Arc::clone(&cancelled);
-        let met = move || if seen.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) };
+        let notice = Notice::default();
+        let met = move |waited: Duration, what: &str| match seen.load(Ordering::Relaxed) {
+            true => Err(Error::Interrupted),
+            false => {
+                notice.say(waited, what);
+                Ok(())
+            }
+        };
         if let Some(meeting) = load.ranks.meeting.clone().filter(|meeting| meeting.rank > 0) {
             let run = move || {
                 let group: Arc<dyn Group> = Arc::new(Tcp::meet(&meeting, met)?);
@@ -275,6 +282,26 @@ impl Load {
         use crate::backend::cpu::Cpu;
         ordinals.into_iter().try_for_each(|ordinal| Device::Cuda(ordinal).require())?;
         self.start(|_, group| Ok(group.map_or_else(Cpu::default, Cpu::among)), None)
+    }
+}
+
+/// Says through Python's `logging`, now and then, what processes that meet wait for.
+#[derive(Default)]
+struct Notice(AtomicU64);
+
+impl Notice {
+    fn say(&self, waited: Duration, what: &str) {
+        let said = self.0.load(Ordering::Relaxed);
+        if waited.as_secs() < if said == 0 { 10 } else { said + 60 } {
+            return;
+        }
+        self.0.store(waited.as_secs(), Ordering::Relaxed);
+        let text = format!("qwen35rs: waiting for {:.0} seconds: {what}", waited.as_secs_f64());
+        // A note that cannot be written is no reason to end.
+        Python::attach(|py| {
+            let logging = py.import("logging").and_then(|m| m.call_method1("getLogger", ("qwen35rs",)));
+            drop(logging.and_then(|logger| logger.call_method1("warning", ("%s", text))));
+        });
     }
 }
 

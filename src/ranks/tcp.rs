@@ -90,8 +90,9 @@ impl Meeting {
                 })?
             }
         };
-        let port =
-            u16::try_from(port).map_err(|_| Error::request("MASTER_PORT", port, "a port, below 65535"))?;
+        let port = u16::try_from(port).map_err(|_| {
+            Error::request("the port after MASTER_PORT, or QWEN35RS_PORT", port, "at most 65535")
+        })?;
         Ok(Some(Self { rank, local_rank, world, address: format!("{host}:{port}") }))
     }
 }
@@ -109,11 +110,11 @@ pub struct Tcp {
 }
 
 impl Tcp {
-    /// Waits until all have met. `poll` is called meanwhile and may end the wait.
+    /// Waits until all have met. `poll` is called meanwhile, with how long it has waited and for what, and may end the wait.
     ///
     /// # Errors
     /// [`Error::Ranks`] where not all come, or one that is none of them; what `poll` returned.
-    pub fn meet(meeting: &Meeting, poll: impl Fn() -> Result<()>) -> Result<Self> {
+    pub fn meet(meeting: &Meeting, poll: impl Fn(Duration, &str) -> Result<()>) -> Result<Self> {
         Self::meet_within(meeting, MEETING_PATIENCE, PATIENCE, poll)
     }
 
@@ -125,13 +126,17 @@ impl Tcp {
         meeting: &Meeting,
         patience: Duration,
         step: Duration,
-        poll: impl Fn() -> Result<()>,
+        poll: impl Fn(Duration, &str) -> Result<()>,
     ) -> Result<Self> {
         let &Meeting { rank, world, .. } = meeting;
-        let deadline = Instant::now() + patience;
+        let start = Instant::now();
+        let wait = |what: &str| match start.elapsed() {
+            waited if waited > patience => Err(lost(what)),
+            waited => poll(waited, what).inspect(|()| std::thread::sleep(RETRY)),
+        };
         let peers = match rank {
-            0 => welcome(meeting, deadline, poll)?,
-            _ => vec![visit(meeting, deadline, poll)?],
+            0 => welcome(meeting, wait)?,
+            _ => vec![visit(meeting, wait)?],
         };
         let peers = peers.into_iter().map(Mutex::new).collect();
         let (failed, ended) = (OnceLock::new(), AtomicBool::new(false));
@@ -297,15 +302,12 @@ fn read(peer: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {
 }
 
 /// The connections of the other ranks, in their order.
-fn welcome(meeting: &Meeting, deadline: Instant, poll: impl Fn() -> Result<()>) -> Result<Vec<TcpStream>> {
+fn welcome(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<Vec<TcpStream>> {
     let Meeting { world, address, .. } = meeting;
     let port = address.rsplit_once(':').map_or("0", |(_, port)| port);
     let cannot = |e: std::io::Error| {
-        Error::request(
-            "MASTER_PORT",
-            format!("port {port}, which cannot be listened on ({e})"),
-            "a free port",
-        )
+        let found = format!("{port}, which cannot be listened on ({e})");
+        Error::request("the port after MASTER_PORT, or QWEN35RS_PORT", found, "a free port")
     };
     let listener = TcpListener::bind(format!("[::]:{port}"));
     let listener = listener.or_else(|_| TcpListener::bind(format!("0.0.0.0:{port}"))).map_err(cannot)?;
@@ -321,13 +323,7 @@ fn welcome(meeting: &Meeting, deadline: Instant, poll: impl Fn() -> Result<()>) 
                     *place = Some(stream);
                 }
             }
-            Err(_) if Instant::now() > deadline => {
-                return Err(lost(format!("rank {} of {world} has not come to {address}", missing + 1)));
-            }
-            Err(_) => {
-                poll()?;
-                std::thread::sleep(RETRY);
-            }
+            Err(_) => wait(&format!("rank {} of {world} has not come to {address}", missing + 1))?,
         }
     }
     Ok(peers.into_iter().flatten().collect())
@@ -361,7 +357,7 @@ fn greet(mut stream: TcpStream, world: usize) -> std::io::Result<(usize, TcpStre
 }
 
 /// The connection to rank 0.
-fn visit(meeting: &Meeting, deadline: Instant, poll: impl Fn() -> Result<()>) -> Result<TcpStream> {
+fn visit(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<TcpStream> {
     let Meeting { rank, world, address, .. } = meeting;
     let hello = [&HELLO[..], &(*rank as u64).to_le_bytes(), &(*world as u64).to_le_bytes()].concat();
     loop {
@@ -373,14 +369,10 @@ fn visit(meeting: &Meeting, deadline: Instant, poll: impl Fn() -> Result<()>) ->
                     advice: "start all ranks with the same qwen35rs and the same number of ranks".into(),
                 });
             }
-            Ok(_) => "it does not answer as a rank".to_string(),
+            Ok(_) => "what listens there does not answer as a rank".to_string(),
             Err(e) => e.to_string(),
         };
-        if Instant::now() > deadline {
-            return Err(lost(format!("rank 0 is not to be reached at {address} ({failed})")));
-        }
-        poll()?;
-        std::thread::sleep(RETRY);
+        wait(&format!("rank 0 is not to be reached at {address} ({failed})"))?;
     }
 }
 

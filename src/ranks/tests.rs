@@ -13,7 +13,7 @@ fn both<T: Send + 'static>(
 ) -> Vec<Vec<T>> {
     let run = Arc::new(run);
     let meet = |meeting: Meeting| {
-        let group = Tcp::meet_within(&meeting, Duration::from_secs(20), SHORT, || Ok(())).unwrap();
+        let group = Tcp::meet_within(&meeting, Duration::from_secs(20), SHORT, |_, _| Ok(())).unwrap();
         Box::new(group) as Box<dyn Group>
     };
     let threads = Threads::group(world, SHORT).into_iter().map(|g| Box::new(g) as Box<dyn Group>).collect();
@@ -140,7 +140,7 @@ fn what_differs_is_named() {
 fn strangers_at_the_port_do_not_disturb_and_other_worlds_are_refused() {
     let port = free_port();
     let host = std::thread::spawn(move || {
-        Tcp::meet_within(&meeting(0, 2, port), Duration::from_secs(20), SHORT, || Ok(()))
+        Tcp::meet_within(&meeting(0, 2, port), Duration::from_secs(20), SHORT, |_, _| Ok(()))
             .and_then(|group| group.exchange(b"0", true).map(|all| all.len()))
     });
     let mut stranger = loop {
@@ -150,10 +150,11 @@ fn strangers_at_the_port_do_not_disturb_and_other_worlds_are_refused() {
         std::thread::sleep(Duration::from_millis(10));
     };
     std::io::Write::write_all(&mut stranger, b"GET / HTTP/1.1\r\nHost: somebody\r\n\r\n").unwrap();
-    let refused = Tcp::meet_within(&meeting(1, 3, port), Duration::from_secs(20), SHORT, || Ok(()));
+    let refused = Tcp::meet_within(&meeting(1, 3, port), Duration::from_secs(20), SHORT, |_, _| Ok(()));
     let text = refused.err().unwrap().to_string();
     assert!(text.contains("of 3 ranks") && text.contains("and of 2"), "{text}");
-    let group = Tcp::meet_within(&meeting(1, 2, port), Duration::from_secs(20), SHORT, || Ok(())).unwrap();
+    let group =
+        Tcp::meet_within(&meeting(1, 2, port), Duration::from_secs(20), SHORT, |_, _| Ok(())).unwrap();
     assert_eq!(group.exchange(b"1", true).unwrap().len(), 2);
     assert_eq!(host.join().unwrap().unwrap(), 2);
 }
@@ -161,10 +162,10 @@ fn strangers_at_the_port_do_not_disturb_and_other_worlds_are_refused() {
 #[test]
 fn who_does_not_come_is_named() {
     let alone =
-        |rank| Tcp::meet_within(&meeting(rank, 3, free_port()), SHORT, SHORT, || Ok(())).err().unwrap();
+        |rank| Tcp::meet_within(&meeting(rank, 3, free_port()), SHORT, SHORT, |_, _| Ok(())).err().unwrap();
     assert!(alone(0).to_string().contains("rank 1 of 3 has not come"), "{}", alone(0));
     assert!(alone(2).to_string().contains("rank 0 is not to be reached"), "{}", alone(2));
-    let interrupted = Tcp::meet(&meeting(0, 2, free_port()), || Err(Error::Interrupted));
+    let interrupted = Tcp::meet(&meeting(0, 2, free_port()), |_, _| Err(Error::Interrupted));
     assert!(matches!(interrupted.err(), Some(Error::Interrupted)));
 }
 
@@ -194,4 +195,6 @@ fn meetings_from_variables() {
     named(&[("WORLD_SIZE", "2"), ("RANK", "2")], "RANK");
     named(&[("WORLD_SIZE", "2"), ("RANK", "1")], "MASTER_ADDR");
     named(&[("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "x")], "MASTER_PORT");
+    let high = with(&[("WORLD_SIZE", "2"), ("RANK", "0"), ("QWEN35RS_PORT", "65536")]).unwrap_err();
+    assert!(high.starts_with("the port after MASTER_PORT, or QWEN35RS_PORT: found 65536"), "{high}");
 }

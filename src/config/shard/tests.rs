@@ -140,6 +140,10 @@ fn what_does_not_divide_is_named() {
         "tensor_parallel_size: found 0; allowed: 1, 2, 4, 8, 16, which divide 16 key and 64 value heads of delta \
          layers, 32 query heads, 2 key-value heads (or a multiple of them), 256 experts, a shared expert 1024 wide"
     );
+    assert_eq!(
+        error(&whole("27B"), Shard { rank: 0, world: 2, expert_parallel: true }),
+        "expert_parallel: found True, for a model without experts; allowed: False"
+    );
     assert_eq!(error(&whole("122B"), shard(2, 2)), "rank: found 2; allowed: 0 to 1");
     assert_eq!(
         error(&whole("122B"), shard(usize::MAX, 1)),

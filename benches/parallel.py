@@ -1,10 +1,10 @@
-"""Ranks that share a model, on the GPUs of one machine: first whether they say what one says, then how fast they are.
+"""Ranks that share a model, on the GPUs of one machine: whether they say what one says, and how fast they are.
 
-    python benches/parallel.py [--output FILE] [--skip-parity] [--only NAME ...]
+    python benches/parallel.py [--output FILE] [--steps parity tasks speed sums] [--only NAME ...]
 
-Runs tests/gpu/test_shared_net.py, then every row of the table below in a process of its own, on random weights of full size: the
-model on one card where it fits and on two. Then the sums over ranks alone (benches/all_reduce.py). JSON with the cards, the
-driver and the commit.
+parity: the tests that want two cards. tasks: the embedded model's share of right answers, on one card and on two. speed:
+every row of the table below in a process of its own, on random weights of full size, on one card where they fit and on two.
+sums: those over ranks alone (benches/all_reduce.py). JSON with the cards, the driver and the commit.
 """
 
 import argparse
@@ -12,9 +12,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = ("parity", "tasks", "speed", "sums")
+PATIENCE = 300  # seconds for what may wait for another card
 # Name: model, quantization, ranks, whether by experts, sequences of decode steps, tokens of prompts.
 TABLE = {
     "122B bf16, 2 cards": ("122b-a10b", None, 2, False, (1, 16, 64), (8192,)),
@@ -45,13 +48,20 @@ print(json.dumps(facts | rows))
 
 
 def say(*command):
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:  # the tasks run without a GPU too
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def measure(name):
     what = json.dumps(TABLE[name])
-    done = subprocess.run([sys.executable, "-c", RUN, what], check=False, capture_output=True, text=True)
+    command = [sys.executable, "-c", RUN, what]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"error": f"it did not end within {PATIENCE} s"}
     if done.returncode != 0:
         return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
@@ -73,42 +83,93 @@ def show(name, found):
     return "\n".join(lines)
 
 
+def parity():
+    """Every test that wants two cards; the sums, the net and NCCL."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "two_gpus", str(ROOT / "tests" / "gpu")]
+    done = subprocess.run(tests, check=False, capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.strip().splitlines() or ["no output"]
+    found = {"result": lines[-1], "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
+    print("\n".join(["parity:", *found["failed"], found["result"]]), flush=True)
+    return found
+
+
+def tasks(device, questions):
+    """Right answers of the embedded model, of so many questions of each task, on one rank and on two, in each precision."""
+    found = {}
+    for precision in (None, "fp8", "int4"):
+        for layout in (
+            [],
+            ["--tensor-parallel-size", "2"],
+            ["--tensor-parallel-size", "2", "--expert-parallel"],
+        ):
+            quantised = [] if precision is None else ["--quantization", precision]
+            name = " ".join([precision or "as stored", *(part.removeprefix("--") for part in layout)])
+            command = [sys.executable, "-m", "qwen35rs", "bench", "tasks", "--json", "--n", str(questions)]
+            done = subprocess.run(
+                [*command, "--device", device, *layout, *quantised],
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode != 0:
+                found[name] = {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+            else:
+                found[name] = {
+                    task: row["num_correct"] for task, row in json.loads(done.stdout)["tasks"].items()
+                }
+            print(f"tasks, {name}: {found[name]}", flush=True)
+    return found
+
+
+def sums():
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "sums.json"
+        command = [sys.executable, str(ROOT / "benches" / "all_reduce.py"), "--json", str(file)]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired as cut:
+            done = subprocess.CompletedProcess(command, 1, (cut.stdout or b"").decode(), "it did not end")
+        print(done.stdout, flush=True)
+        if done.returncode == 0:
+            return json.loads(file.read_text())
+        return {"error": done.stderr.strip().splitlines()[-1:], "shown": done.stdout.splitlines()}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="a JSON file")
-    parser.add_argument("--skip-parity", action="store_true")
+    parser.add_argument("--output", type=Path, help="a JSON file, written after each step")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--only", nargs="+", choices=TABLE, default=list(TABLE), metavar="NAME")
+    parser.add_argument("--questions", type=int, default=64, help="of each task (default: 64)")
+    parser.add_argument("--device", default="cuda", help="of the tasks (default: cuda)")
     args = parser.parse_args()
     found = {
         "cards": say("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "commit": os.environ.get("COMMIT") or say("git", "rev-parse", "--short", "HEAD"),
         "command": " ".join(["python", "benches/parallel.py", *sys.argv[1:]]),
     }
-    if not args.skip_parity:
-        tests = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            str(ROOT / "tests" / "gpu" / "test_shared_net.py"),
-        ]
-        done = subprocess.run(tests, check=False, capture_output=True, text=True, cwd=ROOT)
-        found["parity"] = (done.stdout.strip().splitlines() or ["no output"])[-1]
-        print("parity:", found["parity"], flush=True)
-        if done.returncode != 0:
-            print(done.stdout[-4000:])
-            return 1
-    found["rows"] = {}
-    for name in args.only:
-        found["rows"][name] = measure(name)
-        print(show(name, found["rows"][name]), flush=True)
+
+    def keep():
         if args.output:
             args.output.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+
+    for step in args.steps:
+        if step == "parity":
+            found["parity"] = parity()
+        elif step == "tasks":
+            found["tasks"] = tasks(args.device, args.questions)
+        elif step == "sums":
+            found["sums"] = sums()
+        else:
+            found["rows"] = {}
+            for name in args.only:
+                found["rows"][name] = measure(name)
+                print(show(name, found["rows"][name]), flush=True)
+                keep()
+        keep()
+    return 1 if found.get("parity", {}).get("failed") else 0
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def parity():
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "two_gpus", str(ROOT / "tests" / "gpu")]
     done = subprocess.run(tests, check=False, capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.strip().splitlines() or ["no output"]
-    found = {"result": lines[-1], "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    found = {"result": lines[-1], "code": done.returncode, "failed": failed}
     print("\n".join(["parity:", *found["failed"], found["result"]]), flush=True)
     return found
 
@@ -169,7 +170,8 @@ def main():
                 print(show(name, found["rows"][name]), flush=True)
                 keep()
         keep()
-    return 1 if found.get("parity", {}).get("failed") else 0
+    parts = [*found.get("tasks", {}).values(), *found.get("rows", {}).values(), found.get("sums", {})]
+    return 1 if found.get("parity", {}).get("code") or any("error" in part for part in parts) else 0
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ static inline Card this_card() {
     static Card known[64];
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return {};
-    if (known[device].count == 0) {
+    // Ranks may ask at once: the count, which says that the rest is known, comes last.
+    if (__atomic_load_n(&known[device].count, __ATOMIC_ACQUIRE) == 0) {
         Card card = {};
         if (cudaDeviceGetAttribute(&card.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
             cudaDeviceGetAttribute(&card.count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
             return {};
         }
-        known[device] = card;
+        known[device].shared = card.shared;
+        __atomic_store_n(&known[device].count, card.count, __ATOMIC_RELEASE);
     }
     return known[device];
 }

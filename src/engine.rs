@@ -208,6 +208,11 @@ impl<B: Backend> Engine<B> {
         self.runner.is_alone()
     }
 
+    /// Tells the ranks that share the model why it ends, where an error ends it.
+    pub fn fail(&self, why: &Error) {
+        self.runner.fail(&why.to_string());
+    }
+
     /// Longest prompt plus output of a request.
     pub fn max_model_len(&self) -> usize {
         self.max_model_len

@@ -260,8 +260,11 @@ impl<B: Backend> Worker<B> {
                 Ok(Ok(outputs)) => outputs.into_iter().for_each(|output| self.deliver(output)),
                 Ok(Err(Error::Interrupted)) => {}
                 // Dropping the senders tells every caller; the engine's state is not to be trusted.
-                Ok(Err(error)) => return drop(self.ended.set(error)),
-                Err(_) => return,
+                Ok(Err(error)) => {
+                    self.engine.fail(&error);
+                    return drop(self.ended.set(error));
+                }
+                Err(panic) => return self.engine.fail(&panicked(panic.as_ref())),
             }
         }
     }
@@ -334,7 +337,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
+/// What a panic says.
+pub(crate) fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     Error::Internal(text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("panic").into())
 }

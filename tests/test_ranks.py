@@ -1,5 +1,8 @@
 """A model shared by ranks that are threads of one process. On the CPU."""
 
+import threading
+import time
+
 import gguf_file as g
 import numpy as np
 import pytest
@@ -115,3 +118,28 @@ def test_a_way_to_add_up_that_is_none_is_refused(monkeypatch):
     with pytest.raises(RequestError, match='QWEN35RS_COLLECTIVES: found "Nccl"; allowed: auto, direct, nccl'):
         LLM(device="cpu", tensor_parallel_size=2)
     LLM(device="cpu")
+
+
+def test_python_goes_on_while_an_llm_ends():
+    # A step among ranks is not abandoned, and who drops the last handle waits for it; other threads do not.
+    llm = LLM(device="cpu", tensor_parallel_size=2, max_num_batched_tokens=4096)
+    stream = llm.stream([1] * 4000, SamplingParams(max_tokens=1))
+    time.sleep(0.1)
+    ended, gaps = threading.Event(), []
+
+    def tick():
+        last = time.perf_counter()
+        while not ended.is_set():
+            time.sleep(0.005)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    start = time.perf_counter()
+    del llm, stream
+    took = time.perf_counter() - start
+    ended.set()
+    ticking.join()
+    assert took > 0.2 and max(gaps) < took / 2, (took, max(gaps))

@@ -85,8 +85,10 @@ def build_app(
     """
     inspect.signature(LLM).bind(model, **llm_options)
     config = dict(deployment_config or {})
-    if num_replicas is not None or "autoscaling_config" not in config:
-        config["num_replicas"] = _count("num_replicas", 1 if num_replicas is None else num_replicas)
+    if num_replicas is not None:
+        config["num_replicas"] = _count("num_replicas", num_replicas)
+    elif "autoscaling_config" not in config:
+        config.setdefault("num_replicas", 1)
     _count("tensor_parallel_size", tensor_parallel_size)
     device, gpus = _place(llm_options.get("device", "auto"), tensor_parallel_size, gpus_per_replica)
     if device == "cpu":

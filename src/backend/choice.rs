@@ -52,16 +52,22 @@ impl Device {
             let each: Vec<Self> = list
                 .split(',')
                 .map(|n| Self::from_name("device", &format!("cuda:{n}")))
-                .collect::<Result<_>>()?;
-            if each.len() < first + world || (first == 0 && each.len() > world && world > 1) {
-                let allowed = format!("one for each of the {} ranks", first + world);
+                .collect::<Result<_>>()
+                .map_err(|_| {
+                    Error::request("device", format!("{name:?}"), "numbers between commas: cuda:0,1")
+                })?;
+            let needed = first.saturating_add(world);
+            if each.len() < needed || (first == 0 && each.len() > world && world > 1) {
+                let allowed = format!("one for each of the {needed} ranks");
                 return Err(Error::request("device", format!("{name:?}"), allowed));
             }
-            return Ok(each[first..first + world].to_vec());
+            return Ok(each[first..needed].to_vec());
         }
         Ok(match Self::parse(name)? {
             Self::Cpu => vec![Self::Cpu; world],
-            Self::Cuda(n) => (n + first..n + first + world).map(Self::Cuda).collect(),
+            Self::Cuda(n) => {
+                (0..world).map(|rank| Self::Cuda(n.saturating_add(first).saturating_add(rank))).collect()
+            }
         })
     }
 
@@ -133,7 +139,9 @@ mod tests {
         assert_eq!(devices("cuda:4,6", 1, 1), Ok("cuda:6".into()));
         let wrong = r#"device: found "cuda:0,1,2"; allowed: one for each of the 2 ranks"#;
         assert_eq!(devices("cuda:0,1,2", 2, 0), Err(wrong.into()));
-        assert!(devices("cuda:0,", 2, 0).is_err() && devices("cuda:0,1", 3, 0).is_err());
+        let wrong = r#"device: found "cuda:0,"; allowed: numbers between commas: cuda:0,1"#;
+        assert_eq!(devices("cuda:0,", 2, 0), Err(wrong.into()));
+        assert!(devices("cuda:0,1", 3, 0).is_err() && devices("cuda:0,1", 1, usize::MAX).is_err());
     }
 
     #[test]

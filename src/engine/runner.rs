@@ -108,6 +108,13 @@ impl<B: Backend> Runner<B> {
         self.loaded.group.is_none()
     }
 
+    /// Tells the other ranks why this one ends, which is not in order.
+    pub fn fail(&self, why: &str) {
+        if let Some(group) = &self.loaded.group {
+            group.fail(why);
+        }
+    }
+
     /// What may end a step: among ranks only before it has begun, for none may leave the others alone.
     fn poll<'a>(&self, poll: impl Fn() -> Result<()> + 'a) -> Result<impl Fn() -> Result<()> + 'a> {
         let alone = self.is_alone();
@@ -190,8 +197,12 @@ impl<B: Backend> Drop for Runner<B> {
 /// # Errors
 /// What its device says, and where the ranks lose each other.
 pub fn follow<B: Backend>(model: Model<B>, group: Arc<dyn Group>) -> Result<()> {
-    let loaded = Loaded::new(model, Some(group));
-    let group = loaded.group.as_ref().ok_or_else(|| Error::Internal("a rank alone".into()))?;
+    let loaded = Loaded::new(model, Some(Arc::clone(&group)));
+    // The others know before what they may write to is given back.
+    obey(&loaded, group.as_ref()).inspect_err(|error| group.fail(&error.to_string()))
+}
+
+fn obey<B: Backend>(loaded: &Loaded<B>, group: &dyn Group) -> Result<()> {
     let model = &loaded.model;
     let (mut workspace, mut memory) = (None, None);
     let early = || ranks::lost("rank 0 ordered a step before its memory");

@@ -2,6 +2,8 @@
 //! class over them.
 
 use std::collections::HashMap;
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -144,10 +146,42 @@ fn check_devices(
     enter(py, || Ranks::new(tensor_parallel_size, expert_parallel)?.devices(device).map(drop))
 }
 
+/// What may wait for the engine's thread when it is dropped, and lets Python's other threads run meanwhile.
+struct Unlocked<T: Send>(ManuallyDrop<T>);
+
+impl<T: Send> Unlocked<T> {
+    fn new(value: T) -> Self {
+        Self(ManuallyDrop::new(value))
+    }
+}
+
+impl<T: Send> Deref for Unlocked<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: Send> DerefMut for Unlocked<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+impl<T: Send> Drop for Unlocked<T> {
+    fn drop(&mut self) {
+        // SAFETY: nobody looks at it again.
+        let mut value = Some(unsafe { ManuallyDrop::take(&mut self.0) });
+        // Python's lock is not to be had where the interpreter ends, and need not be given back then.
+        Python::try_attach(|py| py.detach(|| drop(value.take())));
+    }
+}
+
 /// A model on a device, with a thread that runs it.
 #[pyclass(name = "Engine", module = "qwen35rs._core", frozen)]
 struct PyEngine {
-    service: Service,
+    service: Unlocked<Service>,
     tokenizer: Option<Py<PyTokenizer>>,
     defaults: GenerationConfig,
     /// What each rank has of the model.
@@ -255,6 +289,10 @@ impl PyEngine {
             let num_tokens = text.map_or(config.vocab, |t| t.len());
             let (vocab, eos) = (config.vocab, eos_token_ids.clone());
             let (part, num_layers) = (Part::new(&config, ranks.shard(0))?, config.layers.len());
+            let place = match devices.iter().any(|device| device.ordinal().is_some()) {
+                true => format!("cuda, deterministic={deterministic}"),
+                false => "cpu".into(),
+            };
             let load = Load {
                 path,
                 dummy,
@@ -265,6 +303,7 @@ impl PyEngine {
                 caches,
                 limits,
                 num_tokens,
+                place,
                 eos,
                 progress,
                 ranks,
@@ -281,7 +320,7 @@ impl PyEngine {
             };
             let device = Device::name_of(&devices);
             Ok(Self {
-                service,
+                service: Unlocked::new(service),
                 tokenizer,
                 defaults,
                 part,
@@ -325,7 +364,7 @@ impl PyEngine {
                 }
             }
             let stops = jobs.iter().map(|j| stops_of(j, &self.eos_token_ids)).collect();
-            Ok(Under { generation: self.service.submit(jobs)?, texts, stops })
+            Ok(Under { generation: Unlocked::new(self.service.submit(jobs)?), texts, stops })
         })?;
         Ok(PyGeneration { inner: Mutex::new(generation), closed: AtomicBool::new(false) })
     }
@@ -421,7 +460,7 @@ struct PyGeneration {
 }
 
 struct Under {
-    generation: Generation,
+    generation: Unlocked<Generation>,
     texts: Vec<Option<RequestText>>,
     /// Tokens that end each request, whose text is not shown.
     stops: Vec<Vec<u32>>,

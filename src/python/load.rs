@@ -1,6 +1,7 @@
 //! From the arguments of `LLM` to an engine that runs: the weights, onto one device or onto those of several ranks, which
 //! are threads of this process or processes that were started together.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -16,7 +17,7 @@ use crate::machine::available_memory;
 use crate::model::Model;
 use crate::plan::{Part, Scheme};
 use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Tcp, Threads, agree};
-use crate::service::Service;
+use crate::service::{Service, panicked};
 use crate::weights::quant::Quantization;
 use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, ReadAhead};
 use crate::{Error, Result};
@@ -42,6 +43,8 @@ pub(super) struct Load {
     pub limits: EngineLimits,
     /// Tokens that exist.
     pub num_tokens: usize,
+    /// What decides the bits of a rank beside all this: the kind of its device, and how that computes.
+    pub place: String,
     pub eos: Vec<u32>,
     pub progress: Option<Py<PyAny>>,
     pub ranks: Ranks,
@@ -71,7 +74,7 @@ impl Ranks {
             Some(meeting) if meeting.world != world => Err(Error::request(
                 "tensor_parallel_size",
                 world,
-                format!("{}, the number of processes that were started together (WORLD_SIZE)", meeting.world),
+                format!("{}, the number of processes that were started together", meeting.world),
             )),
             _ => Ok(Self { world, expert_parallel, meeting, collectives }),
         }
@@ -199,6 +202,7 @@ impl Load {
             if let Some(ahead) = &mut ahead {
                 ahead.loaded(done);
             }
+            group.map_or(Ok(()), |group| group.check())?;
             match cancelled.load(Ordering::Relaxed) {
                 true => Err(Error::Interrupted),
                 false if rank > 0 => Ok(()),
@@ -224,6 +228,7 @@ impl Load {
         let others = [
             (Collectives::VARIABLE, self.ranks.collectives.name().into()),
             ("expert_parallel", self.ranks.expert_parallel.to_string()),
+            ("device", self.place.clone()),
             ("dtype", self.dtype.map_or("auto", DType::name).into()),
             ("quantization", quantization),
             ("caches", format!("{:?}", self.caches)),
@@ -312,6 +317,8 @@ fn on_a_thread(
 ) -> Result<()> {
     let (done, ended) = mpsc::channel();
     let thread = std::thread::Builder::new().name("qwen35rs-rank".into());
+    let run =
+        move || catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
     let spawned = thread.spawn(move || drop(done.send(run())));
     spawned.map_err(|e| Error::Internal(format!("no thread for a rank: {e}")))?;
     loop {
@@ -319,7 +326,7 @@ fn on_a_thread(
             Ok(result) => return result,
             Err(mpsc::RecvTimeoutError::Timeout) => poll()?,
             Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(Error::Internal("a rank's thread panicked".into()));
+                return Err(Error::Internal("a rank's thread is gone".into()));
             }
         }
     }

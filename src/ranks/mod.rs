@@ -3,6 +3,7 @@
 //! among themselves is the backend's.
 
 mod collectives;
+mod meet;
 mod tcp;
 mod threads;
 
@@ -10,7 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use collectives::Collectives;
-pub use tcp::{Meeting, Tcp};
+pub use meet::Meeting;
+pub use tcp::Tcp;
 pub use threads::Threads;
 
 use crate::{Error, Result};
@@ -47,6 +49,12 @@ pub trait Group: Send + Sync {
     /// # Errors
     /// As [`Group::exchange`].
     fn receive(&self) -> Result<Option<Arc<[u8]>>>;
+
+    /// Says, without waiting, whether the ranks have lost each other.
+    ///
+    /// # Errors
+    /// As [`Group::exchange`].
+    fn check(&self) -> Result<()>;
 
     /// Ends what any rank waits for, with this error.
     fn fail(&self, why: &str);

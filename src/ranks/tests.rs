@@ -1,5 +1,6 @@
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -38,6 +39,10 @@ fn both<T: Send + 'static>(
         })
         .collect());
     vec![first, second]
+}
+
+fn meet(rank: usize, world: usize, port: u16) -> Result<Tcp> {
+    Tcp::meet_within(&meeting(rank, world, port), Duration::from_secs(20), SHORT, |_, _| Ok(()))
 }
 
 fn free_port() -> u16 {
@@ -94,15 +99,18 @@ fn a_rank_that_ends_fails_the_others() {
 #[test]
 fn a_rank_that_stalls_or_fails_ends_the_wait_of_the_others() {
     let start = Instant::now();
-    let all = both(2, |group| match group.rank() {
-        0 => group.exchange(b"x", false).unwrap_err().to_string(),
-        _ => {
+    let all = both(3, |group| {
+        group.exchange(b"all are here", true).unwrap();
+        if group.rank() == 2 {
             std::thread::sleep(4 * SHORT);
-            String::new()
+            return group.exchange(b"too late", false).unwrap_err().to_string();
         }
+        let error = group.exchange(b"x", false).unwrap_err().to_string();
+        assert_eq!(group.check().unwrap_err().to_string(), error);
+        error
     });
     for ranks in all {
-        assert!(ranks[0].contains("rank 1 kept the others waiting for 300ms"), "{ranks:?}");
+        assert!(ranks.iter().all(|e| e.contains("rank 2 kept the others waiting for 300ms")), "{ranks:?}");
     }
     assert!(start.elapsed() < Duration::from_secs(20));
     let all = both(3, |group| match group.rank() {
@@ -140,8 +148,7 @@ fn what_differs_is_named() {
 fn strangers_at_the_port_do_not_disturb_and_other_worlds_are_refused() {
     let port = free_port();
     let host = std::thread::spawn(move || {
-        Tcp::meet_within(&meeting(0, 2, port), Duration::from_secs(20), SHORT, |_, _| Ok(()))
-            .and_then(|group| group.exchange(b"0", true).map(|all| all.len()))
+        meet(0, 2, port).and_then(|group| group.exchange(b"0", true).map(|all| all.len()))
     });
     let mut stranger = loop {
         if let Ok(stream) = TcpStream::connect(("localhost", port)) {
@@ -150,13 +157,113 @@ fn strangers_at_the_port_do_not_disturb_and_other_worlds_are_refused() {
         std::thread::sleep(Duration::from_millis(10));
     };
     std::io::Write::write_all(&mut stranger, b"GET / HTTP/1.1\r\nHost: somebody\r\n\r\n").unwrap();
-    let refused = Tcp::meet_within(&meeting(1, 3, port), Duration::from_secs(20), SHORT, |_, _| Ok(()));
+    let refused = meet(1, 3, port);
     let text = refused.err().unwrap().to_string();
     assert!(text.contains("of 3 ranks") && text.contains("and of 2"), "{text}");
-    let group =
-        Tcp::meet_within(&meeting(1, 2, port), Duration::from_secs(20), SHORT, |_, _| Ok(())).unwrap();
+    let group = meet(1, 2, port).unwrap();
     assert_eq!(group.exchange(b"1", true).unwrap().len(), 2);
     assert_eq!(host.join().unwrap().unwrap(), 2);
+}
+
+#[test]
+fn a_look_tells_of_a_rank_that_is_gone() {
+    let all = both(3, |group| {
+        let fresh = group.check().is_ok();
+        group.exchange(b"all have looked", true).unwrap();
+        match group.rank() {
+            1 => group.fail("no luck"),
+            _ => std::thread::sleep(SHORT),
+        }
+        let looked = group.check().map_err(|e| e.to_string());
+        // What fails behind it says the same.
+        let later = match group.rank() {
+            0 => group.send(&[0; 9]).unwrap_err(),
+            _ => group.receive().unwrap_err(),
+        };
+        (fresh, looked, later.to_string())
+    });
+    for ranks in all {
+        for (rank, (fresh, looked, later)) in ranks.into_iter().enumerate() {
+            // Rank 2 hears it from rank 0, which may not have looked before it does.
+            let told = looked.err().unwrap_or_else(|| later.clone());
+            assert!(fresh && told.contains("rank 1: no luck") && later == told, "{rank}: {told}, {later}");
+        }
+    }
+    // An end in order is no failure.
+    let all = both(2, |group| {
+        if group.rank() == 0 {
+            group.end();
+        } else {
+            assert!(group.receive().unwrap().is_none());
+        }
+        group.check().is_ok() || group.rank() > 0
+    });
+    assert!(all.into_iter().flatten().all(|ok| ok));
+}
+
+#[test]
+fn why_a_rank_failed_is_heard_behind_a_write_that_fails() {
+    let port = free_port();
+    let other = std::thread::spawn(move || {
+        let group = meet(1, 2, port).unwrap();
+        group.exchange(b"1", true).unwrap();
+        group.fail("no luck");
+    });
+    let group = meet(0, 2, port).unwrap();
+    group.exchange(b"0", true).unwrap();
+    // Without a look before it.
+    other.join().unwrap();
+    let error = (0..100).find_map(|_| group.write(0, 1, &[&[7; 1 << 20]]).err()).unwrap();
+    assert!(error.to_string().contains("rank 1: no luck"), "{error}");
+}
+
+#[test]
+fn one_who_does_not_read_ends_the_wait_of_one_who_writes() {
+    let port = free_port();
+    let other = std::thread::spawn(move || meet(1, 2, port).unwrap());
+    let group = meet(0, 2, port).unwrap();
+    let _other = other.join().unwrap();
+    let start = Instant::now();
+    // More than the buffers of a connection hold.
+    let error = (0..1000).find_map(|_| group.send(&vec![7; 1 << 20]).err()).unwrap();
+    assert!(error.to_string().contains("rank 1 kept the others waiting for 300ms"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_rank_that_comes_again_takes_its_place_and_two_of_one_rank_are_refused() {
+    let port = free_port();
+    let host = std::thread::spawn(move || meet(0, 3, port)?.exchange(b"0", true).map(drop));
+    drop(meet(1, 3, port).unwrap());
+    let again = meet(1, 3, port).unwrap();
+    for (rank, why) in [(1, "two processes say that they are rank 1"), (3, "that it is rank 3 of 3")] {
+        let refused = meet(rank, 3, port).err().unwrap().to_string();
+        assert!(refused.contains(why), "{refused}");
+    }
+    let third = std::thread::spawn(move || meet(2, 3, port)?.exchange(b"2", true).map(drop));
+    again.exchange(b"1", true).unwrap();
+    third.join().unwrap().unwrap();
+    host.join().unwrap().unwrap();
+}
+
+#[test]
+fn strangers_do_not_stop_the_clock() {
+    let port = free_port();
+    let done = Arc::new(AtomicBool::new(false));
+    let ended = Arc::clone(&done);
+    let strangers = std::thread::spawn(move || {
+        while !ended.load(Ordering::Relaxed) {
+            if let Ok(mut stream) = TcpStream::connect(("localhost", port)) {
+                drop(std::io::Write::write_all(&mut stream, &[0; 64]));
+            }
+        }
+    });
+    let start = Instant::now();
+    let error = Tcp::meet_within(&meeting(0, 2, port), 2 * SHORT, SHORT, |_, _| Ok(())).err().unwrap();
+    assert!(error.to_string().contains("rank 1 of 2 has not come"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(8));
+    done.store(true, Ordering::Relaxed);
+    strangers.join().unwrap();
 }
 
 #[test]
@@ -183,8 +290,10 @@ fn meetings_from_variables() {
     let torchrun = with(&[("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")]);
     let want = Meeting { rank: 3, local_rank: 1, world: 4, address: "node0:29501".into() };
     assert_eq!(torchrun, Ok(Some(want.clone())));
-    let slurm = with(&[("SLURM_NTASKS", "4"), ("SLURM_PROCID", "3"), ("SLURM_LOCALID", "1")]);
+    let slurm = with(&[("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_PROCID", "3"), ("SLURM_LOCALID", "1")]);
     assert_eq!(slurm, Ok(Some(want)));
+    // A batch script is one process, whatever its job may start.
+    assert_eq!(with(&[("SLURM_NTASKS", "4"), ("SLURM_PROCID", "0")]), Ok(None));
     let port = with(&[("WORLD_SIZE", "2"), ("RANK", "0"), ("QWEN35RS_PORT", "7")]).unwrap().unwrap();
     assert_eq!(port.address, "node0:7");
     let named = |vars: &[(&'static str, &'static str)], name: &str| {
@@ -192,7 +301,15 @@ fn meetings_from_variables() {
         assert!(error.starts_with(name), "{error}");
     };
     named(&[("WORLD_SIZE", "two"), ("RANK", "0")], "WORLD_SIZE");
-    named(&[("WORLD_SIZE", "2"), ("RANK", "2")], "RANK");
+    named(&[("WORLD_SIZE", "2"), ("RANK", "2")], "RANK: found 2; allowed: 0 to 1");
+    named(&[("WORLD_SIZE", "2"), ("SLURM_PROCID", "2")], "SLURM_PROCID: found 2; allowed: 0 to 1");
+    named(
+        &[("WORLD_SIZE", "2")],
+        "RANK: found nothing; allowed: which of the 2 processes this is (WORLD_SIZE is 2)",
+    );
+    let huge =
+        [("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "18446744073709551615")];
+    named(&huge, "MASTER_PORT");
     named(&[("WORLD_SIZE", "2"), ("RANK", "1")], "MASTER_ADDR");
     named(&[("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "x")], "MASTER_PORT");
     let high = with(&[("WORLD_SIZE", "2"), ("RANK", "0"), ("QWEN35RS_PORT", "65536")]).unwrap_err();

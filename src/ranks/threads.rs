@@ -123,6 +123,7 @@ impl Group for Threads {
     }
 
     fn exchange(&self, mine: &[u8], unhurried: bool) -> Result<Vec<Arc<[u8]>>> {
+        self.check()?;
         let mut state = self.state();
         let round = state.rounds;
         state.given[self.rank] = Some(mine.into());
@@ -145,10 +146,8 @@ impl Group for Threads {
     }
 
     fn send(&self, order: &[u8]) -> Result<()> {
+        self.check()?;
         let mut state = self.state();
-        if let Some(why) = &state.failed {
-            return Err(lost(why.clone()));
-        }
         let order: Arc<[u8]> = order.into();
         state.orders.iter_mut().skip(1).for_each(|orders| orders.push_back(Arc::clone(&order)));
         self.shared.changed.notify_all();
@@ -160,6 +159,10 @@ impl Group for Threads {
             None if state.ended => Some(None),
             order => order.map(Some),
         })
+    }
+
+    fn check(&self) -> Result<()> {
+        self.state().failed.as_ref().map_or(Ok(()), |why| Err(lost(why.clone())))
     }
 
     fn fail(&self, why: &str) {

@@ -245,6 +245,12 @@ def test_replicas_that_serve_counts():
     assert config.autoscaling_config.max_replicas == 3 and config.max_ongoing_requests == 32
 
 
+@pytest.mark.parametrize(("options", "count"), [({}, 1), ({"num_replicas": 3}, 3)])
+def test_replicas_that_the_deployment_counts(options, count):
+    config = build_app(device="cpu", deployment_config=options)._bound_deployment._deployment_config
+    assert config.num_replicas == count
+
+
 def test_an_argument_that_an_llm_does_not_have():
     with pytest.raises(TypeError, match="max_tokens"):
         build_app(max_tokens=3)

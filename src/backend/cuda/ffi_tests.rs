@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 const HEADER: &str = include_str!("../../../cuda/launch.h");
 const RUST: &str = include_str!("ffi.rs");
+const PEERS: &str = include_str!("peers.rs");
 
 fn without_comments(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join(" ")
@@ -97,6 +98,8 @@ fn functions_are_those_of_the_header() {
 #[test]
 fn constants_are_those_of_the_header() {
     assert!(HEADER.contains("Q35_MAX_RANKS = 8,") && RUST.contains("MAX_RANKS: usize = 8;"));
+    assert!(HEADER.contains("Q35_MAX_CHANNELS = 64,") && PEERS.contains("CHANNELS: [i32; 2] = [64, 8];"));
+    assert!(HEADER.contains("Q35_GATHERED_AT = 16384 ") && RUST.contains("GATHERED_AT: usize = 16384;"));
     assert!(HEADER.contains("enum { Q35_MAX_TOP_K = 1024, Q35_MAX_LOGPROBS = 32 };"));
     assert!(RUST.contains("MAX_TOP_K: usize = 1024;") && RUST.contains("MAX_LOGPROBS: usize = 32;"));
 }

@@ -165,7 +165,7 @@ impl Backend for Cuda {
     fn begin(&self, batch: &Batch) {
         self.launch("the batch", batch.num_tokens(), |step, _| {
             // A recorded step does not ask.
-            step.others.as_ref().map_or(Ok(()), Others::check)?;
+            step.others.as_ref().map_or(Ok(()), Others::check).map_err(|error| self.why_lost(error))?;
             step.begin(batch).map(|()| 0)
         });
     }
@@ -504,7 +504,7 @@ impl Backend for Cuda {
             Some(step) => {
                 let sampled = step.sampler.read();
                 // Where a rank was lost, that is why the device failed.
-                step.others.as_ref().map_or(Ok(()), Others::check)?;
+                step.others.as_ref().map_or(Ok(()), Others::check).map_err(|error| self.why_lost(error))?;
                 sampled
             }
             None => Err(Error::Internal("sampling without scratch".into())),
@@ -517,7 +517,9 @@ impl Backend for Cuda {
 
     fn lend_rows(&self, n: usize, x: &Buf, to: &dyn Lendable, at: usize) -> Result<()> {
         self.check()?;
-        self.copy_rows(n, x, to, at)
+        self.copy_rows(n, x, to, at)?;
+        self.check_others();
+        self.check()
     }
 
     fn gather(&self, rows: &[usize], x: &Buf, out: &mut Buf) {
@@ -538,9 +540,7 @@ impl Backend for Cuda {
 
     fn read<'a>(&self, buf: &'a mut Buf, rows: usize) -> Cow<'a, [f32]> {
         let (len, precision) = (rows * buf.width, buf.precision);
-        self.launch("sending the ranks' status", 1, |step, _| {
-            step.others.as_mut().map_or(Ok(()), Others::check_all).map(|()| 0)
-        });
+        self.check_others();
         match buf.fetch(&self.device, rows) {
             Ok(host) if precision == Precision::Full => Cow::Borrowed(&host.items()[..len]),
             Ok(host) => {

@@ -105,7 +105,7 @@ impl Ranks {
         for way in ways(&cards, self.collectives, deterministic)? {
             match way {
                 Way::Direct => {
-                    match Peers::join(device, group.as_ref(), &cards, width, gather_bytes, loads_kernels)? {
+                    match Peers::join(device, group, &cards, width, gather_bytes, loads_kernels)? {
                         Ok(peers) => return Ok(Others::Direct(Box::new(peers))),
                         Err(why) => reasons.push(why),
                     }
@@ -153,6 +153,21 @@ impl Others {
 }
 
 impl Cuda {
+    /// Why a rank was lost: what the ranks have told each other, where they have, and not that they wait in vain.
+    pub(super) fn why_lost(&self, error: Error) -> Error {
+        self.ranks.as_ref().and_then(|ranks| ranks.group.check().err()).unwrap_or(error)
+    }
+
+    /// Sees, at the end of everything that was launched, whether a rank was lost; `check` says it.
+    pub(super) fn check_others(&self) {
+        if self.ranks.is_some() {
+            self.launch("asking for the ranks' status", 1, |step, _| {
+                let asked = step.others.as_mut().map_or(Ok(()), Others::check_all);
+                asked.map_err(|error| self.why_lost(error)).map(|()| 0)
+            });
+        }
+    }
+
     /// One of several ranks, which add up as `collectives` says; `folders` are searched for NCCL's wheel.
     #[must_use]
     pub fn among(mut self, group: Arc<dyn Group>, collectives: Collectives, folders: Vec<PathBuf>) -> Self {

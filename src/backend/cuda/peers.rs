@@ -2,7 +2,7 @@
 //! or, where several ranks have one card, in its memory.
 
 use std::ffi::{c_char, c_int, c_uint};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use cudarc::driver::result;
@@ -80,14 +80,18 @@ impl Card {
 /// The regions of all ranks, as this one addresses them.
 pub(super) struct Peers {
     at: ffi::Peers,
-    region: Memory,
+    region: Arc<Memory>,
     status: Memory,
     /// Where the status comes to the host, with the tokens of a step.
     seen: Pinned,
     mappings: Vec<Mapping>,
+    /// Regions of other ranks of this process, which are freed when nobody writes to them any more.
+    others: Vec<Arc<Memory>>,
+    /// The group, where the region is another process's too.
+    lent: Option<Weak<dyn Group>>,
 }
 
-// SAFETY: the raw pointers are device addresses in memory that it, or another rank while this one lives, owns.
+// SAFETY: the raw pointers are device addresses in memory that it owns or shares, or has mapped.
 unsafe impl Send for Peers {}
 
 /// Another process's region, or another card's context, as long as it is used.
@@ -121,7 +125,7 @@ impl Peers {
     /// [`Error::Request`] for ranks that share a card and load kernels, [`Error::OutOfMemory`]; as [`Group::exchange`].
     pub fn join(
         device: &Arc<Device>,
-        group: &dyn Group,
+        group: &Arc<dyn Group>,
         cards: &[Card],
         width: usize,
         gather_bytes: usize,
@@ -137,9 +141,12 @@ impl Peers {
         let channels = CHANNELS[usize::from(shares)];
         let [region, status] = memory(device, world, channels, width, gather_bytes)?;
         device.synchronize()?;
+        let region = Arc::new(region);
+        show(device.ordinal(), &region);
+        let several = cards.iter().any(|card| card.process != cards[rank].process);
         let mut own = Card { address: region.at(0), ..cards[rank].clone() };
         let mut why = String::new();
-        if cards.iter().any(|card| card.process != own.process) {
+        if several {
             let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
             // SAFETY: the region is an allocation of its own.
             match unsafe { sys::cuIpcGetMemHandle(&mut handle, region.at(0)) }.result() {
@@ -148,13 +155,15 @@ impl Peers {
             }
         }
         let (mut regions, mut mappings) = ([std::ptr::null_mut(); ffi::MAX_RANKS], Vec::new());
-        for (other, card) in own.exchange(group)?.iter().enumerate() {
+        let mut others = Vec::new();
+        for (other, card) in own.exchange(group.as_ref())?.iter().enumerate() {
             let at = match () {
                 () if other == rank => Ok(region.at(0)),
                 () if !why.is_empty() => break,
-                () if card.process == own.process => reach(device, rank, other, card).map(|mapping| {
+                () if card.process == own.process => reach(device, rank, other, card).and_then(|mapping| {
                     mappings.extend(mapping);
-                    card.address
+                    others.push(shown(card)?);
+                    Ok(card.address)
                 }),
                 () => open(device, rank, other, card).map(|(at, mapping)| {
                     mappings.push(mapping);
@@ -185,7 +194,8 @@ impl Peers {
             regions,
             status: status.ptr(),
         };
-        Ok(Ok(Self { at, region, status, seen: Pinned::new(device, 4)?, mappings }))
+        let lent = several.then(|| Arc::downgrade(group));
+        Ok(Ok(Self { at, region, status, seen: Pinned::new(device, 4)?, mappings, others, lent }))
     }
 
     /// The regions, for a launcher.
@@ -217,7 +227,16 @@ impl Peers {
             regions: [std::ptr::null_mut(); ffi::MAX_RANKS],
             status: status.ptr(),
         };
-        Ok(Self { at, region, status, seen: Pinned::new(device, 4)?, mappings: Vec::new() })
+        let (mappings, others) = (Vec::new(), Vec::new());
+        Ok(Self {
+            at,
+            region: Arc::new(region),
+            status,
+            seen: Pinned::new(device, 4)?,
+            mappings,
+            others,
+            lent: None,
+        })
     }
 
     /// Sends the status to the host, on the stream.
@@ -250,6 +269,13 @@ impl Drop for Peers {
         // Whatever still runs here uses the other ranks' regions.
         drop(self.region.wait());
         self.mappings.clear();
+        self.others.clear();
+        // Where all end in order, nobody writes any more. Where they lost each other, a process that does not know it yet may:
+        // then the region is kept as long as this one lives.
+        let failed = |group: &Weak<dyn Group>| group.upgrade().is_none_or(|group| group.check().is_err());
+        if self.lent.as_ref().is_some_and(failed) {
+            std::mem::forget(Arc::clone(&self.region));
+        }
     }
 }
 
@@ -268,11 +294,33 @@ fn memory(
     Ok([device.zeros(bytes, what)?, device.zeros(Some(4), what)?])
 }
 
-/// Which process this is, among those of all hosts: the host's name and boot, then the process.
+/// Which process this is, among those of all hosts: the host's name and boot, then the process, by a name of its own, since
+/// containers count theirs from 1.
 fn process() -> String {
+    static OWN: OnceLock<String> = OnceLock::new();
     let line = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_string();
     let (name, boot) = (line("/proc/sys/kernel/hostname"), line("/proc/sys/kernel/random/boot_id"));
-    format!("{name}/{boot} {}", std::process::id())
+    let own = OWN.get_or_init(|| line("/proc/sys/kernel/random/uuid"));
+    format!("{name}/{boot} {}-{own}", std::process::id())
+}
+
+/// The regions of this process's ranks, by card and address.
+static SHOWN: Mutex<Vec<(usize, Weak<Memory>)>> = Mutex::new(Vec::new());
+
+/// Lets the ranks of this process find a region.
+fn show(ordinal: usize, region: &Arc<Memory>) {
+    let mut all = SHOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    all.retain(|(_, region)| region.strong_count() > 0);
+    all.push((ordinal, Arc::downgrade(region)));
+}
+
+/// The region of another rank of this process.
+fn shown(card: &Card) -> Result<Arc<Memory>> {
+    let all = SHOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let of_card = all.iter().filter(|(ordinal, _)| *ordinal == card.ordinal);
+    let mut regions = of_card.filter_map(|(_, region)| region.upgrade());
+    let found = regions.find(|region| region.at(0) == card.address);
+    found.ok_or_else(|| Error::Internal("another rank's memory is not where it says".into()))
 }
 
 /// What an error says, without the advice.
@@ -328,7 +376,8 @@ fn open(device: &Arc<Device>, rank: usize, other: usize, card: &Card) -> Result<
     let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
     let mut ptr = 0;
     device.bind()?;
-    // SAFETY: a handle that the other process got for memory that it keeps until all ranks have ended.
+    // SAFETY: a handle that the other process got for memory that it keeps until no rank writes to it. In order, processes
+    // free theirs when they have closed the others', not when the others have closed theirs.
     unsafe { sys::cuIpcOpenMemHandle_v2(&mut ptr, handle, flags) }
         .result()
         .map_err(|e| failed(&format!("rank {rank} opening the memory of rank {other}"), e))?;

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::{LayerKind, Shard};
+use crate::config::{FfnConfig, LayerKind, Shard};
 use crate::plan::{Part, cache_bytes, family_config, gpu, plan};
 
 /// Of so many cards; `schemes` are those that were asked for.
@@ -163,8 +163,8 @@ fn ranks_have_their_share_and_what_all_have() {
         let num = |kind| config.num_layers_of(kind) as u64;
         let (attention, delta) = (num(LayerKind::Attention), num(LayerKind::DeltaNet));
         let router = match config.ffn {
-            crate::config::FfnConfig::Moe { num_experts, .. } => (num_experts as u64 + 1) * hidden,
-            crate::config::FfnConfig::Dense { .. } => 0,
+            FfnConfig::Moe { num_experts, .. } => (num_experts as u64 + 1) * hidden,
+            FfnConfig::Dense { .. } => 0,
         };
         let layers = attention + delta;
         let norms = (2 * layers + 1) * hidden + 512 * attention + 128 * delta;
@@ -182,6 +182,9 @@ fn ranks_have_their_share_and_what_all_have() {
             assert_eq!(bf16.resident, 2 * here.text);
             assert_eq!(bf16.read_per_token, 2 * here.active);
             assert_eq!(here.lm_head * world, whole.embedding);
+        }
+        if let FfnConfig::Dense { .. } = config.ffn {
+            continue;
         }
         let experts = Shard { rank: 0, world: 2, expert_parallel: true };
         let (sliced, some) = (Shard { expert_parallel: false, ..experts }, experts);

@@ -1,0 +1,252 @@
+//! How ranks that are processes meet: where, by what started them; who is one of them, and who is not.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+use socket2::{SockRef, TcpKeepalive};
+
+use super::lost;
+use super::tcp::{EXCHANGE, FAILED, HEAD_LEN, head, write};
+use crate::{Error, Result};
+
+/// What a rank says first, with its rank and the world's size: which program it is.
+const HELLO: &[u8; 16] = concat_version();
+/// How often a rank that waits for another to come looks up, and tries again.
+const RETRY: Duration = Duration::from_millis(50);
+/// Whoever comes says who it is within this time, and is answered within twice as long.
+const GREETING: Duration = Duration::from_secs(5);
+/// No first answer is longer.
+const MAX_ANSWER: u64 = 1 << 16;
+/// A host that says nothing for so long is asked whether it is there, and then at this interval, so many times.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(10), 3);
+
+const fn concat_version() -> &'static [u8; 16] {
+    // The layout of messages is that of this version alone.
+    const TEXT: &[u8] = concat!("qwen35rs ", env!("CARGO_PKG_VERSION"), "           ").as_bytes();
+    match TEXT.first_chunk() {
+        Some(chunk) => chunk,
+        None => b"qwen35rs        ",
+    }
+}
+
+/// Who meets where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meeting {
+    /// Counted from 0.
+    pub rank: usize,
+    /// Among the ranks of this host, from 0: which device it takes.
+    pub local_rank: usize,
+    /// How many meet.
+    pub world: usize,
+    /// Where rank 0 listens: `host:port`.
+    pub address: String,
+}
+
+impl Meeting {
+    /// From what torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; or what Slurm's srun does:
+    /// SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS (a batch script itself has none), beside the last two. The port is
+    /// the one after MASTER_PORT, on which torchrun itself may listen, or QWEN35RS_PORT. `None` where nothing says that
+    /// there are several.
+    ///
+    /// # Errors
+    /// [`Error::Request`] naming a variable that is missing or not a number.
+    pub fn from_env(var: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
+        let number = |name: &str| -> Result<Option<usize>> {
+            let Some(text) = var(name) else { return Ok(None) };
+            let number = text.trim().parse().ok().filter(|&n| n <= i32::MAX as usize);
+            number.map(Some).ok_or_else(|| Error::request(name, format!("{text:?}"), "a number"))
+        };
+        let first = |names: [&'static str; 2]| -> Result<Option<(&str, usize)>> {
+            for name in names {
+                if let Some(number) = number(name)? {
+                    return Ok(Some((name, number)));
+                }
+            }
+            Ok(None)
+        };
+        let (of_world, world) = match first(["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])? {
+            None | Some((_, 0 | 1)) => return Ok(None),
+            Some(world) => world,
+        };
+        let Some((of_rank, rank)) = first(["RANK", "SLURM_PROCID"])? else {
+            let allowed = format!("which of the {world} processes this is ({of_world} is {world})");
+            return Err(Error::request("RANK", "nothing", allowed));
+        };
+        if rank >= world {
+            return Err(Error::request(of_rank, rank, format!("0 to {}", world - 1)));
+        }
+        let local_rank = first(["LOCAL_RANK", "SLURM_LOCALID"])?.map_or(rank, |(_, local)| local);
+        let Some(host) = var("MASTER_ADDR") else {
+            return Err(Error::request("MASTER_ADDR", "nothing", "the host of rank 0"));
+        };
+        let port = match (number("QWEN35RS_PORT")?, number("MASTER_PORT")?) {
+            (Some(port), _) => port,
+            (None, Some(port)) => port + 1,
+            (None, None) => {
+                let allowed = "a port of rank 0's host that is free, as is the next";
+                return Err(Error::request("MASTER_PORT", "nothing", allowed));
+            }
+        };
+        let port = u16::try_from(port).map_err(|_| {
+            Error::request("the port after MASTER_PORT, or QWEN35RS_PORT", port, "at most 65535")
+        })?;
+        Ok(Some(Self { rank, local_rank, world, address: format!("{host}:{port}") }))
+    }
+
+    /// A connection to each other rank, in their order, of rank 0; to rank 0, of another. `poll` is called meanwhile, with
+    /// how long it has waited and for what. What is sent waits `step` for one who does not read.
+    ///
+    /// # Errors
+    /// [`Error::Ranks`] where not all come, or one that is none of them; what `poll` returned.
+    pub(super) fn connections(
+        &self,
+        patience: Duration,
+        step: Duration,
+        poll: impl Fn(Duration, &str) -> Result<()>,
+    ) -> Result<Vec<TcpStream>> {
+        let start = Instant::now();
+        let wait = |what: &str| match start.elapsed() {
+            waited if waited > patience => Err(lost(what)),
+            waited => poll(waited, what),
+        };
+        let peers = if self.rank == 0 { welcome(self, wait)? } else { vec![visit(self, wait)?] };
+        let cannot = |e: std::io::Error| Error::Internal(format!("a connection of ranks: {e}"));
+        for peer in &peers {
+            let (idle, interval, retries) = KEEPALIVE;
+            let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(retries);
+            // A host that is lost says nothing; one that is there and stopped answers.
+            SockRef::from(peer).set_tcp_keepalive(&keepalive).map_err(cannot)?;
+            peer.set_write_timeout(Some(step)).map_err(cannot)?;
+        }
+        Ok(peers)
+    }
+}
+
+/// The connections of the other ranks, in their order.
+fn welcome(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<Vec<TcpStream>> {
+    let Meeting { world, address, .. } = meeting;
+    let port = address.rsplit_once(':').map_or("0", |(_, port)| port);
+    let cannot = |e: std::io::Error| {
+        let found = format!("{port}, which cannot be listened on ({e})");
+        Error::request("the port after MASTER_PORT, or QWEN35RS_PORT", found, "a free port")
+    };
+    let listener = TcpListener::bind(format!("[::]:{port}"));
+    let listener = listener.or_else(|_| TcpListener::bind(format!("0.0.0.0:{port}"))).map_err(cannot)?;
+    listener.set_nonblocking(true).map_err(cannot)?;
+    let mut peers: Vec<Option<TcpStream>> = (1..*world).map(|_| None).collect();
+    while let Some(missing) = peers.iter().position(Option::is_none) {
+        wait(&format!("rank {} of {world} has not come to {address}", missing + 1))?;
+        match listener.accept() {
+            // Whoever else comes to this port is sent away.
+            Ok((stream, _)) => drop(greet(stream, &mut peers)),
+            Err(_) => std::thread::sleep(RETRY),
+        }
+    }
+    Ok(peers.into_iter().flatten().collect())
+}
+
+/// Gives one who has come its place among the others, or tells it why it has none.
+fn greet(mut stream: TcpStream, peers: &mut [Option<TcpStream>]) -> std::io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(GREETING))?;
+    let hello: [u8; 32] = read_within(&mut stream, GREETING)?;
+    let number = |at: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&hello[at..at + 8]);
+        u64::from_le_bytes(bytes)
+    };
+    let (rank, of, world) = (number(16), number(24), peers.len() as u64 + 1);
+    let program = |hello: &[u8]| String::from_utf8_lossy(hello).trim().to_string();
+    let place = usize::try_from(rank).ok().and_then(|rank| peers.get_mut(rank.checked_sub(1)?));
+    let why = match place {
+        _ if hello[..16] != HELLO[..] || of != world => format!(
+            "rank {rank} is of {} and of {of} ranks; rank 0 is of {} and of {world}",
+            program(&hello[..16]),
+            program(HELLO)
+        ),
+        // One that came before and has ended leaves its place.
+        Some(place) if place.as_ref().is_none_or(has_ended) => {
+            write(&mut stream, EXCHANGE, &[])?;
+            *place = Some(stream);
+            return Ok(());
+        }
+        Some(_) => format!("two processes say that they are rank {rank}"),
+        None => format!("a process says that it is rank {rank} of {world}, beside rank 0"),
+    };
+    write(&mut stream, FAILED, &[why.as_bytes()])
+}
+
+/// Whether the other end of a connection, which has not been asked for anything, is gone.
+fn has_ended(stream: &TcpStream) -> bool {
+    let looked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    let back = stream.set_nonblocking(false);
+    back.is_err() || !matches!(looked, Err(e) if e.kind() == ErrorKind::WouldBlock)
+}
+
+/// The connection to rank 0.
+fn visit(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<TcpStream> {
+    let Meeting { rank, world, address, .. } = meeting;
+    let hello = [&HELLO[..], &(*rank as u64).to_le_bytes(), &(*world as u64).to_le_bytes()].concat();
+    loop {
+        let failed = match connect(address, &hello) {
+            Ok((EXCHANGE, _, stream)) => return Ok(stream),
+            Ok((FAILED, why, _)) => {
+                return Err(Error::Ranks {
+                    what: String::from_utf8_lossy(&why).into_owned(),
+                    advice: "start each rank once, all with the same qwen35rs and the same number of ranks"
+                        .into(),
+                });
+            }
+            Ok(_) => "what listens there does not answer as a rank".to_string(),
+            Err(e) => e.to_string(),
+        };
+        wait(&format!("rank 0 is not to be reached at {address} ({failed})"))?;
+        std::thread::sleep(RETRY);
+    }
+}
+
+fn connect(address: &str, hello: &[u8]) -> std::io::Result<(u8, Vec<u8>, TcpStream)> {
+    let mut last = std::io::Error::from(ErrorKind::NotFound);
+    for address in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, GREETING) {
+            Ok(mut stream) => {
+                stream.set_nodelay(true)?;
+                stream.set_write_timeout(Some(GREETING))?;
+                stream.write_all(hello)?;
+                let (kind, len) = head(read_within::<HEAD_LEN>(&mut stream, 2 * GREETING)?);
+                let mut answer = Vec::new();
+                if len <= MAX_ANSWER {
+                    (&mut stream).take(len).read_to_end(&mut answer)?;
+                }
+                // What is longer, or ends before its end, is no answer.
+                let kind = if answer.len() as u64 == len { kind } else { 0 };
+                return Ok((kind, answer, stream));
+            }
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+/// The next `N` bytes, all of which come within this time.
+fn read_within<const N: usize>(stream: &mut TcpStream, time: Duration) -> std::io::Result<[u8; N]> {
+    let deadline = Instant::now() + time;
+    let (mut bytes, mut have) = ([0; N], 0);
+    while have < N {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut bytes[have..]) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(n) => have += n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Err(ErrorKind::TimedOut.into()),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(bytes)
+}

@@ -58,13 +58,18 @@ pub struct Service {
 struct Joined {
     process: u32,
     thread: Option<JoinHandle<()>>,
+    waiting: Waiting,
 }
+
+/// Runs what waits for a thread to end, letting go meanwhile of what the caller holds and others want.
+pub type Waiting = fn(&mut (dyn FnMut() + Send));
 
 impl Drop for Joined {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take().filter(|_| self.process == std::process::id()) {
+            let mut thread = Some(thread);
             // Its panics were caught.
-            drop(thread.join());
+            (self.waiting)(&mut || drop(thread.take().map(JoinHandle::join)));
         }
     }
 }
@@ -99,11 +104,11 @@ pub enum Event {
 
 impl Service {
     /// Starts the thread, and makes the engine on it. `poll` is called now and then meanwhile and may end the wait;
-    /// `make` goes on then until it asks for itself.
+    /// `make` goes on then until it asks for itself. `waiting` is for the end of the thread.
     ///
     /// # Errors
     /// What `make` or `poll` returned.
-    pub fn start<B, F, T>(make: F, poll: impl Fn() -> Result<()>) -> Result<(Self, T)>
+    pub fn start<B, F, T>(make: F, poll: impl Fn() -> Result<()>, waiting: Waiting) -> Result<(Self, T)>
     where
         B: Backend + 'static,
         F: FnOnce() -> Result<(Engine<B>, T)> + Send + 'static,
@@ -136,7 +141,7 @@ impl Service {
                 Err(RecvTimeoutError::Disconnected) => return Err(gone(&ended)),
             }
         };
-        let thread = Joined { process: std::process::id(), thread: Some(thread) };
+        let thread = Joined { process: std::process::id(), thread: Some(thread), waiting };
         Ok((Self { commands, aborted, ended, _thread: Arc::new(thread) }, extra))
     }
 

@@ -2,8 +2,6 @@
 //! class over them.
 
 use std::collections::HashMap;
-use std::mem::ManuallyDrop;
-use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -146,42 +144,10 @@ fn check_devices(
     enter(py, || Ranks::new(tensor_parallel_size, expert_parallel)?.devices(device).map(drop))
 }
 
-/// What may wait for the engine's thread when it is dropped, and lets Python's other threads run meanwhile.
-struct Unlocked<T: Send>(ManuallyDrop<T>);
-
-impl<T: Send> Unlocked<T> {
-    fn new(value: T) -> Self {
-        Self(ManuallyDrop::new(value))
-    }
-}
-
-impl<T: Send> Deref for Unlocked<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        &self.0
-    }
-}
-
-impl<T: Send> DerefMut for Unlocked<T> {
-    fn deref_mut(&mut self) -> &mut T {
-        &mut self.0
-    }
-}
-
-impl<T: Send> Drop for Unlocked<T> {
-    fn drop(&mut self) {
-        // SAFETY: nobody looks at it again.
-        let mut value = Some(unsafe { ManuallyDrop::take(&mut self.0) });
-        // Python's lock is not to be had where the interpreter ends, and need not be given back then.
-        Python::try_attach(|py| py.detach(|| drop(value.take())));
-    }
-}
-
 /// A model on a device, with a thread that runs it.
 #[pyclass(name = "Engine", module = "qwen35rs._core", frozen)]
 struct PyEngine {
-    service: Unlocked<Service>,
+    service: Service,
     tokenizer: Option<Py<PyTokenizer>>,
     defaults: GenerationConfig,
     /// What each rank has of the model.
@@ -320,7 +286,7 @@ impl PyEngine {
             };
             let device = Device::name_of(&devices);
             Ok(Self {
-                service: Unlocked::new(service),
+                service,
                 tokenizer,
                 defaults,
                 part,
@@ -364,7 +330,7 @@ impl PyEngine {
                 }
             }
             let stops = jobs.iter().map(|j| stops_of(j, &self.eos_token_ids)).collect();
-            Ok(Under { generation: Unlocked::new(self.service.submit(jobs)?), texts, stops })
+            Ok(Under { generation: self.service.submit(jobs)?, texts, stops })
         })?;
         Ok(PyGeneration { inner: Mutex::new(generation), closed: AtomicBool::new(false) })
     }
@@ -460,7 +426,7 @@ struct PyGeneration {
 }
 
 struct Under {
-    generation: Unlocked<Generation>,
+    generation: Generation,
     texts: Vec<Option<RequestText>>,
     /// Tokens that end each request, whose text is not shown.
     stops: Vec<Vec<u32>>,

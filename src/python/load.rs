@@ -170,7 +170,7 @@ impl Load {
             let sizes = (engine.max_model_len(), engine.model().has_mtp());
             Ok((engine, sizes))
         };
-        Service::start(make, poll)
+        Service::start(make, poll, unlocked)
     }
 
     /// A rank's part of the model, on its device.
@@ -329,6 +329,14 @@ fn on_a_thread(
                 return Err(Error::Internal("a rank's thread is gone".into()));
             }
         }
+    }
+}
+
+/// Lets Python's other threads run while this one waits.
+fn unlocked(wait: &mut (dyn FnMut() + Send)) {
+    // Where the interpreter ends, its lock is not to be had, and need not be given back.
+    if Python::try_attach(|py| py.detach(&mut *wait)).is_none() {
+        wait();
     }
 }
 

@@ -14,7 +14,7 @@ const LONG: Duration = Duration::from_secs(30);
 
 fn service() -> Service {
     let make = || Ok((Engine::new(model("moe_bf16"), &limits(), usize::MAX, vec![])?, ()));
-    Service::start(make, || Ok(())).unwrap().0
+    Service::start(make, || Ok(()), |wait| wait()).unwrap().0
 }
 
 fn job(i: u64, max_tokens: usize) -> Job {
@@ -103,7 +103,7 @@ fn the_thread_ends_with_the_last_handle() {
         ALIVE.set(Some(alive)); // dropped when the thread ends
         Ok((Engine::new(model("moe_bf16"), &limits(), usize::MAX, vec![])?, ()))
     };
-    let service = Service::start(make, || Ok(())).unwrap().0;
+    let service = Service::start(make, || Ok(()), |wait| wait()).unwrap().0;
     let mut generation = service.submit(vec![job(0, 200)]).unwrap();
     drop(service.clone());
     drop(service);
@@ -117,9 +117,9 @@ fn the_thread_ends_with_the_last_handle() {
 #[test]
 fn an_engine_that_cannot_be_made() {
     let failing = || -> crate::Result<(Engine<crate::backend::cpu::Cpu>, ())> { Err(Error::Interrupted) };
-    assert!(matches!(Service::start(failing, || Ok(())), Err(Error::Interrupted)));
+    assert!(matches!(Service::start(failing, || Ok(()), |wait| wait()), Err(Error::Interrupted)));
     let panicking = || -> crate::Result<(Engine<crate::backend::cpu::Cpu>, ())> { panic!("no such luck") };
-    match Service::start(panicking, || Ok(())) {
+    match Service::start(panicking, || Ok(()), |wait| wait()) {
         Err(Error::Internal(what)) => assert_eq!(what, "no such luck"),
         _ => panic!("made"),
     }

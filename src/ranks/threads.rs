@@ -156,7 +156,7 @@ impl Group for Threads {
 
     fn receive(&self) -> Result<Option<Arc<[u8]>>> {
         self.wait(self.state(), None, |state| match state.orders[self.rank].pop_front() {
-            None if state.ended => Some(None),
+            None if state.ended && state.failed.is_none() => Some(None),
             order => order.map(Some),
         })
     }

@@ -30,7 +30,7 @@ while True:
 """
 
 
-def start(rank, world, port, *more, model=None, device="cpu"):
+def start(rank, world, port, *more, model=None, device="cpu", run=RUN):
     """Rank `rank`; it goes on and on where there is `more`."""
     environment = os.environ | {
         "RANK": str(rank),
@@ -40,7 +40,7 @@ def start(rank, world, port, *more, model=None, device="cpu"):
         "MASTER_PORT": str(port),
     }
     what = json.dumps([None if model is None else str(model), device, QUESTIONS])
-    command = [sys.executable, "-c", RUN, what, *more]
+    command = [sys.executable, "-c", run, what, *more]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -137,6 +137,22 @@ def test_a_rank_says_whom_it_waits_for(port, processes):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert "KeyboardInterrupt" in err
+
+
+def test_processes_meet_once(port, processes):
+    again = (
+        RUN
+        + """
+del llm
+LLM(model, device=device, tensor_parallel_size=2)
+"""
+    )
+    processes += [start(0, 2, port, run=again), start(1, 2, port)]
+    _, err = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
+    assert "RankError: ranks: the other processes follow the first LLM of this one, and end with it" in err
+    _, err = processes[1].communicate(timeout=20)
+    assert processes[1].returncode == 0, err
 
 
 def test_a_port_that_is_taken_is_named(processes):

@@ -144,6 +144,14 @@ fn check_devices(
     enter(py, || Ranks::new(tensor_parallel_size, expert_parallel)?.devices(device).map(drop))
 }
 
+/// Has numpy's functions looked up, which happens once, by Python code. Ctrl-C in the middle of it would be taken for a broken
+/// numpy, so it happens on a thread that gets no signals.
+fn find_numpy(py: Python<'_>) {
+    let look = || Python::attach(|py| drop(PyArray2::<f32>::zeros(py, [0, 0], false)));
+    // Whoever needs what is not found says so.
+    drop(py.detach(|| std::thread::spawn(look).join()));
+}
+
 /// A model on a device, with a thread that runs it.
 #[pyclass(name = "Engine", module = "qwen35rs._core", frozen)]
 struct PyEngine {
@@ -205,6 +213,7 @@ impl PyEngine {
         seed: u64,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
+        find_numpy(py);
         let dummy = match load_format {
             "auto" => false,
             "dummy" => true,

@@ -25,6 +25,9 @@ use crate::{Error, Result};
 /// How often a rank that follows lets Python handle its signals.
 const SIGNAL_POLL: Duration = Duration::from_millis(50);
 
+/// Whether the processes that were started together have met: they do so once.
+static HAVE_MET: AtomicBool = AtomicBool::new(false);
+
 /// The longest request, and whether the MTP module is loaded.
 pub(super) type Sizes = (usize, bool);
 
@@ -149,7 +152,17 @@ impl Load {
         }
         let make = move || {
             let group: Option<Arc<dyn Group>> = match (&load.ranks.meeting, load.ranks.world) {
-                (Some(meeting), _) => Some(Arc::new(Tcp::meet(meeting, met)?)),
+                (Some(_), _) if HAVE_MET.load(Ordering::Relaxed) => {
+                    return Err(Error::Ranks {
+                        what: "the other processes follow the first LLM of this one, and end with it".into(),
+                        advice: "one LLM for each start of the processes".into(),
+                    });
+                }
+                (Some(meeting), _) => {
+                    let group = Tcp::meet(meeting, met)?;
+                    HAVE_MET.store(true, Ordering::Relaxed);
+                    Some(Arc::new(group))
+                }
                 (None, 1) => None,
                 (None, world) => {
                     let part = part.clone();

@@ -7,15 +7,19 @@ use std::time::{Duration, Instant};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::lost;
-use super::tcp::{EXCHANGE, FAILED, HEAD_LEN, head, write};
+use super::tcp::{ENDED, EXCHANGE, FAILED, HEAD_LEN, head, write};
 use crate::{Error, Result};
 
 /// What a rank says first, with its rank and the world's size: which program it is.
 const HELLO: &[u8; 16] = concat_version();
+/// What a rank answers that has been told that it has a place.
+const HERE: u8 = 0x51;
 /// How often a rank that waits for another to come looks up, and tries again.
 const RETRY: Duration = Duration::from_millis(50);
-/// Whoever comes says who it is within this time, and is answered within twice as long.
-const GREETING: Duration = Duration::from_secs(5);
+/// Whoever comes says who it is within this time, for others wait behind it.
+const GREETING: Duration = Duration::from_secs(1);
+/// Whoever comes is answered within this time, or comes again.
+const ANSWER: Duration = Duration::from_secs(10);
 /// No first answer is longer.
 const MAX_ANSWER: u64 = 1 << 16;
 /// A host that says nothing for so long is asked whether it is there, and then at this interval, so many times.
@@ -55,7 +59,8 @@ impl Meeting {
         let number = |name: &str| -> Result<Option<usize>> {
             let Some(text) = var(name) else { return Ok(None) };
             let number = text.trim().parse().ok().filter(|&n| n <= i32::MAX as usize);
-            number.map(Some).ok_or_else(|| Error::request(name, format!("{text:?}"), "a number"))
+            let allowed = format!("a number from 0 to {}", i32::MAX);
+            number.map(Some).ok_or_else(|| Error::request(name, format!("{text:?}"), allowed))
         };
         let first = |names: [&'static str; 2]| -> Result<Option<(&str, usize)>> {
             for name in names {
@@ -66,7 +71,8 @@ impl Meeting {
             Ok(None)
         };
         let (of_world, world) = match first(["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])? {
-            None | Some((_, 0 | 1)) => return Ok(None),
+            None | Some((_, 1)) => return Ok(None),
+            Some((name, 0)) => return Err(Error::request(name, 0, "at least 1")),
             Some(world) => world,
         };
         let Some((of_rank, rank)) = first(["RANK", "SLURM_PROCID"])? else {
@@ -81,6 +87,8 @@ impl Meeting {
             return Err(Error::request("MASTER_ADDR", "nothing", "the host of rank 0"));
         };
         let port = match (number("QWEN35RS_PORT")?, number("MASTER_PORT")?) {
+            (Some(0), _) => return Err(Error::request("QWEN35RS_PORT", 0, "1 to 65535")),
+            (None, Some(0)) => return Err(Error::request("MASTER_PORT", 0, "1 to 65534")),
             (Some(port), _) => port,
             (None, Some(port)) => port + 1,
             (None, None) => {
@@ -146,7 +154,7 @@ fn welcome(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<Vec<T
     Ok(peers.into_iter().flatten().collect())
 }
 
-/// Gives one who has come its place among the others, or tells it why it has none.
+/// Gives one who has come, and has not gone since, its place among the others, or tells it why it has none.
 fn greet(mut stream: TcpStream, peers: &mut [Option<TcpStream>]) -> std::io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_nodelay(true)?;
@@ -169,6 +177,10 @@ fn greet(mut stream: TcpStream, peers: &mut [Option<TcpStream>]) -> std::io::Res
         // One that came before and has ended leaves its place.
         Some(place) if place.as_ref().is_none_or(has_ended) => {
             write(&mut stream, EXCHANGE, &[])?;
+            // What it said may have waited here longer than it did.
+            let [HERE] = read_within(&mut stream, GREETING)? else {
+                return Err(ErrorKind::InvalidData.into());
+            };
             *place = Some(stream);
             return Ok(());
         }
@@ -178,11 +190,15 @@ fn greet(mut stream: TcpStream, peers: &mut [Option<TcpStream>]) -> std::io::Res
     write(&mut stream, FAILED, &[why.as_bytes()])
 }
 
-/// Whether the other end of a connection, which has not been asked for anything, is gone.
+/// Whether the other end of a connection is gone, or says that it ends; not where it has said something else before.
 fn has_ended(stream: &TcpStream) -> bool {
-    let looked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    let mut kind = [0];
+    let looked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut kind));
     let back = stream.set_nonblocking(false);
-    back.is_err() || !matches!(looked, Err(e) if e.kind() == ErrorKind::WouldBlock)
+    match looked {
+        Ok(len) => len == 0 || [ENDED, FAILED].contains(&kind[0]) || back.is_err(),
+        Err(e) => e.kind() != ErrorKind::WouldBlock || back.is_err(),
+    }
 }
 
 /// The connection to rank 0.
@@ -210,18 +226,21 @@ fn visit(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<TcpStre
 fn connect(address: &str, hello: &[u8]) -> std::io::Result<(u8, Vec<u8>, TcpStream)> {
     let mut last = std::io::Error::from(ErrorKind::NotFound);
     for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, GREETING) {
+        match TcpStream::connect_timeout(&address, ANSWER) {
             Ok(mut stream) => {
                 stream.set_nodelay(true)?;
-                stream.set_write_timeout(Some(GREETING))?;
+                stream.set_write_timeout(Some(ANSWER))?;
                 stream.write_all(hello)?;
-                let (kind, len) = head(read_within::<HEAD_LEN>(&mut stream, 2 * GREETING)?);
+                let (kind, len) = head(read_within::<HEAD_LEN>(&mut stream, ANSWER)?);
                 let mut answer = Vec::new();
                 if len <= MAX_ANSWER {
                     (&mut stream).take(len).read_to_end(&mut answer)?;
                 }
                 // What is longer, or ends before its end, is no answer.
                 let kind = if answer.len() as u64 == len { kind } else { 0 };
+                if kind == EXCHANGE {
+                    stream.write_all(&[HERE])?;
+                }
                 return Ok((kind, answer, stream));
             }
             Err(e) => last = e,

@@ -22,7 +22,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const ORDER: u8 = 1;
 pub(super) const EXCHANGE: u8 = 2;
 pub(super) const FAILED: u8 = 3;
-const ENDED: u8 = 4;
+pub(super) const ENDED: u8 = 4;
 /// Bytes of a message before what it says.
 pub(super) const HEAD_LEN: usize = 9;
 

@@ -236,14 +236,37 @@ fn a_rank_that_comes_again_takes_its_place_and_two_of_one_rank_are_refused() {
     let host = std::thread::spawn(move || meet(0, 3, port)?.exchange(b"0", true).map(drop));
     drop(meet(1, 3, port).unwrap());
     let again = meet(1, 3, port).unwrap();
+    // Also where it has begun to talk.
+    again.write(0, 2, &[b"1"]).unwrap();
     for (rank, why) in [(1, "two processes say that they are rank 1"), (3, "that it is rank 3 of 3")] {
         let refused = meet(rank, 3, port).err().unwrap().to_string();
         assert!(refused.contains(why), "{refused}");
     }
     let third = std::thread::spawn(move || meet(2, 3, port)?.exchange(b"2", true).map(drop));
-    again.exchange(b"1", true).unwrap();
     third.join().unwrap().unwrap();
     host.join().unwrap().unwrap();
+}
+
+#[test]
+fn who_came_and_went_before_it_was_looked_at_is_not_there() {
+    let port = free_port();
+    // Rank 1's attempt, over before rank 0 listens to it: three of them, and three that say nothing.
+    let hello = [b"qwen35rs 0.1.0  ", &1u64.to_le_bytes()[..], &2u64.to_le_bytes()].concat();
+    let host = std::thread::spawn(move || meet(0, 2, port)?.exchange(b"0", true).map(|all| all.len()));
+    let knock = || loop {
+        if let Ok(stream) = TcpStream::connect(("localhost", port)) {
+            break stream;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let silent: Vec<_> = (0..3).map(|_| knock()).collect();
+    for _ in 0..3 {
+        std::io::Write::write_all(&mut knock(), &hello).unwrap();
+    }
+    let group = meet(1, 2, port).unwrap();
+    assert_eq!(group.exchange(b"1", true).unwrap().len(), 2);
+    assert_eq!(host.join().unwrap().unwrap(), 2);
+    drop(silent);
 }
 
 #[test]
@@ -301,6 +324,9 @@ fn meetings_from_variables() {
         assert!(error.starts_with(name), "{error}");
     };
     named(&[("WORLD_SIZE", "two"), ("RANK", "0")], "WORLD_SIZE");
+    named(&[("WORLD_SIZE", "0"), ("RANK", "0")], "WORLD_SIZE: found 0; allowed: at least 1");
+    let port_0 = [("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "x"), ("QWEN35RS_PORT", "0")];
+    named(&port_0, "QWEN35RS_PORT: found 0; allowed: 1 to 65535");
     named(&[("WORLD_SIZE", "2"), ("RANK", "2")], "RANK: found 2; allowed: 0 to 1");
     named(&[("WORLD_SIZE", "2"), ("SLURM_PROCID", "2")], "SLURM_PROCID: found 2; allowed: 0 to 1");
     named(

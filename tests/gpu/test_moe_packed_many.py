@@ -1,6 +1,8 @@
 """The sparse block of any number of tokens with experts in 4 and 8 bits, against plain f64 of the numbers that the
 codes stand for."""
 
+from itertools import product
+
 import pytest
 import torch
 from launch import MoeDims, call, error, poisoned, same_bits
@@ -106,20 +108,8 @@ def test_families(dims, formats):
         block.check_norm(x, block.check(x))
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-@pytest.mark.parametrize("dims", ODD, ids=str)
+@pytest.mark.parametrize(("dims", "form"), [*product(ODD, FORMATS), *product(UNITS, GGUF)], ids=str)
 def test_odd_sizes(dims, form):
-    block = Many(dims, [form] * 4)
-    for n in (1, 17, 300):
-        x = block.tokens(n)
-        out = block.check(x, max_tokens=300 if n % 2 else None)
-        if n > 16:
-            block.check_norm(x, out)
-
-
-@pytest.mark.parametrize("form", GGUF, ids=str)
-@pytest.mark.parametrize("dims", UNITS, ids=str)
-def test_units_of_gguf(dims, form):
     block = Many(dims, [form] * 4)
     for n in (1, 17, 300):
         x = block.tokens(n)

@@ -365,34 +365,20 @@ def test_all_codes_of_fp8():
     assert (found[[0, 2]] == 0).all()
 
 
-@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK, FP4])
-def test_rows_do_not_leak_into_each_other(kind):
-    m = filled(kind, 208, 256, seed=11)
-    for n in (2, 16):
-        x = randn(n, 256, seed=12)
-        want = linear(m, x, False)
-        x[-1] = float("nan")
-        found = linear(m, x, False)
-        assert same_bits(found[:-1], want[:-1])
-        assert found[-1].isnan().all()
-
-
-@pytest.mark.parametrize("kind", [INT4_BF16, FP8_BLOCK, FP4])
-@pytest.mark.parametrize("n", [1, 8, 16])
-def test_a_chain_in_a_graph(n, kind):
-    """Kernels that start under the ones before them see what those wrote, in a graph too."""
-    up, down = filled(kind, 9216, 2048, seed=13), filled(kind, 2048, 9216, seed=14)
-    norm = 0.01 + torch.zeros(2048, dtype=torch.float32, device="cuda")
-    start, residual = randn(n, 2048, seed=15), torch.zeros(n, 2048, dtype=torch.float32, device="cuda")
-    x, y, z = poisoned(n, 2048), poisoned(n, 9216), poisoned(n, 2048)
+def check_chain(n, hidden, width, up, down, seed=15):
+    """Kernels that start under the ones before them see what those wrote, in a graph too: norms, and what `up` and `down`
+    launch, from x to y and from y to z."""
+    norm = 0.01 + torch.zeros(hidden, dtype=torch.float32, device="cuda")
+    start, residual = randn(n, hidden, seed=seed), torch.zeros(n, hidden, dtype=torch.float32, device="cuda")
+    x, y, z = poisoned(n, hidden), poisoned(n, width), poisoned(n, hidden)
 
     def layers(between):
         for _ in range(4):
-            call("q35_rmsnorm_residual", n, 2048, z, residual, norm, 1e-6, x)
+            call("q35_rmsnorm_residual", n, hidden, z, residual, norm, 1e-6, x)
             between()
-            call("q35_packed_linear", n, up.struct, x, y, 0, up.struct.rows)
+            up(x, y)
             between()
-            call("q35_packed_linear", n, down.struct, y, z, 0, down.struct.rows)
+            down(y, z)
             between()
 
     def reset():
@@ -413,6 +399,35 @@ def test_a_chain_in_a_graph(n, kind):
         run()
         torch.cuda.synchronize()
         assert same_bits(z, want)
+
+
+def check_rows_apart(m, n):
+    """A row that is no number leaves the others as they are."""
+    x = randn(n, m.struct.k, seed=12)
+    want = linear(m, x, False)
+    x[-1] = float("nan")
+    found = linear(m, x, False)
+    assert same_bits(found[:-1], want[:-1])
+    assert found[-1].isnan().all()
+
+
+def into(n, m):
+    """Launches the product with a matrix."""
+    return lambda x, out: call("q35_packed_linear", n, m.struct, x, out, 0, m.struct.rows)
+
+
+@pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK, FP4])
+def test_rows_do_not_leak_into_each_other(kind):
+    m = filled(kind, 208, 256, seed=11)
+    for n in (2, 16):
+        check_rows_apart(m, n)
+
+
+@pytest.mark.parametrize("kind", [INT4_BF16, FP8_BLOCK, FP4])
+@pytest.mark.parametrize("n", [1, 8, 16])
+def test_a_chain_in_a_graph(n, kind):
+    up, down = filled(kind, 9216, 2048, seed=13), filled(kind, 2048, 9216, seed=14)
+    check_chain(n, 2048, 9216, into(n, up), into(n, down))
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 17, 200])

@@ -4,7 +4,7 @@ test_moe_packed.py and test_moe_packed_many.py."""
 import pytest
 import torch
 from launch import HeadOrder, PackedMatrix, call, error, poisoned, randn, same_bits
-from test_packed import INT4_F16, check, filled, linear
+from test_packed import INT4_F16, check, check_chain, check_rows_apart, filled, into, linear
 from test_packed_many import check as check_many
 
 pytestmark = pytest.mark.gpu
@@ -228,50 +228,14 @@ def test_a_tail_of_bf16(rows, k, tail, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [2, 16, 17, 100])
 def test_rows_do_not_leak_into_each_other(n, kind):
-    m, x = gguf(kind, 208, 256, seed=11), randn(n, 256, seed=12)
-    want = linear(m, x, False)
-    x[-1] = float("nan")
-    found = linear(m, x, False)
-    assert same_bits(found[:-1], want[:-1])
-    assert found[-1].isnan().all()
+    check_rows_apart(gguf(kind, 208, 256, seed=11), n)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 16, 64])
 def test_a_chain_in_a_graph(n, kind):
-    """Kernels that start under the ones before them see what those wrote."""
     up, down = gguf(kind, 4608, 1024, seed=13), gguf(kind, 1024, 4608, seed=14)
-    norm = 0.01 + torch.zeros(1024, dtype=torch.float32, device="cuda")
-    start, residual = randn(n, 1024, seed=15), torch.zeros(n, 1024, dtype=torch.float32, device="cuda")
-    x, y, z = poisoned(n, 1024), poisoned(n, 4608), poisoned(n, 1024)
-
-    def layers(between):
-        for _ in range(4):
-            call("q35_rmsnorm_residual", n, 1024, z, residual, norm, 1e-6, x)
-            between()
-            call("q35_packed_linear", n, up.struct, x, y, 0, 4608)
-            between()
-            call("q35_packed_linear", n, down.struct, y, z, 0, 1024)
-            between()
-
-    def reset():
-        z.copy_(start)
-        residual.zero_()
-        torch.cuda.synchronize()
-
-    reset()
-    layers(torch.cuda.synchronize)
-    want = z.clone()
-    assert torch.isfinite(want).all()
-    graph = torch.cuda.CUDAGraph()
-    reset()
-    with torch.cuda.graph(graph):
-        layers(lambda: None)
-    for _ in range(3):
-        reset()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert same_bits(z, want)
+    check_chain(n, 1024, 4608, into(n, up), into(n, down))
 
 
 def test_what_is_refused():

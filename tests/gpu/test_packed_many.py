@@ -12,7 +12,10 @@ from test_packed import (
     PACKED,
     ROW,
     Matrix,
+    check_chain,
+    check_rows_apart,
     filled,
+    into,
     linear,
 )
 
@@ -129,50 +132,14 @@ def test_all_codes_of_int4():
 @pytest.mark.parametrize("kind", [INT4_F16, FP8_BLOCK, FP4])
 @pytest.mark.parametrize("n", [17, 64, 100])
 def test_rows_do_not_leak_into_each_other(n, kind):
-    m, x = filled(kind, 208, 256, seed=11), randn(n, 256, seed=12)
-    want = linear(m, x, False)
-    x[-1] = float("nan")
-    found = linear(m, x, False)
-    assert same_bits(found[:-1], want[:-1])
-    assert found[-1].isnan().all()
+    check_rows_apart(filled(kind, 208, 256, seed=11), n)
 
 
 @pytest.mark.parametrize("kind", [INT4_BF16, FP8_BLOCK, FP4])
 @pytest.mark.parametrize("n", [17, 64, 300])
 def test_a_chain_in_a_graph(n, kind):
-    """Kernels that start under the ones before them see what those wrote, in a graph too."""
     up, down = filled(kind, 4608, 1024, seed=13), filled(kind, 1024, 4608, seed=14)
-    norm = 0.01 + torch.zeros(1024, dtype=torch.float32, device="cuda")
-    start, residual = randn(n, 1024, seed=15), torch.zeros(n, 1024, dtype=torch.float32, device="cuda")
-    x, y, z = poisoned(n, 1024), poisoned(n, 4608), poisoned(n, 1024)
-
-    def layers(between):
-        for _ in range(4):
-            call("q35_rmsnorm_residual", n, 1024, z, residual, norm, 1e-6, x)
-            between()
-            call("q35_packed_linear", n, up.struct, x, y, 0, 4608)
-            between()
-            call("q35_packed_linear", n, down.struct, y, z, 0, 1024)
-            between()
-
-    def reset():
-        z.copy_(start)
-        residual.zero_()
-        torch.cuda.synchronize()
-
-    reset()
-    layers(torch.cuda.synchronize)
-    want = z.clone()
-    assert torch.isfinite(want).all()
-    graph = torch.cuda.CUDAGraph()
-    reset()
-    with torch.cuda.graph(graph):
-        layers(lambda: None)
-    for run in (lambda: layers(lambda: None), graph.replay, graph.replay):
-        reset()
-        run()
-        torch.cuda.synchronize()
-        assert same_bits(z, want)
+    check_chain(n, 1024, 4608, into(n, up), into(n, down))
 
 
 def test_plain_rows_of_bf16():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from launch import call, error, poisoned, randn, same_bits
-from test_packed import FP4, FP8_BLOCK, FP8_ROW, INT4_BF16, INT4_F16, filled, linear
+from test_packed import FP4, FP8_BLOCK, FP8_ROW, INT4_BF16, INT4_F16, check_chain, filled, into, linear
 
 pytestmark = pytest.mark.gpu
 
@@ -37,34 +37,8 @@ def test_a_tail_in_a_graph(n):
     """The tail reads its inputs when they are there, though its weights are loaded before."""
     up, down = filled(INT4_F16, 4096, 2048, seed=21), filled(INT4_F16, 2048, 4096 + 64, seed=22)
     tail = randn(64, 2048, seed=23, scale=0.1)
-    norm = 0.01 + torch.zeros(2048, dtype=torch.float32, device="cuda")
-    start, residual = randn(n, 2048, seed=24), torch.zeros(n, 2048, dtype=torch.float32, device="cuda")
-    x, y, z = poisoned(n, 2048), poisoned(n, 4096 + 64), poisoned(n, 2048)
 
-    def layers(between):
-        for _ in range(4):
-            call("q35_rmsnorm_residual", n, 2048, z, residual, norm, 1e-6, x)
-            between()
-            call("q35_packed_linear_tail", n, up.struct, tail, 64, x, y, 0, 4096 + 64)
-            between()
-            call("q35_packed_linear", n, down.struct, y, z, 0, 2048)
-            between()
+    def with_tail(x, y):
+        call("q35_packed_linear_tail", n, up.struct, tail, 64, x, y, 0, 4096 + 64)
 
-    def reset():
-        z.copy_(start)
-        residual.zero_()
-        torch.cuda.synchronize()
-
-    reset()
-    layers(torch.cuda.synchronize)
-    want = z.clone()
-    assert torch.isfinite(want).all()
-    graph = torch.cuda.CUDAGraph()
-    reset()
-    with torch.cuda.graph(graph):
-        layers(lambda: None)
-    for _ in range(3):
-        reset()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert same_bits(z, want)
+    check_chain(n, 2048, 4096 + 64, with_tail, into(n, down), seed=24)

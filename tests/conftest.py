@@ -38,6 +38,16 @@ def checkpoint(tmp_path_factory):
     return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture
+def processes():
+    """What a test starts and adds here does not outlive it."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 @pytest.fixture(scope="session")
 def llm(checkpoint):
     from qwen35rs import LLM

@@ -57,15 +57,6 @@ def port():
     return free_port()
 
 
-@pytest.fixture
-def processes():
-    started = []
-    yield started
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
 def test_processes_say_the_same_and_end_together(port, processes):
     params = SamplingParams(temperature=0, max_tokens=24)
     alone = LLM(device="cpu").chat([[{"role": "user", "content": q}] for q in QUESTIONS], params)

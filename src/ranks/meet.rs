@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::lost;
-use super::tcp::{ENDED, EXCHANGE, FAILED, HEAD_LEN, head, write};
+use super::tcp::{ENDED, EXCHANGE, FAILED, HEAD_LEN, head, next_kind, write};
 use crate::{Error, Result};
 
 /// What a rank says first, with its rank and the world's size: which program it is.
@@ -192,13 +192,7 @@ fn greet(mut stream: TcpStream, peers: &mut [Option<TcpStream>]) -> std::io::Res
 
 /// Whether the other end of a connection is gone, or says that it ends; not where it has said something else before.
 fn has_ended(stream: &TcpStream) -> bool {
-    let mut kind = [0];
-    let looked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut kind));
-    let back = stream.set_nonblocking(false);
-    match looked {
-        Ok(len) => len == 0 || [ENDED, FAILED].contains(&kind[0]) || back.is_err(),
-        Err(e) => e.kind() != ErrorKind::WouldBlock || back.is_err(),
-    }
+    matches!(next_kind(stream), Err(_) | Ok(Some(ENDED | FAILED)))
 }
 
 /// The connection to rank 0.

@@ -125,19 +125,11 @@ impl Tcp {
 
     /// Sees, without waiting, whether the rank at the end of connection `i` has failed or is gone.
     fn last_words(&self, i: usize) -> Result<()> {
-        let peer = self.peer(i);
-        let mut kind = [0];
-        let looked = peer.set_nonblocking(true).and_then(|()| peer.peek(&mut kind));
-        let back = peer.set_nonblocking(false);
-        drop(peer);
-        match back.and(looked) {
-            Ok(0) => Err(self.lose(format!("rank {} has ended", self.other(i)))),
-            Ok(_) if kind[0] == FAILED => self.read(i, FAILED, Some(LAST_WORDS)).and_then(|why| {
-                let why = why.unwrap_or_default();
-                Err(self.lose(String::from_utf8_lossy(&why).into_owned()))
-            }),
+        let next = next_kind(&self.peer(i));
+        match next {
+            // No order and no exchange has this kind: reading it says why.
+            Ok(Some(FAILED)) => self.read(i, ORDER, Some(LAST_WORDS)).map(drop),
             Ok(_) => Ok(()),
-            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(()),
             Err(e) => Err(self.lose(self.gone(i, &e))),
         }
     }
@@ -236,6 +228,19 @@ pub(super) fn write(peer: &mut TcpStream, kind: u8, parts: &[&[u8]]) -> std::io:
     message.extend((len as u64).to_le_bytes());
     parts.iter().for_each(|part| message.extend_from_slice(part));
     peer.write_all(&message)
+}
+
+/// The kind of the message that comes next, where one is there.
+pub(super) fn next_kind(peer: &TcpStream) -> std::io::Result<Option<u8>> {
+    let mut kind = [0];
+    let looked = peer.set_nonblocking(true).and_then(|()| peer.peek(&mut kind));
+    peer.set_nonblocking(false)?;
+    match looked {
+        Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
+        Ok(_) => Ok(Some(kind[0])),
+        Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 /// Kind and length.

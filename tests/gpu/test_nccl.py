@@ -127,9 +127,9 @@ def test_models_come_and_go():
 
 @pytest.mark.two_gpus
 class TestProcesses:
-    def test_they_say_the_same(self, llm):
+    def test_they_say_the_same(self, llm, processes):
         port = free_port()
-        processes = [start(rank, 2, port, device="cuda") for rank in range(2)]
+        processes += [start(rank, 2, port, device="cuda") for rank in range(2)]
         out, err = processes[0].communicate(timeout=120)
         assert processes[0].returncode == 0, err
         params = SamplingParams(temperature=0, max_tokens=24)
@@ -141,17 +141,13 @@ class TestProcesses:
     @pytest.mark.parametrize(
         ("victim", "sign"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
     )
-    def test_a_rank_that_does_not_answer_ends_the_other(self, victim, sign):
+    def test_a_rank_that_does_not_answer_ends_the_other(self, victim, sign, processes):
         port = free_port()
-        processes = [start(rank, 2, port, "on and on", device="cuda") for rank in range(2)]
-        try:
-            assert processes[0].stdout.readline() == "ready\n"
-            processes[0].stdout.readline()
-            processes[victim].send_signal(sign)
-            since = time.monotonic()
-            _, err = processes[1 - victim].communicate(timeout=150)
-            assert time.monotonic() - since < 90
-            assert processes[1 - victim].returncode == 1 and "qwen35rs.RankError: ranks: " in err
-        finally:
-            processes[victim].kill()
-            processes[victim].communicate()
+        processes += [start(rank, 2, port, "on and on", device="cuda") for rank in range(2)]
+        assert processes[0].stdout.readline() == "ready\n"
+        processes[0].stdout.readline()
+        processes[victim].send_signal(sign)
+        since = time.monotonic()
+        _, err = processes[1 - victim].communicate(timeout=150)
+        assert time.monotonic() - since < 90
+        assert processes[1 - victim].returncode == 1 and "qwen35rs.RankError: ranks: " in err

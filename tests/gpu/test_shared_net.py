@@ -129,9 +129,9 @@ def test_the_same_seeds_give_the_same_tokens_twice(device):
 
 @pytest.mark.two_gpus
 class TestProcesses:
-    def test_they_say_the_same(self):
+    def test_they_say_the_same(self, processes):
         port = free_port()
-        processes = [start(rank, 2, port, device="cuda") for rank in range(2)]
+        processes += [start(rank, 2, port, device="cuda") for rank in range(2)]
         out, err = processes[0].communicate(timeout=120)
         assert processes[0].returncode == 0, err
         llm = load(hub.EMBEDDED, "cuda:0,1")
@@ -141,18 +141,13 @@ class TestProcesses:
         assert processes[1].wait(60) == 0
 
     @pytest.mark.parametrize("victim", [0, 1])
-    def test_a_rank_that_is_killed_ends_the_other(self, victim):
+    def test_a_rank_that_is_killed_ends_the_other(self, victim, processes):
         port = free_port()
-        processes = [start(rank, 2, port, "on and on", device="cuda") for rank in range(2)]
-        try:
-            assert processes[0].stdout.readline() == "ready\n"
-            processes[0].stdout.readline()
-            processes[victim].send_signal(signal.SIGKILL)
-            since = time.monotonic()
-            _, err = processes[1 - victim].communicate(timeout=120)
-            assert time.monotonic() - since < 60
-            assert processes[1 - victim].returncode == 1 and "qwen35rs.RankError: ranks: rank" in err
-        finally:
-            for process in processes:
-                process.kill()
-                process.communicate()
+        processes += [start(rank, 2, port, "on and on", device="cuda") for rank in range(2)]
+        assert processes[0].stdout.readline() == "ready\n"
+        processes[0].stdout.readline()
+        processes[victim].send_signal(signal.SIGKILL)
+        since = time.monotonic()
+        _, err = processes[1 - victim].communicate(timeout=120)
+        assert time.monotonic() - since < 60
+        assert processes[1 - victim].returncode == 1 and "qwen35rs.RankError: ranks: rank" in err

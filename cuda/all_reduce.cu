@@ -5,9 +5,6 @@
 
 namespace {
 
-constexpr int MAX_WIDTH = 1 << 24;
-constexpr int RANKS_AT_ONCE = 4;  // whose lines are looked at together
-
 // Block c takes rows c, c + gridDim.x, ...: a turn each. A thread sends its groups of a row to all other ranks, in two
 // lines each, and receives theirs.
 // The slot of a turn was that of two turns ago. Within a launch a thread sends a turn after it has received the same
@@ -38,78 +35,16 @@ __global__ void __launch_bounds__(LANES) reduce_few(const __grid_constant__ q35_
     bool waiting = true;  // until a wait was in vain
     int turn = 0;
     for (int row = blockIdx.x; row < task.n; row += gridDim.x, turn++) {
-        count += count == UINT32_MAX ? 3 : 1;  // never 0, as in new lines; odd and even in turns
-        // Of a sender, in any region.
-        const auto slot_at = [&](int sender) {
-            const int64_t slot = (blockIdx.x * 2 + count % 2) * static_cast<int64_t>(peers.world) + sender;
-            return lines_at + slot * 4 * peers.width;
-        };
+        count = turn_after(count);
+        const Lines lines = {peers, lines_at, static_cast<int>(blockIdx.x), task.width, count};
         for (int pass = 0; pass < passes; pass++) {
             const int first = lane + pass * LANES;
             if (turn > 0 || VECS == 0) load_own(row, first);
-            for (int d = 1; waiting && d < peers.world; d++) {
-                char *const to = region(peers, other(peers, d)) + slot_at(peers.rank);
-#pragma unroll
-                for (int v = 0; v < V; v++) {
-                    const int group = first + v * LANES;
-                    if (group < groups) {
-                        put_line(to + 16 * group, own[v].x, own[v].y, count);
-                        put_line(to + 16 * (groups + group), own[v].z, own[v].w, count);
-                    }
-                }
-            }
+            if (waiting) lines.send(first, own);
         }
         const auto sums = [&](int first, float(&sum)[V][8]) {
-            for (int base = 0; base < peers.world; base += RANKS_AT_ONCE) {
-                Line lines[V][RANKS_AT_ONCE][2] = {};
-                const auto wanted = [&](int v, int k) {
-                    return base + k < peers.world && base + k != peers.rank && first + v * LANES < groups;
-                };
-                Wait wait;
-                int missing = -1;
-                do {
-                    // All loads, then all marks.
-#pragma unroll
-                    for (int k = 0; k < RANKS_AT_ONCE; k++) {
-#pragma unroll
-                        for (int v = 0; v < V; v++) {
-                            if (!wanted(v, k)) continue;
-                            const char *const from = region(peers, peers.rank) + slot_at(base + k);
-                            const int group = first + v * LANES;
-                            lines[v][k][0] = get_line(from + 16 * group);
-                            lines[v][k][1] = get_line(from + 16 * (groups + group));
-                        }
-                    }
-                    missing = -1;
-#pragma unroll
-                    for (int k = 0; k < RANKS_AT_ONCE; k++) {
-#pragma unroll
-                        for (int v = 0; v < V; v++) {
-#pragma unroll
-                            for (int i = 0; i < 4; i++) {
-                                const uint32_t mark = static_cast<uint32_t>(lines[v][k][i / 2].halves[i % 2] >> 32);
-                                if (wanted(v, k) && mark != count) missing = base + k;
-                            }
-                        }
-                    }
-                } while (missing >= 0 && waiting && (waiting = go_on(peers, missing, wait)));
-                if (VECS == 0) load_own(row, first);
-                uint4 got[V][RANKS_AT_ONCE];
-#pragma unroll
-                for (int v = 0; v < V; v++) {
-#pragma unroll
-                    for (int k = 0; k < RANKS_AT_ONCE; k++) {
-                        const Line &a = lines[v][k][0], &b = lines[v][k][1];
-                        got[v][k] = base + k == peers.rank
-                                        ? own[v]
-                                        : make_uint4(static_cast<uint32_t>(a.halves[0]),
-                                                     static_cast<uint32_t>(a.halves[1]),
-                                                     static_cast<uint32_t>(b.halves[0]),
-                                                     static_cast<uint32_t>(b.halves[1]));
-                    }
-                }
-                add_ranks(base, peers.world, got, sum);
-            }
+            if (VECS == 0) load_own(row, first);
+            lines.add_up<4>(first, own, waiting, sum);
         };
         finish_row<NORM, VECS, VECS != 0>(task, row, lane, parts[turn % 2], 0, w, sums);
     }
@@ -161,22 +96,6 @@ __global__ void __launch_bounds__(LANES) gather_columns(const __grid_constant__ 
     tell(FLAG_GATHERED);
     hear(FLAG_GATHERED);
     if (lane == 0) *count_of(peers, COUNT_GATHERS) = count;
-}
-
-bool possible(int world, int channels, int width, int64_t gather_bytes) {
-    return world >= 1 && world <= Q35_MAX_RANKS && channels >= 1 && channels <= Q35_MAX_CHANNELS && width >= 8 &&
-           width <= MAX_WIDTH && width % 8 == 0 && gather_bytes >= 0;
-}
-
-bool valid(const q35_peers &peers) {
-    if (!possible(peers.world, peers.channels, peers.width, peers.gather_bytes) || peers.rank < 0 ||
-        peers.rank >= peers.world || peers.timeout_ns <= 0 || peers.status == nullptr) {
-        return false;
-    }
-    for (int r = 0; r < peers.world; r++) {
-        if (peers.regions[r] == nullptr || !aligned(peers.regions[r], 256)) return false;
-    }
-    return true;
 }
 
 template <bool NORM>

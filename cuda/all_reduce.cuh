@@ -68,6 +68,24 @@ inline Places places(const q35_peers &peers) {
     return places(peers.world, peers.channels, peers.width, peers.gather_bytes);
 }
 
+constexpr int MAX_WIDTH = 1 << 24;
+
+inline bool possible(int world, int channels, int width, int64_t gather_bytes) {
+    return world >= 1 && world <= Q35_MAX_RANKS && channels >= 1 && channels <= Q35_MAX_CHANNELS && width >= 8 &&
+           width <= MAX_WIDTH && width % 8 == 0 && gather_bytes >= 0;
+}
+
+inline bool valid(const q35_peers &peers) {
+    if (!possible(peers.world, peers.channels, peers.width, peers.gather_bytes) || peers.rank < 0 ||
+        peers.rank >= peers.world || peers.timeout_ns <= 0 || peers.status == nullptr) {
+        return false;
+    }
+    for (int r = 0; r < peers.world; r++) {
+        if (peers.regions[r] == nullptr || !aligned(peers.regions[r], 256)) return false;
+    }
+    return true;
+}
+
 __device__ __forceinline__ char *region(const q35_peers &peers, int rank) {
     return static_cast<char *>(peers.regions[rank]);
 }
@@ -126,6 +144,90 @@ __device__ __forceinline__ void add_ranks(int first, int world, const uint4 (&x)
         }
     }
 }
+
+// A row that ranks exchange in lines, in one turn of a channel.
+struct Lines {
+    const q35_peers &peers;
+    int64_t lines_at;
+    int channel, width;
+    uint32_t count;
+
+    // Of a sender, in any region.
+    __device__ __forceinline__ int64_t slot(int sender) const {
+        return lines_at + ((channel * 2 + count % 2) * static_cast<int64_t>(peers.world) + sender) * 4 * peers.width;
+    }
+
+    // A thread's groups first + v * LANES to all other ranks, in two lines each.
+    template <int V>
+    __device__ __forceinline__ void send(int first, const uint4 (&own)[V]) const {
+        const int groups = width / 8;
+        for (int d = 1; d < peers.world; d++) {
+            char *const to = region(peers, other(peers, d)) + slot(peers.rank);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                const int group = first + v * LANES;
+                if (group < groups) {
+                    put_line(to + 16 * group, own[v].x, own[v].y, count);
+                    put_line(to + 16 * (groups + group), own[v].z, own[v].w, count);
+                }
+            }
+        }
+    }
+
+    // Their sums over ranks, in the order of ranks. RANKS_AT_ONCE: whose lines are looked at together. `waiting`: as long
+    // as no wait was in vain.
+    template <int RANKS_AT_ONCE, int V>
+    __device__ __forceinline__ void add_up(int first, const uint4 (&own)[V], bool &waiting, float (&sum)[V][8]) const {
+        const int groups = width / 8;
+        for (int base = 0; base < peers.world; base += RANKS_AT_ONCE) {
+            Line lines[V][RANKS_AT_ONCE][2] = {};
+            const auto wanted = [&](int v, int k) {
+                return base + k < peers.world && base + k != peers.rank && first + v * LANES < groups;
+            };
+            Wait wait;
+            int missing = -1;
+            do {
+                // All loads, then all marks.
+#pragma unroll
+                for (int k = 0; k < RANKS_AT_ONCE; k++) {
+#pragma unroll
+                    for (int v = 0; v < V; v++) {
+                        if (!wanted(v, k)) continue;
+                        const char *const from = region(peers, peers.rank) + slot(base + k);
+                        const int group = first + v * LANES;
+                        lines[v][k][0] = get_line(from + 16 * group);
+                        lines[v][k][1] = get_line(from + 16 * (groups + group));
+                    }
+                }
+                missing = -1;
+#pragma unroll
+                for (int k = 0; k < RANKS_AT_ONCE; k++) {
+#pragma unroll
+                    for (int v = 0; v < V; v++) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const uint32_t mark = static_cast<uint32_t>(lines[v][k][i / 2].halves[i % 2] >> 32);
+                            if (wanted(v, k) && mark != count) missing = base + k;
+                        }
+                    }
+                }
+            } while (missing >= 0 && waiting && (waiting = go_on(peers, missing, wait)));
+            uint4 got[V][RANKS_AT_ONCE];
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+#pragma unroll
+                for (int k = 0; k < RANKS_AT_ONCE; k++) {
+                    const Line &a = lines[v][k][0], &b = lines[v][k][1];
+                    got[v][k] = base + k == peers.rank
+                                    ? own[v]
+                                    : make_uint4(static_cast<uint32_t>(a.halves[0]), static_cast<uint32_t>(a.halves[1]),
+                                                 static_cast<uint32_t>(b.halves[0]), static_cast<uint32_t>(b.halves[1]));
+                }
+            }
+            add_ranks(base, peers.world, got, sum);
+        }
+    }
+};
 
 // A thread's groups of 8 elements of a row: with VECS, lane + v * LANES for v < VECS, all at once; with 0, one after the
 // other.

@@ -67,21 +67,13 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
     } else if (has_rates) {
         w[0] = make_float2(rule.a_log[head], rule.dt_bias[head]);
     }
-    wait_for_inputs();
-    let_next_start();
 
+    // What the last step left: it was over when this one began.
     const int t = rule.batch.query_start[seq], slot = rule.batch.slot[seq];
-    const bf16 *projected = rule.projected + static_cast<int64_t>(t) * rule.stride;
     bf16 *tail = args.tails + static_cast<int64_t>(slot) * (TAPS - 1) * rule.channels + channel;
     if (convolves) {
 #pragma unroll
         for (int i = 0; i < TAPS - 1; i++) x[i] = *reinterpret_cast<const uint32_t *>(tail + i * rule.channels);
-        x[TAPS - 1] = *reinterpret_cast<const uint32_t *>(projected + channel);
-    } else if (has_gate) {
-        x[0] = bits(projected[args.z_start + head * D + element]);
-    } else if (has_rates) {
-        x[0] = bits(projected[rule.ba_start + d.num_v_heads + head]);
-        x[1] = bits(projected[rule.ba_start + head]);
     }
     T *state = static_cast<T *>(rule.states) + (static_cast<int64_t>(slot) * d.num_v_heads + head) * D * D + row * D +
                column;
@@ -89,6 +81,18 @@ __global__ __launch_bounds__(4 * D, 256 / D) void delta_decode(DecodeArgs args) 
     Four loaded[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) loaded[r] = *reinterpret_cast<const Four *>(state + 16 * r * D);
+    wait_for_inputs();
+    let_next_start();
+
+    const bf16 *projected = rule.projected + static_cast<int64_t>(t) * rule.stride;
+    if (convolves) {
+        x[TAPS - 1] = *reinterpret_cast<const uint32_t *>(projected + channel);
+    } else if (has_gate) {
+        x[0] = bits(projected[args.z_start + head * D + element]);
+    } else if (has_rates) {
+        x[0] = bits(projected[rule.ba_start + d.num_v_heads + head]);
+        x[1] = bits(projected[rule.ba_start + head]);
+    }
 
     if (convolves) {
         float2 y = make_float2(0.0f, 0.0f);

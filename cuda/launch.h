@@ -110,7 +110,8 @@ int q35_delta_prompt(void *stream, q35_batch batch, q35_delta_dims dims, const f
 
 // For batches whose every sequence has one new token: q35_causal_conv1d, q35_gated_delta_rule and q35_gated_rmsnorm
 // (z: columns z_start.. of projected, norm f32 [v_dim]) in one kernel where the sizes allow, with the same bits.
-// mixed: bf16 [num_tokens, C], scratch. counters: int32 [num_seqs * K], zero before and after.
+// mixed: bf16 [num_tokens, C], scratch. counters: int32 [num_seqs * K], zero before and after. The batch, tails and states
+// are read while the kernel before this one may still run: after whatever wrote them a copy has to come, or the host's wait.
 int q35_delta_decode(void *stream, q35_batch batch, q35_delta_dims dims, const float *weight, const float *a_log,
                      const float *dt_bias, const float *norm, float eps, const q35_bf16 *projected, int stride,
                      int z_start, int ba_start, q35_bf16 *tails, void *states, int32_t *counters, q35_bf16 *mixed,
@@ -422,6 +423,15 @@ int q35_all_reduce_norm(void *stream, q35_peers peers, int n, int width, const q
 // Q35_GATHERED_AT bytes into their own region until the next gather. width is a multiple of 4, x 16-byte aligned;
 // the rows have room in gather_bytes.
 int q35_gather_columns(void *stream, q35_peers peers, int n, int width, const float *x);
+
+// q35_all_reduce_norm, then q35_moe (with packed weights: as q35_packed_norm_moe, n <= 16) of what it leaves in x, which
+// is this rank's part of the block; for a single token with a kernel less. The same bits as the two. out may be delta.
+int q35_all_reduce_norm_moe(void *stream, q35_peers peers, int n, q35_moe_dims dims, q35_moe_weights weights,
+                            const q35_bf16 *delta, float *residual, const float *norm, float eps, q35_bf16 *x,
+                            void *workspace, q35_bf16 *out);
+int q35_all_reduce_packed_norm_moe(void *stream, q35_peers peers, int n, q35_moe_dims dims,
+                                   q35_packed_moe_weights weights, const q35_bf16 *delta, float *residual,
+                                   const float *norm, float eps, q35_bf16 *x, void *workspace, q35_bf16 *out);
 
 // ------------------------------------------------------------------------------------------------------ measure.cu
 

@@ -208,10 +208,24 @@ extern "C" int q35_norm_moe(void *stream, int n, q35_moe_dims dims, q35_moe_weig
     if (!valid(dims)) return cudaErrorInvalidValue;
     const Plan p = plan(n, dims, workspace);
     if (n <= FEW && few_is_fast(p, weights, as_bf16(x)) && aligned(delta) && aligned(residual) && aligned(norm)) {
-        const Norm before = {as_bf16(delta), residual, norm, eps};
+        const Norm before = {as_bf16(delta), residual, norm, eps, nullptr, nullptr};
         return launch_few(as_stream(stream), p, weights, before, as_bf16(x), as_bf16(out));
     }
     const int code = q35_rmsnorm_residual(stream, n, dims.hidden, delta, residual, norm, eps, x);
+    return code != cudaSuccess ? code : q35_moe(stream, n, dims, weights, x, workspace, out);
+}
+
+extern "C" int q35_all_reduce_norm_moe(void *stream, q35_peers peers, int n, q35_moe_dims dims, q35_moe_weights weights,
+                                       const q35_bf16 *delta, float *residual, const float *norm, float eps,
+                                       q35_bf16 *x, void *workspace, q35_bf16 *out) {
+    if (n <= 0) return cudaSuccess;
+    if (!valid(dims) || residual == nullptr || norm == nullptr) return cudaErrorInvalidValue;
+    const Plan p = plan(n, dims, workspace);
+    if (n == 1 && few_is_fast(p, weights, as_bf16(x)) && aligned(delta) && aligned(residual) && aligned(norm)) {
+        const Norm before = {as_bf16(delta), residual, norm, eps, nullptr, nullptr};
+        return launch_few(as_stream(stream), p, weights, before, as_bf16(x), as_bf16(out), &peers);
+    }
+    const int code = q35_all_reduce_norm(stream, peers, n, dims.hidden, delta, residual, norm, eps, x);
     return code != cudaSuccess ? code : q35_moe(stream, n, dims, weights, x, workspace, out);
 }
 

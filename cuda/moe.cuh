@@ -1,6 +1,6 @@
 // What the files of the sparse block share: where things lie in its workspace, dot products and routing by a warp.
 #pragma once
-#include "device.cuh"
+#include "peers.cuh"
 
 // Up to so many tokens the weights are streamed past vectors; more take the tensor cores.
 constexpr int FEW = 16;
@@ -39,12 +39,15 @@ struct Plan {
 // sums, since nobody computes it.
 constexpr float NOT_HERE = -1.f;
 
-// The norm before a sparse block; without one `w` is null.
+// The norm before a sparse block; without one `w` is null. Where ranks add up `delta` on the way, of a single token,
+// `fresh` is what becomes of the residual, [hidden], and `turns` the count of this rank's sums.
 struct Norm {
     const bf16 *delta;
     float *residual;
     const float *w;
     float eps;
+    float *fresh;
+    uint32_t *turns;
 };
 
 // Rows of up to so many elements are normed and routed by the fast kernels.
@@ -58,11 +61,16 @@ int num_sms();
 // Whether the fast kernels take up to 16 tokens of this block. That may not depend on how many they are.
 bool few_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x);
 // With a norm, which asks for few_is_fast, x is written, else read.
-int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *out);
+// Given `peers`, of a single token, delta is the sum of all ranks'.
+int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, Norm norm, bf16 *x, bf16 *out,
+               const q35_peers *peers = nullptr);
 // Its parts: p.logits and p.gate; then routing and the list of experts hit; and, for any sizes, the whole of it.
 // `tiles`: rows of x are written there too, in the order of tiles; or null.
 int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x,
                   bf16 *tiles = nullptr);
+// The same of a single token, whose delta is the sum of all ranks'. It sets what norm has of ranks, for the kernel after it.
+int launch_logits(cudaStream_t stream, const q35_peers &peers, const Plan &p, const q35_moe_weights &w, Norm &norm,
+                  bf16 *x, bf16 *tiles = nullptr);
 int launch_route(cudaStream_t stream, const Plan &p);
 int launch_any(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const bf16 *x, bf16 *out);
 // p.logits of any number of tokens.
@@ -153,6 +161,25 @@ __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1
 // t, t + 4, .. for tensor-core fragments, and has them one after the other.
 __device__ __forceinline__ int in_tile_order(int i) { return (i & ~31) | (i % 4 * 8 + i % 32 / 4); }
 __device__ __forceinline__ int from_tile_order(int i) { return (i & ~31) | (i % 8 * 4 + i % 32 / 8); }
+
+// What few_logits made of the residual, written by the kernel after it: now nobody reads the old one any more.
+__device__ __forceinline__ void write_residual(const Plan &p, const Norm &norm, int block, int blocks) {
+    if (norm.delta == nullptr) return;
+    for (int i = block * blockDim.x + threadIdx.x; i < p.n * (p.hidden / 8); i += blocks * blockDim.x) {
+        float y[8];
+        if (norm.fresh != nullptr) {
+            load8(norm.fresh + 8 * i, y);
+        } else {
+            float d[8];
+            load8(norm.residual + 8 * i, y);
+            load8(norm.delta + 8 * i, d);
+#pragma unroll
+            for (int j = 0; j < 8; j++) y[j] += d[j];
+        }
+        store8(norm.residual + 8 * i, y);
+    }
+    if (norm.turns != nullptr && block == 0 && threadIdx.x == 0) *norm.turns = turn_after(*norm.turns);
+}
 
 // The `i`-th token of a mask, or 0.
 __device__ __forceinline__ int token_of(unsigned mask, int i) {

@@ -176,18 +176,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, 3)
         }
         __syncthreads();
     }
-
-    // What few_logits added, written now that it has been read: by the blocks with the fewest tiles.
-    if (norm.delta == nullptr) return;
-    for (int i = (gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x; i < p.n * (hidden / 8);
-         i += gridDim.x * blockDim.x) {
-        float y[8], d[8];
-        load8(norm.residual + 8 * i, y);
-        load8(norm.delta + 8 * i, d);
-#pragma unroll
-        for (int j = 0; j < 8; j++) y[j] += d[j];
-        store8(norm.residual + 8 * i, y);
-    }
+    write_residual(p, norm, gridDim.x - 1 - blockIdx.x, gridDim.x);  // most by the blocks with the fewest tiles
 }
 
 // What few_down keeps in shared memory: the list, then a scale and a place for each assignment, the scales of the
@@ -319,8 +308,9 @@ __global__ void __launch_bounds__(512, 1)
 // -------------------------------------------------------------------------------------------------------- launchers
 
 template <int N>
-int launch_fast(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *out) {
-    int code = launch_logits(stream, p, w, norm, x);
+int launch_fast(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, Norm norm, bf16 *x, bf16 *out,
+                const q35_peers *peers) {
+    int code = peers != nullptr ? launch_logits(stream, *peers, p, w, norm, x) : launch_logits(stream, p, w, norm, x);
     if (code == cudaSuccess && p.n > 1) code = launch_route(stream, p);
     if (code != cudaSuccess) return code;
 
@@ -370,7 +360,8 @@ bool few_is_fast(const Plan &p, const q35_moe_weights &w, const bf16 *x) {
            p.top_k <= MOST_TOP_K && down_bytes(FEW, p) <= MOST_SHARED;
 }
 
-int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *out) {
+int launch_few(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, Norm norm, bf16 *x, bf16 *out,
+               const q35_peers *peers) {
     if (!few_is_fast(p, w, x)) return launch_any(stream, p, w, x, out);
-    return p.n <= 8 ? launch_fast<1>(stream, p, w, norm, x, out) : launch_fast<2>(stream, p, w, norm, x, out);
+    return p.n <= 8 ? launch_fast<1>(stream, p, w, norm, x, out, peers) : launch_fast<2>(stream, p, w, norm, x, out, peers);
 }

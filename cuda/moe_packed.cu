@@ -62,8 +62,8 @@ __device__ __forceinline__ void times(float (&acc)[MATS][N][4], const float (&wh
 }
 
 // gate_up and the activation, in tiles of 16 features: a row tile of gate and the one of up. Tiles of experts hit go
-// round the blocks; those of the shared expert are the first of the last blocks, so that few have one of each. The
-// warps of a block share out the k tiles and their sums are added in the order of the warps, so a sum has one order.
+// round the blocks; the last blocks have one of the shared expert before, which they can load early. The warps of a block
+// share out the k tiles and their sums are added in the order of the warps, so a sum has one order.
 // ONE: a single token, which goes to shared memory. `spread`: a step round the blocks that keeps those with one tile
 // more apart, on whichever SMs they settle. x and the activations are in the order of tiles.
 template <int N, bool ONE, int MORE>
@@ -79,9 +79,10 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     };
     const int shared_tiles = p.shared_width / TILE_ROWS, expert_tiles = p.width / TILE_ROWS;
     const int before = max(blocks - shared_tiles, 0);  // blocks that start with an expert hit
+    const bool with_shared = block >= before;
 
     Held held;
-    if (block >= before) {
+    if (with_shared) {
         by_form<MORE>(shared_gate_up, [&](auto of) {
             constexpr int form = decltype(of)::form;
             const Cursor at = aim_at<form>(shared_gate_up, block - before, shared_tiles, warp);
@@ -91,25 +92,23 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     wait_for_inputs();
     let_next_start();  // not before: packed_down reads what the kernels before this one wrote
 
+    // Of a single token the last warp finds the experts hit while the others fetch the token; a block that starts with the
+    // shared expert does so after that.
     int num_hit = 0;
     uint32_t *const token = reinterpret_cast<uint32_t *>(hits + p.slots);
     if (ONE) {
-        for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x)
+        const int threads = with_shared ? blockDim.x : blockDim.x - 32;
+        for (int i = 8 * threadIdx.x; int(threadIdx.x) < threads && i < hidden; i += 8 * threads)
             *reinterpret_cast<uint4 *>(token + i / 2) = *reinterpret_cast<const uint4 *>(x + i);
-        if (warp == 0) {
-            const int e = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
-            list_hits(p, e, hits, lane);
-        }
     } else {
         for (int i = threadIdx.x; i < p.slots; i += blockDim.x) hits[i] = p.hits[i];
         num_hit = *p.num_hit;
     }
-    __syncthreads();
-    if (ONE) num_hit = hits[0].w;
+    if (!ONE || with_shared) __syncthreads();
 
     int turn = 0;  // of the two places of sums: one barrier a tile
-    // Tiles `tile`, `tile` + step, then every `blocks`, up to `end`.
-    auto run = [&](auto of, const Packed &m, bool shared, bool started, int tile, int step, int end) {
+    // Tiles `tile`, `tile` + `blocks`, .. up to `end`.
+    auto run = [&](auto of, const Packed &m, bool shared, bool started, int tile, int end) {
         constexpr int form = decltype(of)::form;
         const int tiles = shared ? shared_tiles : expert_tiles, width = shared ? p.shared_width : p.width;
         auto row_tile_of = [&](int to) { return shared ? to : hits[to / tiles].x * 2 * tiles + to % tiles; };
@@ -119,8 +118,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         const Share own = share(m, tiles);
         if (tile < end && !started) start_walk<form, 2, UP_WARPS>(held, m, now, own);
         while (tile < end) {
-            const int after = tile + step;
-            step = blocks;
+            const int after = tile + blocks;
             const int4 hit = shared ? make_int4(0, int(all_tokens(p.n)), 0, 0) : hits[tile / tiles];
             const int num_tokens = __popc(hit.y);
             if (after < end) next = aim(after);
@@ -169,30 +167,20 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
             tile = after, now = next;
         }
     };
-    if (block >= before) {
+    if (with_shared) {
         by_form<MORE>(shared_gate_up,
-                [&](auto of) { run(of, shared_gate_up, true, true, block - before, blocks, shared_tiles); });
+                      [&](auto of) { run(of, shared_gate_up, true, true, block - before, shared_tiles); });
     }
-    // Tile v of all, of which the shared ones are before .. before + shared_tiles - 1.
-    int first = block, step = blocks;
-    if (block >= before) {
-        first += ceil_div(before + shared_tiles - block, blocks) * blocks - shared_tiles;
-    } else {
-        step -= shared_tiles;
+    if (ONE) {
+        if (warp == UP_WARPS - 1) {
+            const int e = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
+            list_hits(p, e, hits, lane);
+        }
+        __syncthreads();
+        num_hit = hits[0].w;
     }
-    by_form<MORE>(gate_up,
-            [&](auto of) { run(of, gate_up, false, false, first, step, num_hit * expert_tiles); });
-
-    // What few_logits added, written now that it has been read.
-    if (norm.delta == nullptr) return;
-    for (int i = block * blockDim.x + threadIdx.x; i < p.n * (hidden / 8); i += blocks * blockDim.x) {
-        float y[8], d[8];
-        load8(norm.residual + 8 * i, y);
-        load8(norm.delta + 8 * i, d);
-#pragma unroll
-        for (int j = 0; j < 8; j++) y[j] += d[j];
-        store8(norm.residual + 8 * i, y);
-    }
+    by_form<MORE>(gate_up, [&](auto of) { run(of, gate_up, false, false, block, num_hit * expert_tiles); });
+    write_residual(p, norm, block, blocks);
 }
 
 // `down` of the experts hit and their weighted sum. A block has a row tile of the output; its warps share out the
@@ -362,12 +350,10 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
     return launch(last, blocks, 32 * warps, bytes, stream, p, m[1], m[3], out);
 }
 
-}  // namespace
-
-extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights,
-                                   const q35_bf16 *delta, float *residual, const float *norm, float eps, q35_bf16 *x,
-                                   void *workspace, q35_bf16 *out) {
-    if (n <= 0) return cudaSuccess;
+// Given `peers`, of a single token, delta is the sum of all ranks'.
+int norm_moe(cudaStream_t stream, const q35_peers *peers, int n, q35_moe_dims dims,
+             const q35_packed_moe_weights &weights, const q35_bf16 *delta, float *residual, const float *norm,
+             float eps, q35_bf16 *x, void *workspace, q35_bf16 *out) {
     Plan p = {};
     if (n > FEW || !make_plan(n, dims, workspace, p)) return cudaErrorInvalidValue;
     Packed m[4] = {};
@@ -387,7 +373,7 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
 
     q35_moe_weights routing = {};
     routing.router = weights.router, routing.shared_gate = weights.shared_gate;
-    const Norm before = {as_bf16(delta), residual, norm, eps};
+    Norm before = {as_bf16(delta), residual, norm, eps, nullptr, nullptr};
     bf16 *const tiles = reinterpret_cast<bf16 *>(p.y);  // which nothing else here uses
     bool fp4 = false, floats = false, gguf = false;
     for (const Packed &matrix : m) {
@@ -395,13 +381,38 @@ extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_p
         floats = floats || fp4 || matrix.form == FP8_TILES;
     }
     if (floats && gguf) return cudaErrorInvalidValue;
-    int code = launch_logits(as_stream(stream), p, routing, before, as_bf16(x), tiles);
-    if (code == cudaSuccess && n > 1) code = launch_route(as_stream(stream), p);
+    int code = peers != nullptr ? launch_logits(stream, *peers, p, routing, before, as_bf16(x), tiles)
+                                : launch_logits(stream, p, routing, before, as_bf16(x), tiles);
+    if (code == cudaSuccess && n > 1) code = launch_route(stream, p);
     if (code != cudaSuccess) return code;
     const auto run = [&](auto experts) {
-        return experts(as_stream(stream), p, m, before, tiles, as_bf16(out));
+        return experts(stream, p, m, before, tiles, as_bf16(out));
     };
     if (gguf) return n == 1 ? run(launch_experts<1, GGUF_TOO>) : run(launch_experts<2, GGUF_TOO>);
     if (fp4) return n <= 8 ? run(launch_experts<1, FP4_TOO>) : run(launch_experts<2, FP4_TOO>);
     return n <= 8 ? run(launch_experts<1, NO_MORE>) : run(launch_experts<2, NO_MORE>);
+}
+
+}  // namespace
+
+extern "C" int q35_packed_norm_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights,
+                                   const q35_bf16 *delta, float *residual, const float *norm, float eps, q35_bf16 *x,
+                                   void *workspace, q35_bf16 *out) {
+    if (n <= 0) return cudaSuccess;
+    return norm_moe(as_stream(stream), nullptr, n, dims, weights, delta, residual, norm, eps, x, workspace, out);
+}
+
+extern "C" int q35_all_reduce_packed_norm_moe(void *stream, q35_peers peers, int n, q35_moe_dims dims,
+                                              q35_packed_moe_weights weights, const q35_bf16 *delta, float *residual,
+                                              const float *norm, float eps, q35_bf16 *x, void *workspace,
+                                              q35_bf16 *out) {
+    if (n <= 0) return cudaSuccess;
+    if (n > FEW || residual == nullptr || norm == nullptr) return cudaErrorInvalidValue;
+    if (n > 1) {
+        const int code = q35_all_reduce_norm(stream, peers, n, dims.hidden, delta, residual, norm, eps, x);
+        if (code != cudaSuccess) return code;
+        delta = nullptr;  // it is in the residual
+    }
+    return norm_moe(as_stream(stream), n > 1 ? nullptr : &peers, n, dims, weights, delta, residual, norm, eps, x,
+                    workspace, out);
 }

@@ -1,5 +1,6 @@
 // Up to 16 tokens, before the projections: the norm and the logits of the router, and the list of the experts hit; and
 // the whole block for sizes that are not made of vectors.
+#include "all_reduce.cuh"
 #include "moe.cuh"
 
 namespace {
@@ -7,16 +8,27 @@ namespace {
 // --------------------------------------------------------------------------------------------------- router logits
 
 constexpr int LOGITS_WARPS = 8;
-// The sum of squares of a row goes by so many lanes of 8 elements, here one a thread.
-constexpr int LANES = 32 * LOGITS_WARPS;
-static_assert(MOST_HIDDEN == 2 * 8 * LANES, "");
+// The sum of squares of a row goes by LANES lanes of 8 elements, here one a thread.
+static_assert(LANES == 32 * LOGITS_WARPS && MOST_HIDDEN == 2 * 8 * LANES, "");
+
+// What the residual stream is changed by before its norm: the delta as it is, or the sum of those of all ranks.
+struct Own {
+    static constexpr bool OF_RANKS = false;
+};
+struct OfRanks {
+    static constexpr bool OF_RANKS = true;
+    q35_peers peers;
+    int64_t lines_at;
+};
 
 // Router logits and the shared expert's gate (row E) of M tokens: a warp a row, which it loads before it waits. Each
 // block puts its tokens' rows into shared memory; NORM: it norms them itself, and the first one writes them to x. The
 // residual is written by few_up, when no block reads it any more. VECS: groups of 8 elements of a row a thread has.
-template <int M, int VECS, bool NORM>
-__global__ void __launch_bounds__(LANES) few_logits(Plan p, const bf16 *router, const bf16 *shared_gate, Norm norm,
-                                                    bf16 *x, bf16 *tiles) {
+// Of ranks the first block sends the others this one's row, as reduce_few (all_reduce.cu) would, and every block adds up
+// what comes: a kernel less. Their turn is counted when all have read it, which is with the residual.
+template <int M, int VECS, bool NORM, typename Change>
+__global__ void __launch_bounds__(LANES, Change::OF_RANKS ? 2 : 1) few_logits(Plan p, const bf16 *router, const bf16 *shared_gate, Norm norm,
+                                                    const __grid_constant__ Change change, bf16 *x, bf16 *tiles) {
     __shared__ __align__(16) bf16 rows[M][8 * LANES * VECS];
     __shared__ float parts[M][LOGITS_WARPS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, hidden = p.hidden;
@@ -36,11 +48,21 @@ __global__ void __launch_bounds__(LANES) few_logits(Plan p, const bf16 *router, 
         const int i = 8 * (threadIdx.x + v * LANES);
         if (NORM && i < hidden) load8(norm.w + i, norm_w[v]);
     }
-    let_next_start();
+    bool early = true;
+    if constexpr (Change::OF_RANKS) early = change.peers.early;
+    if (early) let_next_start();
     wait_for_inputs();
 
     if constexpr (NORM) {
         float values[M][VECS][8];
+        uint4 own[VECS] = {};
+        if constexpr (Change::OF_RANKS) {
+#pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                const int i = 8 * (threadIdx.x + v * LANES);
+                if (i < hidden) own[v] = *reinterpret_cast<const uint4 *>(norm.delta + i);
+            }
+        }
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
@@ -49,7 +71,24 @@ __global__ void __launch_bounds__(LANES) few_logits(Plan p, const bf16 *router, 
                 if (i < hidden) load8(norm.residual + int64_t(min(first + m, p.n - 1)) * hidden + i, values[m][v]);
             }
         }
-        if (norm.delta != nullptr) {
+        if constexpr (Change::OF_RANKS) {
+            static_assert(M == 1, "a turn of a channel is a row");
+            const uint32_t count = turn_after(get_word(norm.turns));
+            if (__syncthreads_or(get_word(change.peers.status) != 0)) return;
+            const Lines lines = {change.peers, change.lines_at, 0, hidden, count};
+            if (blockIdx.x == 0) lines.send(threadIdx.x, own);
+            float sum[VECS][8];
+            bool waiting = true;
+            lines.add_up<1>(threadIdx.x, own, waiting, sum);
+#pragma unroll
+            for (int v = 0; v < VECS; v++) {
+                const int i = 8 * (threadIdx.x + v * LANES);
+                if (i >= hidden) continue;
+#pragma unroll
+                for (int j = 0; j < 8; j++) values[0][v][j] += sum[v][j];
+                if (blockIdx.x == 0) store8(norm.fresh + i, values[0][v]);
+            }
+        } else if (norm.delta != nullptr) {
 #pragma unroll
             for (int m = 0; m < M; m++) {
 #pragma unroll
@@ -269,22 +308,32 @@ __global__ void __launch_bounds__(128) any_rows(Plan p, const bf16 *weights, con
 
 // -------------------------------------------------------------------------------------------------------- launchers
 
-template <int M, bool NORM>
-int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x,
-                  bf16 *tiles) {
+template <int M, bool NORM, typename Change = Own>
+int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x, bf16 *tiles,
+                  const Change &change = {}) {
     const dim3 grid(ceil_div(p.num_experts + p.has_shared, LOGITS_WARPS), ceil_div(p.n, M));
-    auto kernel = p.hidden <= MOST_HIDDEN / 2 ? few_logits<M, 1, NORM> : few_logits<M, 2, NORM>;
-    return launch(kernel, grid, LANES, 0, stream, p, as_bf16(w.router), as_bf16(w.shared_gate), norm, x, tiles);
+    auto kernel = p.hidden <= MOST_HIDDEN / 2 ? few_logits<M, 1, NORM, Change> : few_logits<M, 2, NORM, Change>;
+    return launch(kernel, grid, LANES, 0, stream, p, as_bf16(w.router), as_bf16(w.shared_gate), norm, change, x, tiles);
 }
 
 }  // namespace
 
 int launch_logits(cudaStream_t stream, const Plan &p, const q35_moe_weights &w, const Norm &norm, bf16 *x,
                   bf16 *tiles) {
-    auto launch = norm.w == nullptr ? p.n == 1 ? launch_logits<1, false> : launch_logits<4, false>
-                  : p.n == 1        ? launch_logits<1, true>
-                                    : launch_logits<4, true>;
-    return launch(stream, p, w, norm, x, tiles);
+    auto launch = norm.w == nullptr ? p.n == 1 ? launch_logits<1, false, Own> : launch_logits<4, false, Own>
+                  : p.n == 1        ? launch_logits<1, true, Own>
+                                    : launch_logits<4, true, Own>;
+    return launch(stream, p, w, norm, x, tiles, {});
+}
+
+int launch_logits(cudaStream_t stream, const q35_peers &peers, const Plan &p, const q35_moe_weights &w, Norm &norm,
+                  bf16 *x, bf16 *tiles) {
+    if (p.n != 1 || norm.w == nullptr || norm.delta == nullptr || !valid(peers) || p.hidden > peers.width)
+        return cudaErrorInvalidValue;
+    norm.fresh = p.y + p.hidden;  // behind the tiles; nothing else of a single token is there
+    norm.turns = reinterpret_cast<uint32_t *>(static_cast<char *>(peers.regions[peers.rank]) + COUNTS_AT) +
+                 COUNT_LINES * Q35_MAX_CHANNELS;
+    return launch_logits<1, true, OfRanks>(stream, p, w, norm, x, tiles, {peers, places(peers).lines});
 }
 
 int launch_route(cudaStream_t stream, const Plan &p) {

@@ -58,6 +58,9 @@ __device__ __forceinline__ void release(uint32_t *flag, uint32_t v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(v) : "memory");
 }
 
+// Turns are counted as lines are marked: never 0, as new lines are, and by turns odd and even.
+__device__ __forceinline__ uint32_t turn_after(uint32_t count) { return count + (count == UINT32_MAX ? 3 : 1); }
+
 __device__ __forceinline__ uint64_t nanoseconds() {
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));

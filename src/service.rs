@@ -236,11 +236,12 @@ impl Drop for Generation {
 }
 
 struct Worker<B: Backend> {
-    engine: Engine<B>,
     inbox: Receiver<Command>,
     aborted: Arc<Mutex<HashSet<RequestId>>>,
     ended: Arc<OnceLock<Error>>,
     owners: Vec<(RequestId, Sender<StepOutput>)>,
+    /// Gone last: callers hear of its end before it has given its memory back, which may have to wait for a device.
+    engine: Engine<B>,
 }
 
 impl<B: Backend> Worker<B> {

@@ -296,6 +296,7 @@ class Decode:
         self.states[self.batch.slots] = fresh
         self.counters = torch.zeros(num_seqs * k + 1, dtype=torch.int32, device="cuda")
         self.counters[-1] = 77
+        self.copied = torch.empty_like(self.counters)
 
     def buffers(self):
         n, v, v_dim = self.batch.num_tokens, self.dims[1], self.dims[3]
@@ -307,6 +308,7 @@ class Decode:
         weights = (self.weight, self.a_log, self.dt_bias, self.norm, 1e-6)
         places = (self.projected, self.stride, self.z_start, self.ba_start)
         dims, batch = DeltaDims(*self.dims), self.batch.struct
+        self.copied.copy_(self.counters)  # a step begins with copies
         call("q35_delta_decode", batch, dims, *weights, *places, tails, states, self.counters, mixed, out)
 
     def space(self):
@@ -362,7 +364,7 @@ DECODE = [
 def test_decode_is_the_three(dims, num_seqs):
     step = Decode(dims, num_seqs)
     want, found = step.buffers(), step.buffers()
-    # Steps follow each other without a break, as in a run: each reads what the last one left.
+    # Steps follow each other as in a run: each reads what the last one left.
     for _ in range(3):
         step.one_by_one(want)
     for _ in range(3):

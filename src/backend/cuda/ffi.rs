@@ -579,6 +579,34 @@ unsafe extern "C" {
         out: *mut Bf16,
     ) -> c_int;
     pub fn q35_gather_columns(stream: Stream, peers: Peers, n: c_int, width: c_int, x: *const f32) -> c_int;
+    pub fn q35_all_reduce_norm_moe(
+        stream: Stream,
+        peers: Peers,
+        n: c_int,
+        dims: MoeDims,
+        weights: MoeWeights,
+        delta: *const Bf16,
+        residual: *mut f32,
+        norm: *const f32,
+        eps: f32,
+        x: *mut Bf16,
+        workspace: *mut c_void,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_all_reduce_packed_norm_moe(
+        stream: Stream,
+        peers: Peers,
+        n: c_int,
+        dims: MoeDims,
+        weights: PackedMoe,
+        delta: *const Bf16,
+        residual: *mut f32,
+        norm: *const f32,
+        eps: f32,
+        x: *mut Bf16,
+        workspace: *mut c_void,
+        out: *mut Bf16,
+    ) -> c_int;
     pub fn q35_read(stream: Stream, num_bytes: i64, x: *const c_void, out: *mut u32) -> c_int;
 
     /// Of the CUDA runtime.

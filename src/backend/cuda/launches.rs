@@ -251,8 +251,7 @@ impl Backend for Cuda {
         _scratch: &mut (),
         block: &mut Buf,
     ) {
-        self.all_reduce_norm(n, block, residual, norm.0, norm.1, x);
-        self.normed_experts(n, residual, norm, x, weights, block);
+        self.sum_norm_experts(n, residual, norm, x, weights, block);
     }
 
     fn all_gather(&self, n: usize, part: &Buf, out: &mut Buf) {

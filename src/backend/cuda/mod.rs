@@ -47,13 +47,14 @@ const CONTEXT_BYTES: usize = 640 << 20;
 /// The backend: a device, and what the step under way has on it.
 pub struct Cuda {
     device: Arc<Device>,
+    /// Gone first: what waits for another rank ends with it, and for that the others would wait.
+    state: Mutex<State>,
     blas: Option<Blas>,
     deterministic: bool,
     /// Whether decode steps are recorded.
     records: bool,
     /// The ranks that share the model.
     ranks: Option<Ranks>,
-    state: Mutex<State>,
     uploader: Mutex<Option<Uploader>>,
     /// What the driver and libraries take, on a card that is only imagined.
     _taken: Vec<Memory>,

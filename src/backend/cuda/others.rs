@@ -175,6 +175,12 @@ impl Cuda {
         self
     }
 
+    /// Whether this is a rank of several whose cards address each other's memory.
+    pub(super) fn adds_up_directly(&self) -> bool {
+        let state = self.state();
+        matches!(state.step.as_ref().and_then(|step| step.others.as_ref()), Some(Others::Direct(_)))
+    }
+
     /// Runs what all ranks run, where there are several.
     fn together(&self, name: &str, n: usize, call: impl FnOnce(&mut Others, ffi::Stream) -> Result<c_int>) {
         self.launch(name, n, |step, stream| match &mut step.others {

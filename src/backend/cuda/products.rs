@@ -5,8 +5,10 @@ use std::ffi::c_int;
 use super::blas::Blas;
 use super::buffers::{Buf, Moe, MoeWeights, Vector};
 use super::form::Part;
+use super::others::Others;
 use super::step::MIN_WIDE_ROWS;
 use super::{Cuda, ffi};
+use crate::Error;
 use crate::backend::{Backend, Precision};
 
 impl Cuda {
@@ -99,8 +101,9 @@ impl Cuda {
         self.few_experts(rows, block.memory.ptr(), residual, norm, x, m, block);
     }
 
-    /// [`Cuda::experts`] of x, which is that norm of the residual stream: few rows take the kernels that compute it anew.
-    pub(super) fn normed_experts(
+    /// As [`Backend::all_reduce_norm_moe`]: few rows are added up, normed and routed with fewer kernels, where cards address
+    /// each other's memory.
+    pub(super) fn sum_norm_experts(
         &self,
         n: usize,
         residual: &mut Buf,
@@ -110,11 +113,50 @@ impl Cuda {
         block: &mut Buf,
     ) {
         let rows = self.num_rows(n, residual.rows.min(x.rows).min(block.rows));
-        if rows >= MIN_WIDE_ROWS {
-            self.experts(rows, x, m, block);
+        if rows < MIN_WIDE_ROWS && self.adds_up_directly() {
+            self.sum_few_experts(rows, residual, norm, x, m, block);
             return;
         }
-        self.few_experts(rows, std::ptr::null(), residual, norm, x, m, block);
+        self.all_reduce_norm(n, block, residual, norm.0, norm.1, x);
+        if rows < MIN_WIDE_ROWS {
+            // The kernels of few rows norm them anew.
+            self.few_experts(rows, std::ptr::null(), residual, norm, x, m, block);
+        } else {
+            self.experts(rows, x, m, block);
+        }
+    }
+
+    fn sum_few_experts(
+        &self,
+        rows: usize,
+        residual: &mut Buf,
+        norm: (&Vector, f32),
+        x: &mut Buf,
+        m: &Moe,
+        block: &mut Buf,
+    ) {
+        let weights = m.weights();
+        self.launch("all_reduce_norm_moe", rows, |step, stream| {
+            let Some(Others::Direct(peers)) = &step.others else {
+                return Err(Error::Internal("a sum over ranks without them".into()));
+            };
+            let (peers, n, dims) = (peers.at(), rows as c_int, m.dims);
+            let (delta, out) = (block.memory.ptr::<ffi::Bf16>(), block.memory.ptr());
+            let (residual, x) = (residual.memory.ptr(), x.memory.ptr());
+            let (norm, eps, workspace) = (norm.0.0.ptr(), norm.1, step.moe.ptr());
+            // SAFETY: shapes are those of the trait, no wider than what the ranks have met for; the workspace is for the
+            // largest batch.
+            Ok(unsafe {
+                match weights {
+                    MoeWeights::Plain(w) => ffi::q35_all_reduce_norm_moe(
+                        stream, peers, n, dims, w, delta, residual, norm, eps, x, workspace, out,
+                    ),
+                    MoeWeights::Packed(w) => ffi::q35_all_reduce_packed_norm_moe(
+                        stream, peers, n, dims, w, delta, residual, norm, eps, x, workspace, out,
+                    ),
+                }
+            })
+        });
     }
 
     /// The residual stream with the change in `delta`, where there is one; its norm, to x; and the experts of that.

@@ -23,6 +23,13 @@ def pytest_addoption(parser):
         parser.addini("timeout", "seconds a test may take; needs pytest-timeout")
 
 
+def pytest_configure(config):
+    # Ranks of one card wait for each other, and a kernel that is loaded meanwhile would wait for them. Ranks of two cards
+    # may not do this: libraries would load their kernels for both.
+    if config.getoption("markexpr") == "gpu":
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read when CUDA starts
+
+
 def pytest_ignore_collect(collection_path, config):
     """The folders of marks that are not asked for, as in `pytest -m gpu`, are left alone: they import torch or Ray. Where they
     are asked for, they fail without what they need."""

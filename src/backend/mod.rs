@@ -119,6 +119,9 @@ pub trait Backend: Send + Sync {
         Ok(())
     }
 
+    /// The ranks have lost each other: what waits for another one is to end, since what is given back next may wait for it.
+    fn give_up(&self) {}
+
     // The ops.
 
     /// `out[t] = table[token_ids[t]]`, `[n, hidden]`.

@@ -94,6 +94,14 @@ impl<B: Backend> Loaded<B> {
         Ok(Runner { loaded: self, memory, workspace })
     }
 
+    /// Tells the other ranks why this one ends, and waits for them no more.
+    fn fail(&self, why: &str) {
+        if let Some(group) = &self.group {
+            group.fail(why);
+            self.model.backend().give_up();
+        }
+    }
+
     fn all_there(&self) -> Result<()> {
         self.group.as_ref().map_or(Ok(()), |group| group.exchange(&[], true).map(drop))
     }
@@ -110,9 +118,7 @@ impl<B: Backend> Runner<B> {
 
     /// Tells the other ranks why this one ends, which is not in order.
     pub fn fail(&self, why: &str) {
-        if let Some(group) = &self.loaded.group {
-            group.fail(why);
-        }
+        self.loaded.fail(why);
     }
 
     /// What may end a step: among ranks only before it has begun, for none may leave the others alone.
@@ -198,28 +204,34 @@ impl<B: Backend> Drop for Runner<B> {
 /// What its device says, and where the ranks lose each other.
 pub fn follow<B: Backend>(model: Model<B>, group: Arc<dyn Group>) -> Result<()> {
     let loaded = Loaded::new(model, Some(Arc::clone(&group)));
+    let mut room = Room { memory: None, workspace: None };
     // The others know before what they may write to is given back.
-    obey(&loaded, group.as_ref()).inspect_err(|error| group.fail(&error.to_string()))
+    obey(&loaded, group.as_ref(), &mut room).inspect_err(|error| loaded.fail(&error.to_string()))
 }
 
-fn obey<B: Backend>(loaded: &Loaded<B>, group: &dyn Group) -> Result<()> {
+/// A rank's, once it has been ordered.
+struct Room<B: Backend> {
+    memory: Option<Memory<B>>,
+    workspace: Option<Workspace<B>>,
+}
+
+fn obey<B: Backend>(loaded: &Loaded<B>, group: &dyn Group, room: &mut Room<B>) -> Result<()> {
     let model = &loaded.model;
-    let (mut workspace, mut memory) = (None, None);
     let early = || ranks::lost("rank 0 ordered a step before its memory");
     loaded.free_memory()?;
     while let Some(bytes) = group.receive()? {
         match Order::from_bytes(&bytes)? {
             Order::Workspace(limits) => {
-                workspace = Some(model.workspace(&limits)?);
+                room.workspace = Some(model.workspace(&limits)?);
                 loaded.free_memory()?;
             }
             Order::Memory(num_pages, num_slots) => {
-                memory = Some(model.memory(num_pages, num_slots)?);
+                room.memory = Some(model.memory(num_pages, num_slots)?);
                 loaded.all_there()?;
             }
             Order::Sampled => drop(model.backend().sampled()?),
             order => {
-                let (Some(memory), Some(w)) = (&mut memory, &mut workspace) else { return Err(early()) };
+                let Room { memory: Some(memory), workspace: Some(w) } = room else { return Err(early()) };
                 step(model, order, memory, w)?;
             }
         }

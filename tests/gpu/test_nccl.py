@@ -46,7 +46,7 @@ WHICH = """
 import os, sys
 from qwen35rs import LLM, SamplingParams
 llm = LLM(device=sys.argv[1], tensor_parallel_size=2)
-out = llm.generate("one two", SamplingParams(temperature=0, max_tokens=2))
+out = llm.generate("one two " * 100, SamplingParams(temperature=0, max_tokens=2))  # many rows: cuBLASLt's
 print("libnccl" in open("/proc/self/maps").read(), os.environ.get("NCCL_NVLS_ENABLE"))
 """
 
@@ -63,6 +63,17 @@ def test_the_way_is_the_one_asked_for(way, loaded):
         assert "CudaError" in done.stderr and "cannot address the memory" in done.stderr
     else:
         assert done.stdout.split("\n")[0] == loaded, done.stderr
+
+
+@pytest.mark.two_gpus
+def test_libraries_may_not_load_kernels_for_all_cards():
+    """Which would wait for a card that waits for the rank that loads them."""
+    environment = os.environ | {"QWEN35RS_COLLECTIVES": "direct", "CUDA_MODULE_LOADING": "EAGER"}
+    command = [sys.executable, "-c", WHICH, TWO]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "RequestError: CUDA_MODULE_LOADING: found EAGER" in done.stderr, (
+        done.stderr
+    )
 
 
 @pytest.mark.two_gpus

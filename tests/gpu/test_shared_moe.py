@@ -1,9 +1,6 @@
 """A sum over ranks, the norm after it and a rank's part of the sparse block: to the bit what they give one after the other."""
 
-import os
-
-# Read when CUDA starts. A kernel that is loaded while ranks wait for each other waits for them.
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+import copy
 
 import pytest
 import test_moe
@@ -35,6 +32,17 @@ class Shared:
                 here = range(dims[1] * rank // ranks.world, dims[1] * (rank + 1) // ranks.world)
                 self.parts.append(whole.part(here))
                 self.spaces.append(self.parts[rank].workspace(n))
+        # A kernel that is loaded while ranks wait for each other waits for them: first each has a world of its own.
+        among, state = ranks.peers, self.fresh()
+        ranks.peers = [copy.copy(peers) for peers in among]
+        for rank, peers in enumerate(ranks.peers):
+            peers.rank, peers.world = 0, 1
+            peers.regions[0] = among[rank].regions[rank]
+        ranks.synchronize()
+        self.at_once(state)
+        self.in_turn(state)
+        ranks.synchronize()
+        ranks.peers = among
 
     def fresh(self):
         """Residuals, x and outputs of all ranks; a row more of the last two, which is nobody's."""

@@ -1,8 +1,8 @@
 """A model shared by ranks on GPUs: two of one card, which is what one card can show, and two cards (`-m two_gpus`).
 
 Ranks of one card wait for each other inside kernels. Whatever makes the driver wait for the card meanwhile (a kernel that
-is loaded, memory for it, a library that starts) ends in a rank that waits in vain: so kernels are loaded at once, no library
-is used (`deterministic`), and everything is done by one rank first.
+is loaded, memory for it, a library that starts) ends in a rank that waits in vain: so kernels are loaded at once
+(conftest.py), no library is used (`deterministic`), and everything is done by one rank first.
 """
 
 import json
@@ -10,8 +10,7 @@ import os
 import signal
 import time
 
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # these are read when CUDA starts
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # read when CUDA starts
 
 from functools import lru_cache
 

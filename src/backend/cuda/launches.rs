@@ -190,6 +190,12 @@ impl Backend for Cuda {
         }
     }
 
+    fn give_up(&self) {
+        if let Some(others) = self.state().step.as_ref().and_then(|step| step.others.as_ref()) {
+            others.give_up();
+        }
+    }
+
     fn check(&self) -> Result<()> {
         self.state().error.as_ref().map_or(Ok(()), |error| Err(error.again()))
     }

@@ -166,6 +166,11 @@ impl Nccl {
         })
     }
 
+    /// Ends what waits for another rank.
+    pub fn give_up(&self) {
+        drop(self.shared.lose(&mut self.shared.state(), format!("rank {} has given up", self.shared.rank)));
+    }
+
     /// Says whether it is gone, and why.
     pub fn check(&self) -> Result<()> {
         self.shared.alive().map(drop)

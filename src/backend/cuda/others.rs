@@ -129,6 +129,15 @@ impl Others {
         }
     }
 
+    /// Ends what waits for another rank.
+    pub fn give_up(&self) {
+        match self {
+            // Its kernels do so by themselves, after a while.
+            Self::Direct(_) => {}
+            Self::Nccl(nccl) => nccl.give_up(),
+        }
+    }
+
     /// Says whether a rank was lost, by the last state that has come.
     ///
     /// # Errors

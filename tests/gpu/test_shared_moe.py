@@ -1,12 +1,10 @@
 """A sum over ranks, the norm after it and a rank's part of the sparse block: to the bit what they give one after the other."""
 
-import copy
-
 import pytest
 import test_moe
 import test_moe_packed
 import torch
-from launch import call, poisoned, randn, same_bits
+from launch import Peers, call, poisoned, randn, same_bits
 from test_all_reduce import EPS, PLACES, WORLDS, inputs, weights
 from test_moe_packed import FP8, INT4, NVFP4, Q4_K
 
@@ -34,7 +32,7 @@ class Shared:
                 self.spaces.append(self.parts[rank].workspace(n))
         # A kernel that is loaded while ranks wait for each other waits for them: first each has a world of its own.
         among, state = ranks.peers, self.fresh()
-        ranks.peers = [copy.copy(peers) for peers in among]
+        ranks.peers = [Peers.from_buffer_copy(peers) for peers in among]
         for rank, peers in enumerate(ranks.peers):
             peers.rank, peers.world = 0, 1
             peers.regions[0] = among[rank].regions[rank]

@@ -1,6 +1,11 @@
 //! `cuda/launch.h`, by hand; its comments say what each launcher computes. A test holds this page to the header.
 
+#[path = "ffi_ranks.rs"]
+mod ranks;
+
 use std::ffi::{c_char, c_int, c_void};
+
+pub use ranks::*;
 
 /// `cudaStream_t`
 pub type Stream = *mut c_void;
@@ -557,55 +562,6 @@ unsafe extern "C" {
         workspace: *mut c_void,
         out: *mut Sampled,
         tokens: *mut i32,
-    ) -> c_int;
-    pub fn q35_peer_bytes(world: c_int, channels: c_int, width: c_int, gather_bytes: i64) -> i64;
-    pub fn q35_all_reduce(
-        stream: Stream,
-        peers: Peers,
-        n: c_int,
-        width: c_int,
-        x: *const Bf16,
-        out: *mut Bf16,
-    ) -> c_int;
-    pub fn q35_all_reduce_norm(
-        stream: Stream,
-        peers: Peers,
-        n: c_int,
-        width: c_int,
-        delta: *const Bf16,
-        residual: *mut f32,
-        w: *const f32,
-        eps: f32,
-        out: *mut Bf16,
-    ) -> c_int;
-    pub fn q35_gather_columns(stream: Stream, peers: Peers, n: c_int, width: c_int, x: *const f32) -> c_int;
-    pub fn q35_all_reduce_norm_moe(
-        stream: Stream,
-        peers: Peers,
-        n: c_int,
-        dims: MoeDims,
-        weights: MoeWeights,
-        delta: *const Bf16,
-        residual: *mut f32,
-        norm: *const f32,
-        eps: f32,
-        x: *mut Bf16,
-        workspace: *mut c_void,
-        out: *mut Bf16,
-    ) -> c_int;
-    pub fn q35_all_reduce_packed_norm_moe(
-        stream: Stream,
-        peers: Peers,
-        n: c_int,
-        dims: MoeDims,
-        weights: PackedMoe,
-        delta: *const Bf16,
-        residual: *mut f32,
-        norm: *const f32,
-        eps: f32,
-        x: *mut Bf16,
-        workspace: *mut c_void,
-        out: *mut Bf16,
     ) -> c_int;
     pub fn q35_read(stream: Stream, num_bytes: i64, x: *const c_void, out: *mut u32) -> c_int;
 

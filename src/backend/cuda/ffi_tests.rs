@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 const HEADER: &str = include_str!("../../../cuda/launch.h");
-const RUST: &str = include_str!("ffi.rs");
+const RUST: &str = concat!(include_str!("ffi.rs"), include_str!("ffi_ranks.rs"));
 const PEERS: &str = include_str!("peers.rs");
 
 fn without_comments(text: &str) -> String {

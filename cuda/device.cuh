@@ -45,7 +45,8 @@ static inline Card this_card() {
 }
 
 // Programmatic dependent launch, on compute capability 9.0 and later: a kernel launched by `launch` may start while the
-// one before it in the stream still runs. Until `wait_for_inputs` it may read weights alone (which no kernel writes), and
+// one before it in the stream still runs. Until `wait_for_inputs` it may read weights alone (which no kernel writes), or
+// the batch and what an earlier step left (delta_decode: a step begins with copies, which wait for all before them), and
 // write nothing; every thread that is not gone calls it, and no block ends before it has. `let_next_start`, called by
 // every block as early as its own registers and shared memory allow, lets the next kernel's blocks in as room appears;
 // where it is not called they come when the last block ends. On older cards all of it is an ordinary launch.

@@ -54,6 +54,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     take(p.act, assignments * d.width);
     take(p.shared_act, tokens * d.shared_width);
     take(p.y, y_bytes / 4);
+    take(p.fresh, d.hidden);
     return p;
 }
 

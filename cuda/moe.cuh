@@ -32,6 +32,7 @@ struct Plan {
     bf16 *act;          // [n * top_k, width], in the order of `sorted`
     bf16 *shared_act;   // [n, shared_width]
     float *y;           // [n * top_k + n, y_cols]: by assignment, then the shared expert's
+    float *fresh;       // [hidden], see Norm
     int64_t bytes;
 };
 

@@ -330,7 +330,7 @@ int launch_logits(cudaStream_t stream, const q35_peers &peers, const Plan &p, co
                   bf16 *x, bf16 *tiles) {
     if (p.n != 1 || norm.w == nullptr || norm.delta == nullptr || !valid(peers) || p.hidden > peers.width)
         return cudaErrorInvalidValue;
-    norm.fresh = p.y + p.hidden;  // behind the tiles; nothing else of a single token is there
+    norm.fresh = p.fresh;
     norm.turns = reinterpret_cast<uint32_t *>(static_cast<char *>(peers.regions[peers.rank]) + COUNTS_AT) +
                  COUNT_LINES * Q35_MAX_CHANNELS;
     return launch_logits<1, true, OfRanks>(stream, p, w, norm, x, tiles, {peers, places(peers).lines});

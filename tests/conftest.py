@@ -1,6 +1,7 @@
 """Fixtures of the Python tests."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -26,7 +27,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Ranks of one card wait for each other, and a kernel that is loaded meanwhile would wait for them. Ranks of two cards
     # may not do this: libraries would load their kernels for both.
-    if config.getoption("markexpr") == "gpu":
+    asked = {
+        name
+        for name in ("gpu", "two_gpus")
+        if re.search(rf"(?<!not )\b{name}\b", config.getoption("markexpr"))
+    }
+    if len(asked) == 2 and not config.getoption("collectonly"):
+        raise pytest.UsageError("-m: found gpu and two_gpus; allowed: one of them, then the other")
+    if asked == {"gpu"}:
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read when CUDA starts
 
 

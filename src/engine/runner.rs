@@ -2,6 +2,7 @@
 //! they all do, they do in the same order.
 
 use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -206,7 +207,13 @@ pub fn follow<B: Backend>(model: Model<B>, group: Arc<dyn Group>) -> Result<()> 
     let loaded = Loaded::new(model, Some(Arc::clone(&group)));
     let mut room = Room { memory: None, workspace: None };
     // The others know before what they may write to is given back.
-    obey(&loaded, group.as_ref(), &mut room).inspect_err(|error| loaded.fail(&error.to_string()))
+    match catch_unwind(AssertUnwindSafe(|| obey(&loaded, group.as_ref(), &mut room))) {
+        Ok(end) => end.inspect_err(|error| loaded.fail(&error.to_string())),
+        Err(panic) => {
+            loaded.fail("it panicked");
+            resume_unwind(panic)
+        }
+    }
 }
 
 /// A rank's, once it has been ordered.

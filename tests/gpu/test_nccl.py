@@ -66,9 +66,10 @@ def test_the_way_is_the_one_asked_for(way, loaded):
 
 
 @pytest.mark.two_gpus
-def test_libraries_may_not_load_kernels_for_all_cards():
+@pytest.mark.parametrize("way", ["nccl", "direct"])
+def test_libraries_may_not_load_kernels_for_all_cards(way):
     """Which would wait for a card that waits for the rank that loads them."""
-    environment = os.environ | {"QWEN35RS_COLLECTIVES": "direct", "CUDA_MODULE_LOADING": "EAGER"}
+    environment = os.environ | {"QWEN35RS_COLLECTIVES": way, "CUDA_MODULE_LOADING": "EAGER"}
     command = [sys.executable, "-c", WHICH, TWO]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "RequestError: CUDA_MODULE_LOADING: found EAGER" in done.stderr, (

@@ -76,6 +76,14 @@ fn ways(cards: &[Card], wish: Collectives, deterministic: bool) -> Result<Vec<Wa
     if there.is_empty() { Err(unreachable(&reasons)) } else { Ok(there) }
 }
 
+/// Whether the driver loads a library's kernels for the cards of several ranks when the first of them wants one: then it waits
+/// for cards that wait for that rank.
+fn loads_for_all(cards: &[Card], rank: usize) -> bool {
+    let at_once = std::env::var("CUDA_MODULE_LOADING").is_ok_and(|mode| mode.eq_ignore_ascii_case("EAGER"));
+    let same = cards.iter().filter(|card| card.process == cards[rank].process).count();
+    at_once && same > 1 && shared(cards).is_none()
+}
+
 fn unreachable(reasons: &[String]) -> Error {
     Error::Cuda { what: reasons.join("; "), advice: ADVICE.into() }
 }
@@ -85,7 +93,8 @@ impl Ranks {
     ///
     /// # Errors
     /// [`Error::Cuda`] for cards that cannot add up as the user wishes, or at all, and where NCCL is wanted and not
-    /// installed; [`Error::OutOfMemory`]; as [`Group::exchange`].
+    /// installed; [`Error::Request`] for ranks that would wait for each other's kernels to be loaded; [`Error::OutOfMemory`]; as
+    /// [`Group::exchange`].
     pub fn join(
         &self,
         device: &Arc<Device>,
@@ -101,6 +110,10 @@ impl Ranks {
         }
         device.bind()?;
         let cards = Card::new(device)?.exchange(group.as_ref())?;
+        if loads_kernels && loads_for_all(&cards, group.rank()) {
+            let allowed = "LAZY, which is the default; a process for each rank; or deterministic=True";
+            return Err(Error::request("CUDA_MODULE_LOADING", "EAGER, with ranks that are threads", allowed));
+        }
         let mut reasons = Vec::new();
         for way in ways(&cards, self.collectives, deterministic)? {
             match way {

@@ -122,8 +122,7 @@ impl Peers {
     /// that waits for it.
     ///
     /// # Errors
-    /// [`Error::Request`] for ranks that share a card and load kernels, or that load them for each other;
-    /// [`Error::OutOfMemory`]; as [`Group::exchange`].
+    /// [`Error::Request`] for ranks that share a card and load kernels, [`Error::OutOfMemory`]; as [`Group::exchange`].
     pub fn join(
         device: &Arc<Device>,
         group: &Arc<dyn Group>,
@@ -138,15 +137,6 @@ impl Peers {
             let allowed =
                 "a card for each rank; or, for tests, deterministic=True and CUDA_MODULE_LOADING=EAGER";
             return Err(Error::request("device", "ranks that share a card", allowed));
-        }
-        let alone = cards.iter().filter(|card| card.process == cards[rank].process).count() == 1;
-        let at_once =
-            std::env::var("CUDA_MODULE_LOADING").is_ok_and(|mode| mode.eq_ignore_ascii_case("EAGER"));
-        if loads_kernels && at_once && !shares && !alone {
-            // Then the driver loads a library's kernels for all cards of the process, when the first rank wants one, and
-            // waits for cards that wait for that rank.
-            let allowed = "LAZY, which is the default; a process for each rank; or deterministic=True";
-            return Err(Error::request("CUDA_MODULE_LOADING", "EAGER, with ranks that are threads", allowed));
         }
         let channels = CHANNELS[usize::from(shares)];
         let [region, status] = memory(device, world, channels, width, gather_bytes)?;

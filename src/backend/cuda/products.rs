@@ -101,8 +101,8 @@ impl Cuda {
         self.few_experts(rows, block.memory.ptr(), residual, norm, x, m, block);
     }
 
-    /// As [`Backend::all_reduce_norm_moe`]: few rows are added up, normed and routed with fewer kernels, where cards address
-    /// each other's memory.
+    /// As [`Backend::all_reduce_norm_moe`]: a row alone is added up, normed and routed by one kernel, where cards address each
+    /// other's memory.
     pub(super) fn sum_norm_experts(
         &self,
         n: usize,

@@ -51,14 +51,12 @@ def ours(ranks: Ranks, n: int, width: int, name: str) -> float:
         for rank in range(ranks.world):
             ranks.call(rank, name, *arguments[rank])
     ranks.synchronize()
-    graphs = []
-    for rank, device in enumerate(ranks.devices):
-        with torch.cuda.device(device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=ranks.streams[rank]):
-                for _ in range(count):
-                    ranks.call(rank, name, *arguments[rank])
-            graphs.append(graph)
+
+    def reduces(rank: int) -> None:
+        for _ in range(count):
+            ranks.call(rank, name, *arguments[rank])
+
+    graphs = ranks.graphs(reduces)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(REPEATS):

@@ -71,6 +71,17 @@ class Ranks:
         for rank in range(self.world):
             self.call(rank, name, *(a[rank] if isinstance(a, list) else a for a in arguments))
 
+    def graphs(self, launch):
+        """A graph on every rank, of what `launch(rank)` launches there."""
+        graphs = []
+        for rank, device in enumerate(self.devices):
+            with torch.cuda.device(device):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self.streams[rank]):
+                    launch(rank)
+            graphs.append(graph)
+        return graphs
+
     def spread(self, x):
         """Copies of a tensor for all ranks."""
         return [x.to(device, copy=True) for device in self.devices]

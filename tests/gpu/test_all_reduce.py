@@ -229,7 +229,6 @@ def test_in_graphs(where, world):
     wide = [x.float() for x in wide]
     residuals = [ranks.spread(torch.zeros(n, width, device="cuda")) for n in ns]
     outs = [ranks.spread(poisoned(n, width)) for n in ns]
-    graphs = []
 
     def step(rank):
         for n, x, residual, out in zip(ns, xs, residuals, outs, strict=True):
@@ -246,12 +245,7 @@ def test_in_graphs(where, world):
         ranks.all("q35_all_reduce", n, width, out, out)
     ranks.all("q35_gather_columns", 2, columns, wide)
     ranks.synchronize()
-    for rank in range(world):
-        with torch.cuda.device(ranks.devices[rank]):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=ranks.streams[rank]):
-                step(rank)
-        graphs.append(graph)
+    graphs = ranks.graphs(step)
     want = [residual[0].cuda(0).clone() for residual in residuals]
     ranks.synchronize()
     for turn in range(4):

@@ -59,10 +59,13 @@ class Shared:
             with torch.cuda.stream(self.ranks.streams[rank]):
                 call(name, *what, self.spaces[rank], out)
 
-    def at_once(self, state, deltas=None):
+    def at_once_on(self, rank, delta, state):
         name = "q35_all_reduce_packed_norm_moe" if self.packed else "q35_all_reduce_norm_moe"
+        self.launch(rank, name, delta, state)
+
+    def at_once(self, state, deltas=None):
         for rank in range(self.ranks.world):
-            self.launch(rank, name, (deltas or self.deltas)[rank], state)
+            self.at_once_on(rank, (deltas or self.deltas)[rank], state)
 
     def in_turn(self, state):
         name = "q35_packed_norm_moe" if self.packed else "q35_norm_moe"
@@ -96,9 +99,8 @@ def test_families(where, world, name, form):
                 shared.ranks.synchronize()
         shared.same(found, want)
         # The output where the delta was.
-        deltas = [delta.clone() for delta in shared.deltas]
-        outs = [ranks_out[:n] for ranks_out in found[2]]
-        for out, delta in zip(outs, deltas, strict=True):
+        outs = [rows[:n] for rows in found[2]]
+        for out, delta in zip(outs, shared.deltas, strict=True):
             out.copy_(delta)
         shared.ranks.synchronize()
         shared.at_once(found, outs)
@@ -132,15 +134,12 @@ def test_in_graphs(where, world, form):
     ranks.synchronize()
     shared.at_once(found)
     ranks.synchronize()
-    graphs = []
-    for rank, device in enumerate(ranks.devices):
-        with torch.cuda.device(device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=ranks.streams[rank]):
-                name = "q35_all_reduce_packed_norm_moe" if shared.packed else "q35_all_reduce_norm_moe"
-                for _ in range(times):
-                    shared.launch(rank, name, shared.deltas[rank], found)
-            graphs.append(graph)
+
+    def steps(rank):
+        for _ in range(times):
+            shared.at_once_on(rank, shared.deltas[rank], found)
+
+    graphs = ranks.graphs(steps)
     sums = ranks.spread(poisoned(1, dims[0]))
     ranks.synchronize()
     for _ in range(2):

@@ -283,7 +283,7 @@ fn parse_json(text: &str, origin: &Path) -> Result<Value> {
 fn read_error(path: &Path, source: std::io::Error) -> Error {
     match source.kind() {
         std::io::ErrorKind::InvalidData => Error::file(path, "not UTF-8"),
-        _ => Error::io(path, source),
+        _ => Error::io_of_checkpoint(path, source),
     }
 }
 

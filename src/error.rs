@@ -122,6 +122,18 @@ impl Error {
         Error::File { path: path.into(), what: what.into() }
     }
 
+    /// As [`Error::io`], of a file that every checkpoint has: where it is missing, what a checkpoint is.
+    pub fn io_of_checkpoint(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        let source = match source.kind() {
+            std::io::ErrorKind::NotFound => std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                "does not exist; the directory of a checkpoint holds config.json, tokenizer.json and *.safetensors, or a GGUF file",
+            ),
+            _ => source,
+        };
+        Error::io(path, source)
+    }
+
     /// An operating-system error on a path.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io { path: path.into(), source }

@@ -120,9 +120,10 @@ def test_a_dry_run_says_what_each_rank_holds():
     text = ok("plan", "35b", "--gpu", "h200", "--memory", "--tensor-parallel-size", 2)
     for part in ("Each of 2 x H200", "ranks 0 to 1, GiB", "weights", "sums over ranks", "all of it"):
         assert part in text
-    assert "does not fit: the weights alone are 227.5 GiB on all cards together" in ok(
-        "plan", "122b", "--gpu", "h100", "--dry-run", "--tensor-parallel-size", 2
-    )
+    arguments = ["plan", "122b", "--gpu", "h100", "--dry-run", "--tensor-parallel-size", "2"]
+    result = invoke(*arguments)
+    assert "does not fit: the weights alone are 227.5 GiB on all cards together" in result.stdout
+    assert result.exit_code == 1, result.output
 
 
 REFUSED = [

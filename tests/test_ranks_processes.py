@@ -100,6 +100,24 @@ def test_ranks_that_differ_are_refused(port, processes):
         assert "rank 1 has" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("kv_cache_dtype='fp8'", "kv_cache_dtype: rank 0 has auto, rank 1 has fp8"),
+        ("state_dtype='float16'", "state_dtype: rank 0 has float32, rank 1 has float16"),
+        ("dtype='bfloat16'", "dtype: rank 0 has auto, rank 1 has bfloat16"),
+        ("quantization='int4'", "quantization: rank 0 has none, rank 1 has int4"),
+    ],
+)
+def test_options_that_differ_are_named_as_users_write_them(port, processes, option, said):
+    other = RUN.replace("tensor_parallel_size=2", f"tensor_parallel_size=2, {option}")
+    processes += [start(0, 2, port), start(1, 2, port, run=other)]
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert f"RankError: ranks: {said}; start all ranks with the same " in err
+
+
 def test_a_checkpoint_with_one_other_byte_is_refused(port, processes, tmp_path):
     for name in ("one", "other"):
         shutil.copytree(DATA / "dense_bf16", tmp_path / name)

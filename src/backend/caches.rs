@@ -52,6 +52,19 @@ impl Caches {
         };
         Ok(Self { kv, state })
     }
+
+    /// Their names: of keys and values, and of states.
+    pub fn names(self) -> [&'static str; 2] {
+        let kv = match self.kv {
+            KvCache::Auto => "auto",
+            KvCache::Fp8 => "fp8",
+        };
+        let state = match self.state {
+            StateType::F32 => "float32",
+            StateType::F16 => "float16",
+        };
+        [kv, state]
+    }
 }
 
 /// The largest number of e4m3.
@@ -186,6 +199,8 @@ mod tests {
         let caches = Caches { kv: KvCache::Fp8, state: StateType::F16 };
         assert_eq!(Caches::from_names("fp8", "float16").unwrap(), caches);
         assert_eq!(Caches::from_names("auto", "float32").unwrap(), Caches::default());
+        assert_eq!(caches.names(), ["fp8", "float16"]);
+        assert_eq!(Caches::default().names(), ["auto", "float32"]);
         let text = |kv, state| Caches::from_names(kv, state).unwrap_err().to_string();
         assert_eq!(text("int8", "float32"), "kv_cache_dtype: found int8; allowed: auto, fp8");
         assert_eq!(text("auto", "bfloat16"), "state_dtype: found bfloat16; allowed: float32, float16");

@@ -65,7 +65,10 @@ pub fn family_config(name: &str) -> Result<ModelConfig> {
     };
     match FAMILY.iter().position(|full| known(full)) {
         Some(i) => ModelConfig::from_value(&config_json(&SIZES[i])),
-        None => Err(Error::request("model", name, FAMILY.join(", "))),
+        None => {
+            let found = if wanted.is_empty() { "an empty name" } else { name };
+            Err(Error::request("model", found, FAMILY.join(", ")))
+        }
     }
 }
 

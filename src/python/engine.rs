@@ -11,7 +11,7 @@ use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
 use super::dlpack::{DeviceTensor, Element};
-use super::load::{Load, Ranks};
+use super::load::{Load, Ranks, parse_dtype};
 use super::tokenizer::{Ids, PyTokenizer};
 use super::tools::{json, model_config, parse_quantization};
 use super::{enter, to_py};
@@ -27,7 +27,6 @@ use crate::request::{FinishReason, SamplingParams, Wanted};
 use crate::service::{Event, Generation, Job, Service};
 use crate::text::RequestText;
 use crate::tokenizer::Tokenizer;
-use crate::weights::DType;
 use crate::weights::quant::Quantization;
 use crate::{Error, Result};
 
@@ -219,16 +218,7 @@ impl PyEngine {
             "dummy" => true,
             other => return Err(to_py(Error::request("load_format", other, "auto, dummy"))),
         };
-        let dtype = match dtype {
-            "auto" => None,
-            "float32" => Some(DType::F32),
-            "bfloat16" => Some(DType::BF16),
-            "float16" => Some(DType::F16),
-            other => {
-                let allowed = "auto, float32, bfloat16, float16";
-                return Err(to_py(Error::request("dtype", other, allowed)));
-            }
-        };
+        let dtype = parse_dtype(dtype).map_err(to_py)?;
         let quantization = parse_quantization(quantization).map_err(to_py)?;
         let caches = Caches::from_names(kv_cache_dtype, state_dtype).map_err(to_py)?;
         let (ranks, devices) = enter(py, || {

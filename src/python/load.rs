@@ -25,6 +25,26 @@ use crate::{Error, Result};
 /// How often a rank that follows lets Python handle its signals.
 const SIGNAL_POLL: Duration = Duration::from_millis(50);
 
+/// What weights may be held as, by the names of `dtype`; `auto` beside them is as they are stored.
+const DTYPES: [(&str, DType); 3] =
+    [("float32", DType::F32), ("bfloat16", DType::BF16), ("float16", DType::F16)];
+
+/// The dtype of a name.
+///
+/// # Errors
+/// `Request` with the names that there are.
+pub(super) fn parse_dtype(name: &str) -> Result<Option<DType>> {
+    match DTYPES.iter().find(|(known, _)| *known == name) {
+        Some((_, dtype)) => Ok(Some(*dtype)),
+        None if name == "auto" => Ok(None),
+        None => Err(Error::request("dtype", name, "auto, float32, bfloat16, float16")),
+    }
+}
+
+fn dtype_name(dtype: Option<DType>) -> &'static str {
+    DTYPES.iter().find(|(_, known)| Some(*known) == dtype).map_or("auto", |(name, _)| name)
+}
+
 /// Whether the processes that were started together have met: they do so once.
 static HAVE_MET: AtomicBool = AtomicBool::new(false);
 
@@ -237,14 +257,16 @@ impl Load {
         let fields = config.as_ref().and_then(|config| config.as_object()).into_iter().flatten();
         let mut things: Vec<_> =
             fields.map(|(name, value)| (format!("config {name}"), value.to_string())).collect();
-        let quantization = format!("{:?}", self.quantization);
+        let quantization = self.quantization.map_or("none".into(), |to| to.to_string());
+        let [kv_cache_dtype, state_dtype] = self.caches.names();
         let others = [
             (Collectives::VARIABLE, self.ranks.collectives.name().into()),
             ("expert_parallel", self.ranks.expert_parallel.to_string()),
             ("device", self.place.clone()),
-            ("dtype", self.dtype.map_or("auto", DType::name).into()),
+            ("dtype", dtype_name(self.dtype).into()),
             ("quantization", quantization),
-            ("caches", format!("{:?}", self.caches)),
+            ("kv_cache_dtype", kv_cache_dtype.into()),
+            ("state_dtype", state_dtype.into()),
             ("mtp", has_mtp.to_string()),
             ("checkpoint", tensors.digest()),
         ];
@@ -273,8 +295,8 @@ impl Load {
         enforce_eager: bool,
     ) -> Result<(Service, Sizes)> {
         use crate::backend::cuda::Cuda;
-        if let Some(dtype) = self.dtype.filter(|&dtype| dtype != DType::BF16) {
-            let found = if dtype == DType::F32 { "float32" } else { "float16" };
+        if self.dtype.is_some_and(|dtype| dtype != DType::BF16) {
+            let found = dtype_name(self.dtype);
             return Err(Error::request("dtype", found, "auto, bfloat16 (on a CUDA device)"));
         }
         let (here, collectives) = (self.ranks.meeting.is_none(), self.ranks.collectives);

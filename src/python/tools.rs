@@ -174,7 +174,13 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
         let text = std::fs::read_to_string(model).map_err(|e| Error::io(model, e))?;
         ModelConfig::from_json(&text, model)
     } else {
-        plan::family_config(&model.to_string_lossy())
+        plan::family_config(&model.to_string_lossy()).map_err(|error| match error {
+            Error::Request { field, found, allowed } => {
+                let paths = "the path of a checkpoint's directory, of a config.json or of a GGUF file";
+                Error::Request { field, found, allowed: format!("{allowed}, or {paths}") }
+            }
+            error => error,
+        })
     }
 }
 

@@ -179,7 +179,7 @@ fn refused(component: &str, found: &Value, allowed: &str) -> Error {
 
 /// Reads a JSON file into `T`; a missing file is [`Error::Io`], a malformed one [`Error::File`].
 pub(super) fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let bytes = std::fs::read(path).map_err(|e| Error::io_of_checkpoint(path, e))?;
     let text = std::str::from_utf8(&bytes).map_err(|e| Error::file(path, e.to_string()))?;
     serde_json::from_str(text).map_err(|e| Error::file(path, e.to_string()))
 }

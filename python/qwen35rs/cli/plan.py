@@ -12,13 +12,14 @@ from .. import _core, hub
 from .inspect import cache, facts, parameters, table_of
 from .layout import show_choice, show_held
 from .options import Json
-from .terminal import BOLD, console, gib, guarded, note, write, write_json
+from .terminal import BOLD, FAILED, console, gib, guarded, note, write, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 GPUS = ["RTX 4090", "RTX 5090", "RTX PRO 6000", "L40S", "A100 80GB", "H100 80GB", "H200"]
 CARDS = [1, 2, 4, 8]
+MOST_CARDS = 4096
 SCHEMES = ["bf16", "fp8", "int4"]
 SCHEME_OF = {None: "bf16", "int4": "int4", "fp8": "fp8-head", "mixed": "mixed"}
 STORED = "stored"
@@ -158,8 +159,8 @@ def plan(
         return plan
 
     for number in cards or []:
-        if number < 1:
-            raise _core.RequestError(f"cards: found {number}; allowed: 1 or more")
+        if not 1 <= number <= MOST_CARDS:
+            raise _core.RequestError(f"cards: found {number}; allowed: 1 to {MOST_CARDS}")
     if context is not None and context < 1:
         raise _core.RequestError(f"context: found {context}; allowed: 1 or more")
     planned = ask([], [], [], 1)
@@ -194,12 +195,15 @@ def plan(
         counted = STORED if planned["stored"] and quantization is None else SCHEME_OF[quantization]
         weights = next(row["resident"] for row in ask([], [], [counted], context)["weights"])
         held = {name: _held(source, name, limits, weights) for name in gpu or ["H100 80GB"]}
-        if not json:
+        if json:
+            write_json({"model": model, **found, "memory": held})
+        else:
             cards_of = {named["named"]: named["card"] for named in found["cards"]}
             for name, report in held.items():
                 show_held(cards_of.get(name, name), report)
-            return
-        found["memory"] = held
+        if all("error" in report for report in held.values()):
+            raise typer.Exit(FAILED)
+        return
     if json:
         write_json({"model": model, **found})
         return
@@ -221,9 +225,15 @@ def _held(source: str, gpu: str, limits: dict[str, Any], weights: int) -> dict[s
     try:
         text = _core.plan_memory(source, gpu=gpu, gpu_memory_utilization=0.9, **limits)
     except _core.OutOfMemoryError as error:
-        reason = str(error).partition("; lower ")[0].removeprefix("out of memory: ")
+        reason = str(error).removeprefix("out of memory: ")
         together = "" if limits["tensor_parallel_size"] == 1 else " on all cards together"
-        return {"error": f"the weights alone are {weights / 2**30:.1f} GiB{together}; it failed at: {reason}"}
+        sized = f"{weights / 2**30:.1f} GiB{together}"
+        if reason.startswith("weights ("):
+            few = "" if limits["quantization"] else "--quantization int4, or "
+            return {
+                "error": f"the weights alone are {sized}; take {few}more cards (--tensor-parallel-size), or larger ones"
+            }
+        return {"error": f"{reason} (the weights are {sized})"}
     if text is None:
         raise _core.RequestError("--memory: found a build without CUDA; allowed: a build with it")
     report: dict[str, Any] = json_text.loads(text)

@@ -205,16 +205,20 @@ __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(AttentionArgs a
     const int64_t task = int64_t(blockIdx.x) * PLAIN_WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32, d = args.head_dim;
     if (task >= int64_t(batch.num_tokens) * args.q_heads) return;
-    const int64_t token = task / args.q_heads;
+    // The batch may be a piece of another: its lists of sequences begin where the piece does, those of tokens do not.
+    int filled = 0;
+    while (batch.query_len[filled] == 0) filled++;
+    const int64_t token = batch.query_start[0] + task / args.q_heads;
     const int q_head = int(task % args.q_heads), head = q_head / args.group();
-    const int seq = batch.seq_of[token];
+    const int seq = batch.seq_of[token] - batch.seq_of[batch.query_start[filled]] + filled;
+    const int64_t row = (token * args.q_heads + q_head) * d;
     const int num_keys = batch.cached_len[seq] + int(token) - batch.query_start[seq] + 1;
     const int *pages = batch.pages + batch.page_start[seq];
     float q[PER_LANE], out[PER_LANE] = {}, top = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         const int column = lane + 32 * i;
-        q[i] = column < d ? __bfloat162float(args.q[task * d + column]) : 0.0f;
+        q[i] = column < d ? __bfloat162float(args.q[row + column]) : 0.0f;
     }
     for (int key = 0; key < num_keys; key++) {
         const int page = pages[key / Q35_PAGE_LEN], place = key % Q35_PAGE_LEN;
@@ -243,8 +247,7 @@ __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(AttentionArgs a
     for (int i = 0; i < PER_LANE; i++) {
         const int column = lane + 32 * i;
         if (column >= d) continue;
-        args.out[task * d + column] =
-            __float2bfloat16_rn(out[i] / sum * sigmoid(__bfloat162float(gate[column])));
+        args.out[row + column] = __float2bfloat16_rn(out[i] / sum * sigmoid(__bfloat162float(gate[column])));
     }
 }
 

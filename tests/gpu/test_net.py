@@ -148,6 +148,19 @@ def test_alone_and_among_32():
     assert np.mean(same) >= 0.9
 
 
+@pytest.mark.parametrize("name", ["moe_bf16", "family_heads_bf16"])
+def test_prompts_whose_keys_are_decoded_in_pieces(name):
+    """Pages in fp8 that are too many to be decoded at once, in heads that have tiles and heads that have not."""
+    path, prompt = str(Golden(name).path), Golden(name).prompts[-1].sequence
+    prompts = [[*prompt[i:], *prompt][:100] for i in range(4)]
+    limits = {"max_model_len": 128, "max_num_batched_tokens": 512, "kv_cache_dtype": "fp8"}
+    llm = LLM(path, device="cuda", deterministic=True, **limits)
+    together = greedy(llm, prompts, 8, ignore_eos=True, logprobs=3)
+    for prompt, out in zip(prompts, together, strict=True):
+        (alone,) = greedy(llm, [prompt], 8, ignore_eos=True, logprobs=3)
+        assert alone.token_ids == out.token_ids and alone.logprobs == out.logprobs
+
+
 def test_preemption():
     """Too few pages for all: requests are sent back and computed again."""
     prompts = [prompt for prompt, _ in questions(4) if len(prompt) < 200][:12]

@@ -1,4 +1,6 @@
 // Attention of sequences with few new tokens: their keys are split over blocks, and the results merged.
+#include <algorithm>
+
 #include "attention_tiles.cuh"
 
 namespace {
@@ -400,11 +402,14 @@ cudaError_t decode(cudaStream_t stream, const AttentionArgs &args, float *worksp
 
 }  // namespace
 
+// Cards of compute capability 8.6, 8.9 and 12.x have no room for more of head_dim 256.
+using FewStages = Bf16Tiles<256, 2>;
+
 bool attention_decode_fits(int head_dim, int shared_limit) {
-    // Tiles in fp8 are smaller.
     const int needed = head_dim == 64    ? decode_shared_bytes<64, Bf16Tiles<64>>()
                        : head_dim == 128 ? decode_shared_bytes<128, Bf16Tiles<128>>()
-                                         : decode_shared_bytes<256, Bf16Tiles<256>>();
+                                         : std::max(decode_shared_bytes<256, FewStages>(),
+                                                    decode_shared_bytes<256, Fp8Tiles<256>>());
     return needed <= shared_limit;
 }
 
@@ -425,10 +430,13 @@ static cudaError_t decode_pages(cudaStream_t stream, const AttentionArgs &args, 
 }
 
 cudaError_t attention_decode(cudaStream_t stream, const AttentionArgs &args, float *workspace) {
+    const bool few = this_card().shared < decode_shared_bytes<256, Bf16Tiles<256>>();
     switch (args.head_dim) {
         case 64: return decode_pages<64>(stream, args, workspace);
         case 128: return decode_pages<128>(stream, args, workspace);
-        case 256: return decode_pages<256>(stream, args, workspace);
+        case 256:
+            if (few && args.codes == nullptr) return decode<256, FewStages>(stream, args, workspace);
+            return decode_pages<256>(stream, args, workspace);
         default: return cudaErrorInvalidValue;
     }
 }

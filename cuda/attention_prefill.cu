@@ -4,29 +4,29 @@
 
 namespace {
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS, KEYS = Q35_PAGE_LEN;
+constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
 
 // Rows of shared tiles are 16 bytes longer than they need be, so that the eight rows of a matrix load hit all banks.
-template <int D>
+template <int D, int KEYS>
 constexpr int shared_bytes() {
     return (ROWS + 2 * KEYS) * (D + 8) * int(sizeof(bf16));
 }
 
-// The keys or values of one page and head; those from `len` on are zeros: memory past the sequence's end may hold NaN,
-// which a weight of 0 would not undo.
-template <int D>
-__device__ void load_page(bf16 *tile, const bf16 *page, int len) {
+// A step's keys or values of one head, of a page or half of one; those from `len` on are zeros: memory past the
+// sequence's end may hold NaN, which a weight of 0 would not undo.
+template <int D, int KEYS>
+__device__ void load_keys(bf16 *tile, const bf16 *from, int len) {
 #pragma unroll
     for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
         const int row = i / (D / 8), column = i % (D / 8) * 8;
-        copy16(tile + row * (D + 8) + column, page + row * D + column, row < len);
+        copy16(tile + row * (D + 8) + column, from + row * D + column, row < len);
     }
 }
 
 // One block: ROWS rows (row = new token * group + head of the group) of one sequence and key head; a warp has 16 rows.
-// Keys are walked page by page from the start of the sequence, and a page that a row does not see leaves its sums as
-// they are, so a token's bits depend on its position alone.
-template <int D>
+// Keys are walked KEYS at a time from the start of the sequence, and a step of which a row sees nothing leaves its sums
+// as they are, so a token's bits depend on its position alone.
+template <int D, int KEYS>
 __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args) {
     let_next_start();
     wait_for_inputs();
@@ -38,9 +38,13 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
     const int num_rows = min(ROWS, query_len * group - row0);
     const int cached = batch.cached_len[seq];
     const int num_keys = cached + (row0 + num_rows - 1) / group + 1;
-    const int num_pages = ceil_div(num_keys, KEYS);
+    const int num_steps = ceil_div(num_keys, KEYS);
     const int64_t first = batch.query_start[seq];
     const int *pages = batch.pages + batch.page_start[seq];
+    const auto at_step = [&](int step) {
+        const int key = step * KEYS;
+        return args.page_at(pages[key / Q35_PAGE_LEN], head) + int64_t(key % Q35_PAGE_LEN) * D;
+    };
 
     extern __shared__ __align__(16) unsigned char memory[];
     bf16 *q_tile = reinterpret_cast<bf16 *>(memory);
@@ -53,7 +57,7 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
         const int64_t at = (first + row / group) * args.q_heads + head * group + row % group;
         copy16(q_tile + r * (D + 8) + column, args.q + at * D + column, there);
     }
-    load_page<D>(k_tile, args.k + args.page_at(pages[0], head), num_keys);
+    load_keys<D, KEYS>(k_tile, args.k + at_step(0), num_keys);
     copy_commit();
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -69,9 +73,9 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
     const bf16 *k_row = k_tile + (lane / 16 * 8 + lane % 8) * (D + 8) + lane / 8 % 2 * 8;
     const bf16 *v_row = v_tile + lane % 16 * (D + 8) + lane / 16 * 8;
 
-    for (int page = 0; page < num_pages; page++) {
-        const int key0 = page * KEYS;
-        load_page<D>(v_tile, args.v + args.page_at(pages[page], head), num_keys - key0);
+    for (int step = 0; step < num_steps; step++) {
+        const int key0 = step * KEYS;
+        load_keys<D, KEYS>(v_tile, args.v + at_step(step), num_keys - key0);
         copy_commit();
         copy_wait<1>();  // all but the values: the keys are there
         __syncthreads();
@@ -90,9 +94,7 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
             }
         }
         __syncthreads();  // nobody reads the keys any more
-        if (page + 1 < num_pages) {
-            load_page<D>(k_tile, args.k + args.page_at(pages[page + 1], head), num_keys - key0 - KEYS);
-        }
+        if (step + 1 < num_steps) load_keys<D, KEYS>(k_tile, args.k + at_step(step + 1), num_keys - key0 - KEYS);
         copy_commit();
 
         softmax_step<KEYS / 8, D>(args, s, key0, position, top, sum, out);
@@ -136,22 +138,27 @@ __global__ void __launch_bounds__(THREADS, 1) prefill_kernel(AttentionArgs args)
     }
 }
 
-template <int D>
+template <int D, int KEYS = Q35_PAGE_LEN>
 cudaError_t prefill(cudaStream_t stream, const AttentionArgs &args) {
     const int64_t group = args.q_heads / args.kv_heads;
     const int64_t blocks = max_tiles(args, ROWS) * args.kv_heads;
     if (args.batch.max_query_len * group > INT32_MAX - ROWS || blocks > INT32_MAX) return cudaErrorInvalidValue;
-    const cudaError_t status =
-        cudaFuncSetAttribute(prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<D>());
+    const auto kernel = prefill_kernel<D, KEYS>;
+    constexpr int SHARED = shared_bytes<D, KEYS>();
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     if (status != cudaSuccess) return status;
-    return launch(prefill_kernel<D>, unsigned(blocks), THREADS, size_t(shared_bytes<D>()), stream, args);
+    return launch(kernel, unsigned(blocks), THREADS, size_t(SHARED), stream, args);
 }
 
 }  // namespace
 
+// Of head_dim 256, on cards that have no room for a page: 8.6, 8.9 and 12.x.
+constexpr int FEW_KEYS = Q35_PAGE_LEN / 2;
+
 bool attention_prefill_fits(int head_dim, int shared_limit) {
-    const int needed =
-        head_dim == 64 ? shared_bytes<64>() : head_dim == 128 ? shared_bytes<128>() : shared_bytes<256>();
+    const int needed = head_dim == 64    ? shared_bytes<64, Q35_PAGE_LEN>()
+                       : head_dim == 128 ? shared_bytes<128, Q35_PAGE_LEN>()
+                                         : shared_bytes<256, FEW_KEYS>();
     return needed <= shared_limit;
 }
 
@@ -160,7 +167,9 @@ cudaError_t attention_prefill(cudaStream_t stream, const AttentionArgs &args) {
     switch (args.head_dim) {
         case 64: return prefill<64>(stream, args);
         case 128: return prefill<128>(stream, args);
-        case 256: return prefill<256>(stream, args);
+        case 256:
+            if (this_card().shared < shared_bytes<256, Q35_PAGE_LEN>()) return prefill<256, FEW_KEYS>(stream, args);
+            return prefill<256>(stream, args);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -15,9 +15,9 @@ __device__ __forceinline__ void copy_leading(uint32_t to, const void *from, int 
 
 // STAGES tiles of BYTES are on their way at a time. `load` brings the one that starts at place 0 .. 63 of a page, with
 // zeros from its key `len` on; all lanes of a warp call it.
-template <int D>
+template <int D, int STAGES_ = 3>
 struct Bf16Tiles {
-    static constexpr int STAGES = 3, ROW = D + 8, BYTES = DECODE_KEYS * ROW * int(sizeof(bf16));
+    static constexpr int STAGES = STAGES_, ROW = D + 8, BYTES = DECODE_KEYS * ROW * int(sizeof(bf16));
 
     static __device__ __forceinline__ void load(const AttentionArgs &args, unsigned char *stage, bool values, int page,
                                                 int head, int place, int len) {

@@ -109,8 +109,9 @@ pub trait Backend: Send + Sync {
     fn begin(&self, _batch: &Batch) {}
 
     /// Runs `ops`, the ops of a batch from its first to its last. A device may record them, and for a batch of the same
-    /// shape repeat what it recorded: they must be the same for every batch of a shape, and read nothing back.
-    fn replay(&self, _batch: &Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// shape repeat what it recorded: they must be the same for every batch of a shape, and read nothing back. Where a
+    /// recording fails they are called again.
+    fn replay(&self, _batch: &Batch, mut ops: impl FnMut() -> Result<()>) -> Result<()> {
         ops()
     }
 

@@ -14,7 +14,7 @@ use crate::Result;
 pub(super) const MAX_SEQS: usize = 64;
 /// Keys and values of a recorded shape go up to this, or to this times a power of four.
 const MIN_KV_LEN: usize = 1024;
-/// Recorded steps that are kept; past that all are forgotten and recorded again.
+/// Shapes that are kept; past that the one that was not seen for longest is forgotten.
 const MAX_GRAPHS: usize = 128;
 /// Device memory that they take together, about.
 pub(super) const RESERVED_BYTES: usize = 64 << 20;
@@ -52,32 +52,34 @@ pub(super) struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Records what `ops` launches on the device's stream, without running it.
+    /// Records what `ops` launches on the device's stream, without running it. `None` where the driver would not: another
+    /// thread of the process that waits for the whole device ends every recording on it.
     ///
     /// # Errors
-    /// What `ops` returned, and what the driver says.
-    pub fn record(device: &Arc<Device>, ops: impl FnOnce() -> Result<()>) -> Result<Self> {
+    /// What `ops` returned.
+    pub fn record(device: &Arc<Device>, ops: impl FnOnce() -> Result<()>) -> Result<Option<Self>> {
         device.bind()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives as long as the device; the recording ends below, whatever `ops` does.
-        unsafe { result::stream::begin_capture(device.stream(), mode) }
-            .map_err(|e| failed("recording a step", e))?;
+        if unsafe { result::stream::begin_capture(device.stream(), mode) }.is_err() {
+            return Ok(None);
+        }
         let done = ops();
         device.bind()?;
         // SAFETY: as above.
-        let graph = unsafe { result::stream::end_capture(device.stream()) }
-            .map_err(|e| failed("recording a step", e));
-        done?;
-        let graph = graph?;
+        let Ok(graph) = (unsafe { result::stream::end_capture(device.stream()) }) else {
+            return done.map(|()| None);
+        };
         let mut num_nodes = 0;
         // SAFETY: the graph lives until it is destroyed here; the graph that can be launched holds all it needs.
         let exec = unsafe {
             let _ = sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut num_nodes);
-            let exec = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let exec = done.is_ok().then(|| result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)));
             let _ = result::graph::destroy(graph);
-            exec.map_err(|e| failed("recording a step", e))?
+            exec
         };
-        Ok(Self { exec, num_nodes, device: Arc::clone(device) })
+        done?;
+        Ok(exec.and_then(Result::ok).map(|exec| Self { exec, num_nodes, device: Arc::clone(device) }))
     }
 
     /// Runs it, on the stream.
@@ -102,9 +104,42 @@ impl Drop for Graph {
 /// The shapes that have been seen, with their recorded steps.
 #[derive(Default)]
 pub(super) struct Graphs {
-    seen: HashMap<Shape, Option<Graph>>,
+    seen: Seen<Graph>,
     /// Nodes of the step that was launched last.
     pub last_num_nodes: Option<usize>,
+}
+
+/// What is known of shapes, of the latest [`MAX_GRAPHS`] of them.
+struct Seen<T> {
+    shapes: HashMap<Shape, (u64, Option<T>)>,
+    /// Steps so far: when a shape was seen.
+    now: u64,
+}
+
+impl<T> Default for Seen<T> {
+    fn default() -> Self {
+        Self { shapes: HashMap::new(), now: 0 }
+    }
+}
+
+impl<T> Seen<T> {
+    /// What is kept of a shape, which is seen now; `None` where it is new.
+    fn see(&mut self, shape: Shape) -> Option<&mut Option<T>> {
+        self.now += 1;
+        let now = self.now;
+        if !self.shapes.contains_key(&shape) {
+            if self.shapes.len() >= MAX_GRAPHS {
+                let oldest = self.shapes.iter().min_by_key(|(_, (seen, _))| *seen).map(|(shape, _)| *shape);
+                drop(oldest.and_then(|oldest| self.shapes.remove(&oldest)));
+            }
+            self.shapes.insert(shape, (now, None));
+            return None;
+        }
+        self.shapes.get_mut(&shape).map(|(seen, kept)| {
+            *seen = now;
+            kept
+        })
+    }
 }
 
 /// What is to be done about a step.
@@ -118,14 +153,8 @@ impl Graphs {
     /// Launches the recorded step of a shape, or says what to do in its place.
     pub fn turn(&mut self, shape: Shape) -> Result<Turn> {
         self.last_num_nodes = None;
-        match self.seen.get(&shape) {
-            None => {
-                if self.seen.len() >= MAX_GRAPHS {
-                    self.seen.clear();
-                }
-                self.seen.insert(shape, None);
-                Ok(Turn::Run)
-            }
+        match self.seen.see(shape) {
+            None => Ok(Turn::Run),
             Some(None) => Ok(Turn::Record),
             Some(Some(graph)) => {
                 self.last_num_nodes = Some(graph.num_nodes);
@@ -137,17 +166,33 @@ impl Graphs {
     /// Keeps a recorded step, and launches it.
     pub fn keep(&mut self, shape: Shape, graph: Graph) -> Result<()> {
         self.last_num_nodes = Some(graph.num_nodes);
-        drop(self.seen.insert(shape, Some(graph)));
-        match self.seen.get(&shape) {
-            Some(Some(graph)) => graph.launch(),
-            _ => Ok(()),
+        graph.launch()?;
+        if let Some(kept) = self.seen.see(shape) {
+            *kept = Some(graph);
         }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Shape;
+    use super::{MAX_GRAPHS, Seen, Shape};
+
+    #[test]
+    fn the_shape_that_was_not_seen_for_longest_is_forgotten() {
+        let shape = |seqs| Shape { seqs, kv_len: 1024, sampled: 0 };
+        let mut seen = Seen::default();
+        for seqs in 0..MAX_GRAPHS {
+            assert!(seen.see(shape(seqs)).is_none());
+            *seen.see(shape(seqs)).unwrap() = Some(seqs);
+        }
+        assert_eq!(seen.see(shape(0)), Some(&mut Some(0)));
+        assert!(seen.see(shape(MAX_GRAPHS)).is_none());
+        assert_eq!(seen.see(shape(0)), Some(&mut Some(0)));
+        assert_eq!(seen.see(shape(2)), Some(&mut Some(2)));
+        assert!(seen.see(shape(1)).is_none(), "the oldest");
+        assert_eq!(seen.shapes.len(), MAX_GRAPHS);
+    }
 
     #[test]
     fn bounds_hold_and_are_few() {

@@ -170,7 +170,7 @@ impl Backend for Cuda {
         });
     }
 
-    fn replay(&self, _batch: &Batch, ops: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn replay(&self, _batch: &Batch, mut ops: impl FnMut() -> Result<()>) -> Result<()> {
         let turn = {
             let State { step, graphs, error } = &mut *self.state();
             let shape = step.as_ref().and_then(Step::shape).filter(|_| self.records && error.is_none());
@@ -182,7 +182,11 @@ impl Backend for Cuda {
         match turn {
             (Turn::Launched, _) => Ok(()),
             (Turn::Record, Some(shape)) => {
-                let graph = Graph::record(&self.device, ops)?;
+                let Some(graph) = Graph::record(&self.device, &mut ops)? else {
+                    // Nothing has run; what launches said of a recording that was lost is not to be kept.
+                    self.state().error = None;
+                    return ops();
+                };
                 let State { graphs, error, .. } = &mut *self.state();
                 if error.is_some() { Ok(()) } else { graphs.keep(shape, graph) }
             }

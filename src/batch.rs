@@ -37,7 +37,7 @@ pub struct BatchLimits {
 }
 
 /// What one `forward` computes.
-#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq)]
 pub struct Batch {
     /// New tokens of every sequence, one after the other.
     pub token_ids: Vec<u32>,
@@ -57,7 +57,7 @@ pub struct Batch {
 /// What the multi-token-prediction module computes after a forward.
 ///
 /// Its token t is token t + 1 of a sequence, at position t, beside the hidden state that the forward left for token t.
-#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq)]
 pub struct DraftBatch {
     /// Sequences with the pages of their requests. Slots and `logit_rows` are not used.
     pub batch: Batch,
@@ -71,7 +71,7 @@ pub struct DraftBatch {
 /// tokens of the sequence:  [0, cached_len) in pages and slot | [cached_len, cached_len + query_len) computed now
 /// tokens computed now:     [0, chunked_len) by the chunked delta rule | [chunked_len, query_len) by the recurrent
 /// ```
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct BatchSeq {
     /// Index of its first token in `Batch::token_ids`.
     pub query_start: usize,

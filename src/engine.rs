@@ -2,6 +2,7 @@
 
 mod ahead;
 mod runner;
+mod told;
 
 use std::sync::Arc;
 

@@ -4,11 +4,12 @@
 //! Two things are not as at load, since no reader expects them in a file: the head is copied as it is, and in `mixed`
 //! shared experts have 8 bits like the other dense matrices. `fp8` is written as the official releases are (method
 //! `fp8`); `int4` and `mixed` in the naming of compressed-tensors. Experts are written one by one, as all of these have
-//! them.
+//! them. 4-bit integers that are there already keep their codes, scales and zero points, whoever wrote them.
 
 mod calibrate;
 mod config;
 mod gptq;
+mod kept;
 mod matrix;
 
 pub use self::calibrate::{Calibration, CalibrationSummary};
@@ -20,10 +21,11 @@ use serde::Serialize;
 use serde_json::{Map, json};
 
 use self::calibrate::{Before, Note, Read, write_calibrated};
+use self::kept::settle_zeros;
 use self::matrix::{Deviation, Work};
 use crate::config::ModelConfig;
 use crate::gguf;
-use crate::weights::quant::{BLOCK, Encoded, Fp8, Quantization, Scheme};
+use crate::weights::quant::{Quantization, Scheme};
 use crate::weights::write::{write_checkpoint, write_json};
 use crate::weights::{Checkpoint, ExpertTensors, FfnTensors, LayerTensors, ModelTensors, MtpTensors, Tensor};
 use crate::{Error, Result};
@@ -33,7 +35,7 @@ use crate::{Error, Result};
 pub struct Summary {
     /// Matrices that were quantised; experts count one by one.
     pub num_quantised: usize,
-    /// Matrices that were quantised in the same form already, and copied.
+    /// Matrices that were in as few bits already, and kept their codes and scales.
     pub num_kept: usize,
     /// Bytes of all tensors before.
     pub bytes_before: u64,
@@ -99,6 +101,7 @@ pub fn quantize(
         None => work.extend(tensors.mtp.iter().cloned().map(Work::Copied)),
     }
     work.extend(tensors.vision.iter().cloned().map(Work::Copied));
+    settle_zeros(&mut work);
 
     let folder = Folder::beside(to)?;
     let write = || {
@@ -249,7 +252,7 @@ fn report(
         }
         matrices.insert(module.clone(), facts);
     }
-    let kept = |work: &&Work| matches!(work, Work::Kept { .. });
+    let kept = |work: &&Work| matches!(work, Work::Kept { .. } | Work::KeptInt4 { .. });
     let summary = Summary {
         num_quantised,
         num_kept: work.iter().filter(kept).count(),
@@ -350,36 +353,6 @@ fn check_groups<'a>(tensors: impl Iterator<Item = &'a Tensor>, quantization: Qua
         found: format!("rows of {}", tensor.num_cols()),
         expected: format!("rows of whole groups of {group} (--group-size); {instead}"),
     })
-}
-
-/// Sees that rows of a matrix that is stored in as few bits as it would get can be copied: they are in the form that is
-/// written, and begin a block.
-fn check_kept(tensor: &Tensor, first: usize, quantization: Quantization) -> Result<()> {
-    let known = match quantization {
-        Quantization::Int4 { .. } => false,
-        Quantization::Fp8 => true,
-        // Its groups name projections only.
-        Quantization::Mixed { .. } => tensor.name.contains("_proj"),
-    };
-    // A matrix of one block may be read as one with one scale: the same.
-    let blocks = |fp8: &Fp8| {
-        let sizes = [fp8.num_rows, fp8.num_cols];
-        fp8.block.iter().zip(sizes).all(|(&block, size)| block == BLOCK || block >= size && size <= BLOCK)
-    };
-    match tensor.encoded() {
-        Some(Encoded::Fp8(fp8))
-            if known && blocks(fp8) && (first % fp8.num_rows.max(1)).is_multiple_of(BLOCK) =>
-        {
-            Ok(())
-        }
-        encoded => Err(Error::Tensor {
-            name: tensor.name.clone(),
-            found: encoded.map_or_else(String::new, Encoded::format),
-            expected: "a matrix in more bits than it is to have, or one that can be copied: for fp8 and mixed, fp8 with \
-                       a scale per block of 128 x 128"
-                .into(),
-        }),
-    }
 }
 
 #[cfg(test)]

@@ -137,6 +137,23 @@ def decode(kind, raw):
     return np.ascontiguousarray(out, np.float32).reshape(rows, -1)
 
 
+def encode(kind, x):
+    """Rows of float32 as blocks of Q8_0 or Q4_0, to the nearest, as llama.cpp rounds them: a tensor."""
+    blocks = np.asarray(x, np.float32).reshape(-1, 32)
+    rows = np.arange(len(blocks))
+    top = blocks[rows, np.abs(blocks).argmax(1)]
+    step = np.abs(top) / np.float32(127) if kind == "Q8_0" else top / np.float32(-8)
+    scale = step.astype(np.float16)
+    inverse = np.divide(1, step, out=np.zeros_like(step), where=step != 0)[:, None]
+    if kind == "Q8_0":
+        codes = np.round(blocks * inverse).astype(np.int8).view(np.uint8)
+    else:
+        codes = np.minimum(blocks * inverse + np.float32(8.5), 15).astype(np.uint8)
+        codes = codes[:, :16] | codes[:, 16:] << 4
+    raw = np.concatenate([scale[:, None].view(np.uint8), codes], 1)
+    return kind, list(x.shape), raw.tobytes()
+
+
 def random_blocks(rng, kind, shape, size=0.02):
     """A tensor of random codes whose scales are numbers: about as large as weights are."""
     _, block, length = TYPES[kind]
@@ -249,3 +266,81 @@ def as_hugging_face(tensors, config, folder):
     tiny.write_safetensors(folder / "model.safetensors", out)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+# ------------------------------------------------------------------------------------------ from a checkpoint
+
+
+def deal_heads(x, axis, c):
+    """What `group_heads` undoes."""
+    k, v, dim = (c[f"linear_{what}"] for what in ("num_key_heads", "num_value_heads", "value_head_dim"))
+    own = v if x.shape[axis] == v else v * dim
+    first, heads = np.split(x, [x.shape[axis] - own], axis)
+    shape = heads.shape
+    grouped = heads.reshape(*shape[:axis], k, v // k, own // v, *shape[axis + 1 :])
+    return np.concatenate([first, grouped.swapaxes(axis, axis + 1).reshape(shape)], axis)
+
+
+def from_hugging_face(tensors, config, stored):
+    """Tensors of a checkpoint of stacked experts as a GGUF file has them; `stored(name, array)` makes each. Without MTP."""
+    c, out = config.get("text_config", config), {}
+    names = {place: name for name, place in (LAYER | WHOLE).items()}
+    for place, entry in tensors.items():
+        if place.startswith("mtp."):
+            continue
+        place, x = place.replace("model.language_model.", "model."), q.numbers(entry)
+        block = re.match(r"model\.layers\.(\d+)\.(.*)", place)
+        prefix, rest = (f"blk.{block[1]}.", block[2]) if block else ("", place)
+        if rest == "mlp.experts.gate_up_proj":
+            for kind, half in zip(("gate", "up"), np.split(x, 2, 1), strict=True):
+                name = f"{prefix}ffn_{kind}_exps.weight"
+                out[name] = stored(name, np.ascontiguousarray(half))
+            continue
+        name = names[rest]
+        if name == "ssm_a":
+            x = -np.exp(x.astype(np.float64)).astype(np.float32)
+        elif name.endswith("norm.weight") and name != "ssm_norm.weight":
+            x = x + np.float32(1)
+        if name == "ssm_conv1d.weight":
+            x = x[:, 0]
+        if name.startswith(("ssm_", "attn_qkv", "attn_gate")) and name != "ssm_norm.weight":
+            x = deal_heads(x, 1 if name == "ssm_out.weight" else 0, c)
+        out[prefix + name] = stored(prefix + name, np.ascontiguousarray(x))
+    return out
+
+
+def values_of(config):
+    """The metadata of a sparse model, by its config.json; the tokenizer's files are to lie beside."""
+    c = config.get("text_config", config)
+    rope, kinds = c["rope_parameters"], c["layer_types"]
+    sizes = {
+        "block_count": "num_hidden_layers",
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        "ssm.conv_kernel": "linear_conv_kernel_dim",
+        "ssm.state_size": "linear_key_head_dim",
+        "ssm.group_count": "linear_num_key_heads",
+        "ssm.time_step_rank": "linear_num_value_heads",
+    }
+    values = {key: (U32, c[name]) for key, name in sizes.items()}
+    values |= {
+        "ssm.inner_size": (U32, c["linear_num_value_heads"] * c["linear_value_head_dim"]),
+        "rope.dimension_count": (U32, int(c["head_dim"] * rope["partial_rotary_factor"])),
+        "rope.dimension_sections": ((LIST, 5), [*rope["mrope_section"], 0]),
+        "rope.freq_base": (F32, rope["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": (F32, c["rms_norm_eps"]),
+        "attention.recurrent_layers": ((LIST, BOOL), [kind == "linear_attention" for kind in kinds]),
+    }
+    general = {
+        "general.architecture": (TEXT, "qwen35moe"),
+        "tokenizer.ggml.eos_token_id": (U32, c["eos_token_id"]),
+    }
+    return general | {f"qwen35moe.{key}": value for key, value in values.items()}

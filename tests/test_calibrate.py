@@ -14,7 +14,8 @@ import tiny
 from golden.cases import Golden
 from qwen35rs import LLM, Qwen35Error, RequestError, _core, hub, tasks
 from qwen35rs.cli import app
-from test_quantize import convert, source_matrix, tensors
+from test_quantised import pair
+from test_quantize import DENSE, convert, source_matrix, tensors
 from typer.testing import CliRunner
 
 NAMES = ["arithmetic", "text", "json", "talk"]
@@ -59,6 +60,20 @@ def calibrated(out, text, scheme="int4", source=hub.EMBEDDED, progress=None, tok
 def numbers(after, module):
     parts = {part: after[f"{module}.{part}"] for part in ("weight_packed", "weight_scale", "weight_shape")}
     return q.decode_packed(parts, 32), q.numbers(parts["weight_scale"])
+
+
+def test_integers_that_are_there_are_not_fitted_again(text, tmp_path):
+    """The model reads the text with them, and what is left is fitted."""
+    one, _, count = pair(tmp_path, hub.EMBEDDED, "gptq", kept=DENSE)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(hub.EMBEDDED / file, one)
+    summary, report = calibrated(tmp_path / "out", text, source=one)
+    assert (summary["num_kept"], summary["num_quantised"]) == (count, 30)
+    assert summary["calibration"]["num_calibrated"] == 30 and len(report["matrices"]) == 30
+    convert(tmp_path / "rounded", "int4", source=one)
+    fitted, rounded = tensors(tmp_path / "out"), tensors(tmp_path / "rounded")
+    differ = {name for name in fitted if fitted[name] != rounded[name]}
+    assert differ and all("_attn." in name for name in differ)
 
 
 def test_the_file_is_laid_out_as_without_and_the_report_says_how_far_off(text, tmp_path):

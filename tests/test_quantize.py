@@ -14,6 +14,7 @@ from qwen35rs import LLM, ConfigError, RequestError, _core, hub
 from qwen35rs.bench import measure
 from qwen35rs.cli import app
 from qwen35rs.demo import make_checkpoint
+from test_quantised import FORMATS, KEPT, pair
 from typer.testing import CliRunner
 
 SCHEMES = ["int4", "fp8", "mixed"]
@@ -228,11 +229,141 @@ def test_its_own_output_is_quantised_again(tmp_path):
         assert all(after[name] == before[name] for name in kept) and len(kept) == other["num_kept"]
         assert other["num_quantised"] > 300 and (len(kept) > 10) == (scheme == "mixed")
         assert np.isfinite(logits(scheme)).all()
-    for scheme in SCHEMES:
+    with pytest.raises(ConfigError, match="found int4 .*; expected a matrix in more bits than it is to have"):
+        convert(tmp_path / "out", "fp8", source=tmp_path / "mixed")
+    third = convert(tmp_path / "third", "mixed", source=tmp_path / "mixed")
+    assert third["num_quantised"] == 0 and tensors(tmp_path / "third") == tensors(tmp_path / "mixed")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("third", "mixed")]
+    assert configs[0] == configs[1]
+
+
+# ------------------------------------------------------------------- checkpoints that have four bits already
+
+DENSE = (*KEPT, "self_attn", "linear_attn")  # routed and shared experts in four bits, the rest in bf16
+ROUTED = (*DENSE, "shared_expert")
+FOUR_BITS = {
+    "gptq": (8, False),
+    "gptq, symmetric": (None, True),
+    "awq": (8, False),
+    "pack-quantized": (8, True),
+    "pack-quantized, asymmetric": (8, False),
+}
+
+
+def stored(found, module):
+    """The parts of a module."""
+    ends = (
+        "qweight",
+        "qzeros",
+        "scales",
+        "weight_packed",
+        "weight_scale",
+        "weight_shape",
+        "weight_zero_point",
+    )
+    return {end: found[f"{module}.{end}"] for end in ends if f"{module}.{end}" in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "kept"),
+    [(name, "mixed", DENSE) for name in FOUR_BITS]
+    + [("gptq", "int4", DENSE), ("awq", "int4", DENSE), ("gptq", "mixed", KEPT)],
+)
+def test_four_bits_are_written_as_they_are(name, scheme, kept, tmp_path):
+    one, _, count = pair(tmp_path, hub.EMBEDDED, name, kept=kept)
+    out = tmp_path / "out"
+    summary = convert(out, scheme, 128, source=one)
+    assert (summary["num_kept"], summary["num_quantised"]) == (count, 30 * (kept != KEPT))
+    before, after = tensors(one), tensors(out)
+    group, symmetric = FOUR_BITS[name]
+    modules = [key.rpartition(".")[0] for key in before if key.endswith(("qweight", "weight_packed"))]
+    assert len(modules) == count
+    for module in modules:
+        old, new = stored(before, module), stored(after, module)
+        assert ("weight_zero_point" in new) == (not symmetric)
+        assert np.array_equal(q.decode_packed(new, group), FORMATS[name][2](old))
+        scales = q.numbers(old.get("weight_scale", old.get("scales")))
+        assert np.array_equal(q.numbers(new["weight_scale"]), scales if "weight_scale" in old else scales.T)
+        assert new["weight_scale"][0] == old.get("weight_scale", old.get("scales"))[0]
+    # The head is quantised at load only.
+    got, want = (LLM(path, device="cpu", quantization=scheme) for path in (out, one))
+    assert np.array_equal(got.logits(IDS), want.logits(IDS))
+    assert not np.array_equal(got.logits(IDS), LLM(one, device="cpu").logits(IDS))
+
+
+def test_the_configuration_tells_forms_apart(tmp_path):
+    """By patterns; by name where modules of one pattern differ."""
+    experts = r"re:.*mlp\.experts\..*(gate|up|down)_proj$"
+
+    def groups(name, scheme, kept):
+        one, _, _ = pair(tmp_path / name / scheme, hub.EMBEDDED, name, kept=kept)
+        convert(tmp_path / name / f"{scheme} out", scheme, source=one)
+        config = json.loads((tmp_path / name / f"{scheme} out" / "config.json").read_text())
+        found = list(config["quantization_config"]["config_groups"].values())
+        keys = ("num_bits", "symmetric", "strategy", "group_size")
+        return [(tuple(g["weights"].get(key) for key in keys), g["targets"]) for g in found]
+
+    (fp8, rest), (int4, targets) = groups("gptq", "mixed", ROUTED)
+    assert fp8[:3] == (8, True, "block") and len(rest) == 3
+    assert int4 == (4, False, "group", 8) and targets == [experts]
+    ((int4, targets),) = groups("gptq, symmetric", "int4", KEPT)
+    assert int4 == (4, True, "channel", None) and targets == ["Linear"]
+    (new, usual), (old, named) = groups("awq", "int4", (*ROUTED, "experts.3."))
+    assert new == (4, True, "group", 32) and old == (4, False, "group", 8)
+    assert experts not in usual + named and len(usual) == 3 + 9 * 3 and len(named) == 9 * 3 * 15
+    assert all(".experts.3." in target for target in usual if not target.startswith("re:"))
+
+
+def test_other_four_bits_are_refused(tmp_path):
+    one, _, _ = pair(tmp_path, hub.EMBEDDED, "nvfp4 of modelopt")
+    for scheme in ("int4", "mixed"):
         with pytest.raises(
-            ConfigError, match="found int4 .*; expected a matrix in more bits than it is to have"
+            ConfigError, match="found nvfp4 .modelopt.; expected .* for int4 and mixed, 4-bit"
         ):
-            convert(tmp_path / "out", scheme, source=tmp_path / "mixed")
+            convert(tmp_path / "out", scheme, 32, source=one)
+    ragged, _, _ = pair(tmp_path / "ragged", "dense_bf16", "gptq")
+    found = tensors(ragged)
+    for module in [key.removesuffix(".qweight") for key in found if key.endswith(".qweight")]:
+        parts = q.make_gptq(q.decode_gptq(stored(found, module), 8), 32)
+        found |= {f"{module}.{part}": value for part, value in parts.items()}
+    tiny.write_safetensors(ragged / "model.safetensors", found)
+    config = json.loads((ragged / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 32
+    (ragged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"found int4 \(gptq\), groups of 32; expected .* in whole groups"):
+        convert(tmp_path / "out", "mixed", 32, source=ragged)
+
+
+def test_experts_in_four_bits_with_projections_in_eight(tmp_path):
+    """`mixed` at load, of a checkpoint with experts in GPTQ and attention in bf16: codes of the former are kept, the
+    latter becomes fp8."""
+    one, other, _ = pair(tmp_path, hub.EMBEDDED, "gptq", kept=DENSE)
+    convert(tmp_path / "fp8", "fp8", source=hub.EMBEDDED)
+    floats, decoded = tensors(tmp_path / "fp8"), tensors(other)
+    replaced = 0
+    for name, entry in floats.items():
+        if entry[0] == "F8_E4M3" and "_attn." in name:
+            parts = {"weight": entry, "weight_scale_inv": floats[f"{name}_scale_inv"]}
+            decoded[name], replaced = q.tensor("F32", q.decode_fp8(parts, (128, 128))), replaced + 1
+    assert replaced == 6 * 3 + 2 * 4 + 4
+    tiny.write_safetensors(other / "model.safetensors", decoded)
+    one, other = tied(one), tied(other)
+    got, plain = (LLM(one, device="cpu", quantization=scheme, mtp=True) for scheme in ("mixed", None))
+    want = LLM(other, device="cpu", mtp=True)
+    for name in ("logits", "mtp_logits"):
+        found = getattr(got, name)(IDS)
+        assert np.array_equal(found, getattr(want, name)(IDS)), name
+        assert not np.array_equal(found, getattr(plain, name)(IDS))
+
+
+def tied(folder):
+    """With its embedding as the head, which stays as it is."""
+    left = {name: entry for name, entry in tensors(folder).items() if name != "lm_head.weight"}
+    tiny.write_safetensors(folder / "model.safetensors", left)
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// How one token is chosen.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// The row's random number, in [0, 1).
     pub uniform: f64,
@@ -26,6 +26,18 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// Tokens whose logits are changed first, none of them twice.
     pub edits: Vec<Edit>,
+}
+
+impl Sampling {
+    /// Whether another row is sampled in the same way, with a random number of its own.
+    pub fn is_alike(&self, other: &Sampling) -> bool {
+        // What is long last.
+        let numbers = |s: &Sampling| {
+            let floats = [s.temperature, s.top_p, s.min_p, s.repetition_penalty];
+            (floats, [s.frequency_penalty, s.presence_penalty], s.top_k, s.logprobs)
+        };
+        numbers(self) == numbers(other) && self.edits == other.edits
+    }
 }
 
 /// A token whose logit is changed.

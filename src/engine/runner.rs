@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::told::{Told, ToldBatch, ToldDrafts, ToldSampling, sampling, shorten_sampling};
 use crate::backend::{Backend, Sampled, Sampling};
 use crate::batch::{Batch, BatchLimits, DraftBatch, SlotId};
 use crate::lend::Lendable;
@@ -16,7 +17,7 @@ use crate::{Error, Result};
 
 /// What rank 0 has the others do, beside it.
 #[derive(Serialize, Deserialize)]
-enum Order<'a> {
+pub(super) enum Order<'a> {
     /// [`Model::workspace`]
     Workspace(BatchLimits),
     /// [`Model::memory`]
@@ -24,11 +25,11 @@ enum Order<'a> {
     /// [`Model::clear_slot`] of each
     Clear(Cow<'a, [SlotId]>),
     /// [`Model::forward`]
-    Forward(Cow<'a, Batch>),
+    Forward(ToldBatch<'a>),
     /// [`Model::forward_mtp`]
-    Drafts(Cow<'a, DraftBatch>),
+    Drafts(ToldDrafts<'a>),
     /// [`Model::launch_sampled`], with the number of tokens that exist
-    Launch(Cow<'a, Batch>, Cow<'a, [Sampling]>, usize),
+    Launch(ToldBatch<'a>, Vec<ToldSampling<'a>>, usize),
     /// [`Backend::sampled`]
     Sampled,
     /// [`Model::compute_logits`]
@@ -36,7 +37,7 @@ enum Order<'a> {
 }
 
 impl Order<'_> {
-    fn to_bytes(&self) -> Result<Vec<u8>> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         postcard::to_stdvec(self).map_err(|e| Error::Internal(format!("an order: {e}")))
     }
 
@@ -56,6 +57,7 @@ pub(super) struct Runner<B: Backend> {
     loaded: Loaded<B>,
     memory: Memory<B>,
     workspace: Workspace<B>,
+    told: Told,
 }
 
 impl<B: Backend> Loaded<B> {
@@ -92,7 +94,7 @@ impl<B: Backend> Loaded<B> {
         self.order(|| Order::Memory(num_pages, num_slots))?;
         let memory = self.model.memory(num_pages, num_slots)?;
         self.all_there()?;
-        Ok(Runner { loaded: self, memory, workspace })
+        Ok(Runner { loaded: self, memory, workspace, told: Told::default() })
     }
 
     /// Tells the other ranks why this one ends, and waits for them no more.
@@ -142,13 +144,13 @@ impl<B: Backend> Runner<B> {
 
     pub fn forward(&mut self, batch: &Batch, poll: impl Fn() -> Result<()>) -> Result<()> {
         let poll = self.poll(poll)?;
-        self.loaded.send(|| Order::Forward(Cow::Borrowed(batch)).to_bytes())?;
+        self.loaded.send(|| Order::Forward(self.told.shorten(batch)).to_bytes())?;
         self.loaded.model.forward(batch, &mut self.memory, &mut self.workspace, poll)
     }
 
     pub fn forward_mtp(&mut self, drafts: &DraftBatch, poll: impl Fn() -> Result<()>) -> Result<()> {
         let poll = self.poll(poll)?;
-        self.loaded.send(|| Order::Drafts(Cow::Borrowed(drafts)).to_bytes())?;
+        self.loaded.send(|| Order::Drafts(self.told.shorten_drafts(drafts)).to_bytes())?;
         self.loaded.model.forward_mtp(drafts, &mut self.memory, &mut self.workspace, poll)
     }
 
@@ -160,8 +162,8 @@ impl<B: Backend> Runner<B> {
         poll: impl Fn() -> Result<()>,
     ) -> Result<()> {
         let poll = self.poll(poll)?;
-        self.loaded.send(|| Order::Launch(Cow::Borrowed(batch), rows.into(), num_tokens).to_bytes())?;
-        let Self { loaded, memory, workspace } = self;
+        let Self { loaded, memory, workspace, told } = self;
+        loaded.send(|| Order::Launch(told.shorten(batch), shorten_sampling(rows), num_tokens).to_bytes())?;
         loaded.model.launch_sampled(batch, rows, num_tokens, memory, workspace, poll)
     }
 
@@ -205,7 +207,7 @@ impl<B: Backend> Drop for Runner<B> {
 /// What its device says, and where the ranks lose each other.
 pub fn follow<B: Backend>(model: Model<B>, group: Arc<dyn Group>) -> Result<()> {
     let loaded = Loaded::new(model, Some(Arc::clone(&group)));
-    let mut room = Room { memory: None, workspace: None };
+    let mut room = Room { memory: None, workspace: None, told: Told::default() };
     // The others know before what they may write to is given back.
     match catch_unwind(AssertUnwindSafe(|| obey(&loaded, group.as_ref(), &mut room))) {
         Ok(end) => end.inspect_err(|error| loaded.fail(&error.to_string())),
@@ -220,6 +222,7 @@ pub fn follow<B: Backend>(model: Model<B>, group: Arc<dyn Group>) -> Result<()> 
 struct Room<B: Backend> {
     memory: Option<Memory<B>>,
     workspace: Option<Workspace<B>>,
+    told: Told,
 }
 
 fn obey<B: Backend>(loaded: &Loaded<B>, group: &dyn Group, room: &mut Room<B>) -> Result<()> {
@@ -238,8 +241,10 @@ fn obey<B: Backend>(loaded: &Loaded<B>, group: &dyn Group, room: &mut Room<B>) -
             }
             Order::Sampled => drop(model.backend().sampled()?),
             order => {
-                let Room { memory: Some(memory), workspace: Some(w) } = room else { return Err(early()) };
-                step(model, order, memory, w)?;
+                let Room { memory: Some(memory), workspace: Some(w), told } = room else {
+                    return Err(early());
+                };
+                step(model, order, memory, w, told)?;
             }
         }
     }
@@ -251,6 +256,7 @@ fn step<B: Backend>(
     order: Order<'_>,
     memory: &mut Memory<B>,
     w: &mut Workspace<B>,
+    told: &mut Told,
 ) -> Result<()> {
     let go_on = || Ok(());
     match order {
@@ -258,9 +264,10 @@ fn step<B: Backend>(
             slots.iter().for_each(|slot| model.clear_slot(memory, slot.0 as usize));
             Ok(())
         }
-        Order::Forward(batch) => model.forward(&batch, memory, w, go_on),
-        Order::Drafts(drafts) => model.forward_mtp(&drafts, memory, w, go_on),
+        Order::Forward(batch) => model.forward(&told.batch(batch)?, memory, w, go_on),
+        Order::Drafts(drafts) => model.forward_mtp(&told.drafts(drafts)?, memory, w, go_on),
         Order::Launch(batch, rows, num_tokens) => {
+            let (batch, rows) = (told.batch(batch)?, sampling(rows)?);
             model.launch_sampled(&batch, &rows, num_tokens, memory, w, go_on)
         }
         Order::Logits(rows, top) => {

@@ -5,17 +5,17 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::check_kept;
 use super::gptq::Curvature;
+use super::kept::{check_kept, fp8_parts, int4_entries, int4_parts};
 use crate::weights::quant::{
-    BLOCK, Encoded, Quantization, Scheme, dequantise_fp8, dequantise_int4, quantise_fp8, quantise_int4,
+    BLOCK, Encoded, Int4, Quantization, Scheme, dequantise_fp8, dequantise_int4, quantise_fp8, quantise_int4,
 };
 use crate::weights::write::{Entry, Made, Unit};
 use crate::weights::{DType, Tensor};
 use crate::{Error, Result};
 
 /// Codes in a word.
-const WORD: usize = 8;
+pub(super) const WORD: usize = 8;
 
 /// What becomes one tensor of the file, or the parts of one matrix.
 pub(super) enum Work {
@@ -25,6 +25,8 @@ pub(super) enum Work {
     Matrix { module: String, tensor: Tensor, rows: Range<usize>, scheme: Scheme, scale_name: &'static str },
     /// Rows of a matrix that is stored in blocks of fp8 already.
     Kept { module: String, tensor: Tensor, rows: Range<usize>, scale_name: &'static str },
+    /// A matrix of 4-bit integers; with whether its zero points are written.
+    KeptInt4 { module: String, int4: Int4, zeros: bool },
 }
 
 /// Sums over a matrix, and over several.
@@ -99,6 +101,10 @@ impl Work {
         let tensor = tensor.clone();
         let Some(scheme) = tensor.scheme() else {
             check_kept(&tensor, rows.start, quantization)?;
+            if let Some(Encoded::Int4(int4)) = tensor.encoded() {
+                let zeros = !int4.is_symmetric();
+                return Ok(Work::KeptInt4 { module, int4: int4.clone(), zeros });
+            }
             return Ok(Work::Kept { module, tensor, rows, scale_name });
         };
         Ok(Work::Matrix { module, tensor, rows, scheme, scale_name })
@@ -107,7 +113,7 @@ impl Work {
     /// The form that the matrix gets.
     pub fn format(&self) -> &'static str {
         match self {
-            Work::Matrix { scheme: Scheme::Int4 { .. }, .. } => "int4",
+            Work::Matrix { scheme: Scheme::Int4 { .. }, .. } | Work::KeptInt4 { .. } => "int4",
             Work::Copied(_) => "as it was",
             _ => "fp8",
         }
@@ -121,13 +127,12 @@ impl Work {
                 let Some(Encoded::Fp8(fp8)) = tensor.encoded() else {
                     return Err(Error::Internal(format!("{} is not fp8", tensor.name)));
                 };
-                let mut scales = Vec::new();
-                let mut of_row = vec![0.0; tensor.num_cols().div_ceil(BLOCK)];
-                for row in rows.clone().step_by(BLOCK) {
-                    fp8.read_scales(row, &mut of_row);
-                    scales.extend(of_row.iter().flat_map(|x| x.to_le_bytes()));
-                }
-                Ok((vec![Cow::Borrowed(fp8.code_rows(rows.clone())), scales.into()], None))
+                Ok((fp8_parts(fp8, rows.clone()), None))
+            }
+            Work::KeptInt4 { int4, zeros, .. } => {
+                let parts = int4_parts(int4, *zeros);
+                [&int4.codes, &int4.scales].into_iter().chain(&int4.zeros).for_each(Tensor::release);
+                Ok((parts, None))
             }
             Work::Matrix { tensor, rows, scheme, .. } => {
                 let (parts, outcome) = quantised(tensor, rows.clone(), *scheme, curvature)?;
@@ -156,6 +161,7 @@ impl Unit for Work {
                     entry(module, "weight_shape", DType::I64, &[2]),
                 ]
             }
+            Work::KeptInt4 { module, int4, zeros } => int4_entries(int4, module, *zeros),
             Work::Matrix { module, tensor, rows, scale_name, .. }
             | Work::Kept { module, tensor, rows, scale_name } => {
                 let (rows, k) = (rows.len(), tensor.num_cols());
@@ -230,7 +236,7 @@ fn quantised(
 }
 
 /// Eight codes, or the last ones of a row, to a word: the first in the lowest bits.
-fn pack(codes: &[u8]) -> [u8; 4] {
+pub(super) fn pack(codes: &[u8]) -> [u8; 4] {
     let word = codes.iter().enumerate().fold(0u32, |word, (i, &code)| word | u32::from(code) << (4 * i));
     word.to_le_bytes()
 }

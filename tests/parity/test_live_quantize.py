@@ -111,3 +111,39 @@ def test_transformers_computes_the_same(source, scheme, tmp_path):
     got = LLM(out, device="cpu").logits(ids)
     assert np.abs(got - want).max() <= Golden.TOLERANCE * np.abs(want).max()
     assert np.abs(got - LLM(path, device="cpu").logits(ids)).max() > 0.005 * np.abs(want).max()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("scheme", "kept"), [("mixed", own.ROUTED), ("int4", own.KEPT)])
+def test_transformers_reads_kept_integers(scheme, kept, tmp_path):
+    """Of GPTQ, symmetric: of experts Transformers takes no zero points, and one form for all that is dense."""
+    path, _, _ = own.pair(tmp_path, hub.EMBEDDED, "gptq, symmetric", kept=kept)
+    out = tmp_path / "out"
+    own.convert(out, scheme, 128, path)
+    widen_scales(out)
+    model = transformers.Qwen3_5MoeForConditionalGeneration.from_pretrained(
+        out,
+        dtype=torch.float32,
+        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+    )
+    with torch.inference_mode():
+        want = model.float()(torch.tensor([own.IDS])).logits[0].numpy()
+    got = LLM(out, device="cpu").logits(own.IDS)
+    assert np.abs(got - want).max() <= Golden.TOLERANCE * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_compressed_tensors_decodes_kept_integers(name, tmp_path):
+    """With their zero points."""
+    path, other, count = own.pair(tmp_path, hub.EMBEDDED, name, kept=own.DENSE)
+    own.convert(tmp_path / "out", "mixed", 128, path)
+    found, want = own.tensors(tmp_path / "out"), own.tensors(other)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (weights,) = (g["weights"] for g in config["config_groups"].values() if g["weights"]["num_bits"] == 4)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    modules = [name.removesuffix(".weight_packed") for name in found if name.endswith(".weight_packed")]
+    assert len(modules) == count
+    for module in modules:
+        parts = {part: torch.from_numpy(q.numbers(x).copy()) for part, x in own.stored(found, module).items()}
+        numbers = PackedQuantizationCompressor.decompress(parts, scheme)["weight"].numpy()
+        assert np.array_equal(numbers, q.numbers(want[f"{module}.weight"])), module

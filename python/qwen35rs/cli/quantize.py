@@ -70,6 +70,8 @@ def quantize(
     official FP8 releases are: other programs read them too. Norms,
     routers, gates, convolutions, the small projections of the delta
     layers, embedding, head and vision stay as they are.
+    4-bit integers that IN has already (GPTQ, AWQ, compressed-tensors) keep
+    their codes under int4 and mixed.
     quantization_report.json in OUT has the error of each matrix.
 
     \b

@@ -1,12 +1,15 @@
 //! A model shared by ranks, as threads: what it says is what it says alone, to the rounding of sums in f32.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::*;
 use crate::Result;
+use crate::batch::{Batch, BatchLimits, BatchSeq, PAGE_LEN, PageId, SlotId};
 use crate::config::Shard;
 use crate::engine::follow;
+use crate::engine::runner::{Loaded, Runner};
 use crate::ranks::{Group, Threads};
 
 /// Checkpoints, and the numbers of ranks that share them.
@@ -32,16 +35,19 @@ fn part(name: &str, shard: Shard, group: Arc<dyn Group>) -> Result<Model<Cpu>> {
     }
 }
 
+/// Rank 0 of so many, the others of which follow.
+fn lead(name: &str, world: usize, expert_parallel: bool) -> Threads {
+    let own = name.to_string();
+    Threads::lead(world, Duration::from_secs(20), move |group| {
+        let shard = Shard { rank: group.rank(), world, expert_parallel };
+        follow(part(&own, shard, Arc::clone(&group))?, group)
+    })
+    .unwrap()
+}
+
 /// An engine of so many ranks.
 fn shared(name: &str, world: usize, expert_parallel: bool, limits: &EngineLimits) -> Engine<Cpu> {
-    let own = name.to_string();
-    let first: Arc<dyn Group> = Arc::new(
-        Threads::lead(world, Duration::from_secs(20), move |group| {
-            let shard = Shard { rank: group.rank(), world, expert_parallel };
-            follow(part(&own, shard, Arc::clone(&group))?, group)
-        })
-        .unwrap(),
-    );
+    let first: Arc<dyn Group> = Arc::new(lead(name, world, expert_parallel));
     let model = part(name, Shard { rank: 0, world, expert_parallel }, Arc::clone(&first)).unwrap();
     Engine::among(model, Some(first), limits, usize::MAX, Vec::new()).unwrap()
 }
@@ -129,4 +135,104 @@ fn an_abandoned_step_leaves_the_ranks_together() {
     assert!(matches!(engine.step(|_| Err(Error::Interrupted)), Err(Error::Interrupted)));
     let outcomes = finish(&mut engine);
     assert_eq!(outcomes[&id].0.len(), 5);
+}
+
+/// Counts the bytes of orders.
+struct Counted {
+    group: Threads,
+    sent: AtomicUsize,
+}
+
+impl Group for Counted {
+    fn rank(&self) -> usize {
+        self.group.rank()
+    }
+
+    fn world(&self) -> usize {
+        self.group.world()
+    }
+
+    fn exchange(&self, mine: &[u8], unhurried: bool) -> Result<Vec<Arc<[u8]>>> {
+        self.group.exchange(mine, unhurried)
+    }
+
+    fn send(&self, order: &[u8]) -> Result<()> {
+        self.sent.fetch_add(order.len(), Ordering::Relaxed);
+        self.group.send(order)
+    }
+
+    fn receive(&self) -> Result<Option<Arc<[u8]>>> {
+        self.group.receive()
+    }
+
+    fn check(&self) -> Result<()> {
+        self.group.check()
+    }
+
+    fn fail(&self, why: &str) {
+        self.group.fail(why);
+    }
+
+    fn end(&self) {
+        self.group.end();
+    }
+}
+
+/// One token of each of so many sequences, on top of so many old ones.
+fn decode(num_seqs: usize, cached_len: usize, pages_each: usize) -> Batch {
+    let mut batch = Batch { positions: vec![[cached_len as u32; 3]; num_seqs], ..Batch::default() };
+    for i in 0..num_seqs {
+        batch.token_ids.push((7 * i % 140) as u32);
+        batch.logit_rows.push(i);
+        let seq = BatchSeq {
+            query_start: i,
+            query_len: 1,
+            cached_len,
+            chunked_len: 0,
+            slot: SlotId(i as u32),
+            page_start: batch.pages.len(),
+        };
+        batch.seqs.push(seq);
+        let num_pages = cached_len / PAGE_LEN + 1;
+        batch.pages.extend((0..num_pages).map(|page| PageId((i * pages_each + page) as u32)));
+    }
+    batch
+}
+
+/// What the other ranks are told of a step is as long as its tokens, whatever came before them.
+#[test]
+fn orders_of_long_sequences_are_short() {
+    const NAME: &str = "dense_attention_only";
+    let (num_seqs, old, pages_each) = (64, 16_382, 258);
+    let runner = |model: Model<Cpu>, group: Option<Arc<dyn Group>>| -> Runner<Cpu> {
+        let loaded = Loaded::new(model, group);
+        loaded.free_memory().unwrap();
+        let max_pages = num_seqs * pages_each;
+        let limits = BatchLimits { max_tokens: 64, max_seqs: num_seqs, max_len: 17_000, max_pages };
+        let workspace = loaded.workspace(&limits).unwrap();
+        loaded.free_memory().unwrap();
+        loaded.with_memory(max_pages, num_seqs, workspace).unwrap()
+    };
+    let mut alone = runner(model(NAME), None);
+    let counted = Arc::new(Counted { group: lead(NAME, 2, false), sent: AtomicUsize::new(0) });
+    let group: Arc<dyn Group> = counted.clone();
+    let shard = Shard { rank: 0, world: 2, expert_parallel: false };
+    let mut first = runner(part(NAME, shard, Arc::clone(&group)).unwrap(), Some(group));
+    let rows: Vec<usize> = (0..num_seqs).collect();
+    // The first tells all pages; the third begins a page in every sequence.
+    let bounds = [40_000, 1_100, 1_400, 1_100];
+    for (i, bound) in bounds.into_iter().enumerate() {
+        let batch = decode(num_seqs, old + i, pages_each);
+        counted.sent.store(0, Ordering::Relaxed);
+        let mut logits = [&mut first, &mut alone].map(|runner| {
+            runner.forward(&batch, || Ok(())).unwrap();
+            runner.logits(&rows, None).unwrap().into_owned()
+        });
+        let sent = counted.sent.load(Ordering::Relaxed);
+        assert!(sent <= bound, "{sent} bytes of step {i}");
+        let [found, want] = &mut logits;
+        let largest = want.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let apart = found.iter().zip(want).map(|(a, b)| (*a - *b).abs()).fold(0f32, f32::max);
+        assert!(apart <= 2e-5 * largest, "{apart} of {largest}");
+    }
 }

@@ -11,6 +11,7 @@
 //! GPTQ's first version stores zero points minus one. Packed codes and zero points are stored plus eight, which the
 //! difference of the two does not show; without zero points codes are around 8.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::find::{FLOATS, Module, Problem};
@@ -214,6 +215,22 @@ impl Int4 {
                 *out = float_at(bytes, dtype, index);
             }
         }
+    }
+
+    /// The bytes of all scales, of their own dtype: `[out, groups]`.
+    pub fn scales_by_row(&self) -> Cow<'_, [u8]> {
+        let (bytes, groups) = (self.scales.bytes().unwrap_or_default(), self.num_groups());
+        if self.layout == Layout::Packed {
+            return Cow::Borrowed(bytes);
+        }
+        let size = self.scales.dtype.bits() / 8;
+        let mut out = Vec::with_capacity(bytes.len());
+        for row in 0..self.num_rows {
+            for group in 0..groups {
+                out.extend_from_slice(&bytes[(group * self.num_rows + row) * size..][..size]);
+            }
+        }
+        Cow::Owned(out)
     }
 
     /// Writes the zero points of `rows`, 0 to 15 each: `[rows, groups]`.

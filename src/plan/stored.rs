@@ -13,7 +13,12 @@ use crate::weights::{Checkpoint, FfnTensors, LayerTensors, ModelTensors, Tensor}
 /// # Errors
 /// As [`Checkpoint::open`] and [`ModelTensors::resolve`].
 pub fn stored(dir: &Path, config: &ModelConfig, part: &Part) -> Result<WeightBytes> {
-    let tensors = ModelTensors::resolve(&Checkpoint::open(dir)?, config)?;
+    stored_in(&Checkpoint::open(dir)?, config, part)
+}
+
+/// Those of a checkpoint.
+pub(super) fn stored_in(checkpoint: &Checkpoint, config: &ModelConfig, part: &Part) -> Result<WeightBytes> {
+    let tensors = ModelTensors::resolve(checkpoint, config)?;
     // The same places, whose parts are made without reading anything.
     let shapes = ModelTensors::resolve(&Checkpoint::random(), config)?;
     let head = tensors.lm_head.as_ref().unwrap_or(&tensors.embed_tokens);

@@ -1,6 +1,6 @@
 //! "Will it fit, and how fast could it be": arithmetic on a configuration alone, or ([`stored`]) on the headers of a
-//! checkpoint. Touches no weight and no device. Speeds are floors on time (bytes that must be read over bandwidth), so real
-//! speeds lie below them.
+//! checkpoint. Touches no device, and no weight but the zero points of 4-bit integers. Speeds are floors on time (bytes that
+//! must be read over bandwidth), so real speeds lie below them.
 //!
 //! Cards that share a model are ranks, each with its part of it (`config::Shard`). A step takes at least what a card's own
 //! bytes take, and then the sums over ranks.

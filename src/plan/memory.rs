@@ -201,6 +201,27 @@ mod tests {
         assert!(saved > 1 << 20);
     }
 
+    /// The model's projections keep their codes; its experts are too small for kernels that take them.
+    #[test]
+    fn a_quantised_checkpoint_is_counted_as_it_is_held() {
+        let folder = tempfile::tempdir().unwrap();
+        let from = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("python/qwen35rs/model");
+        for to in [Quantization::Fp8, Quantization::Int4 { group: 32 }, Quantization::Mixed { group: 64 }] {
+            let dir = folder.path().join(to.to_string());
+            crate::quantize::quantize(&from, &dir, to, None, |_, _| Ok(())).unwrap();
+            let (config, checkpoint) =
+                (ModelConfig::from_dir(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+            for world in [1, 2, 4] {
+                let Ok(part) = Part::new(&config, Shard::first(world, false).unwrap()) else { continue };
+                let counted = crate::plan::stored(&dir, &config, &part).unwrap().resident as f64;
+                let run = DryRun { limits: EngineLimits::default(), ..shared(world, 8) };
+                let found = run.held(&config, &checkpoint).unwrap().ranks[0]["weights"] as f64;
+                // Vectors are f32 there.
+                assert!((counted / found - 1.0).abs() < 0.02, "{to} {world}: {counted} {found}");
+            }
+        }
+    }
+
     #[test]
     fn small_caches_hold_more() {
         let caches = Caches { kv: KvCache::Fp8, state: StateType::F16 };

@@ -126,7 +126,7 @@ def test_memory_is_what_was_planned(model, quantization, caches):
 
 def test_too_little_memory_is_an_error():
     with pytest.raises(
-        OutOfMemoryError, match=r"weights \(738.2 GiB; .* what would fit: tensor_parallel_size="
+        OutOfMemoryError, match=r"weights \(738.3 GiB; .* what would fit: tensor_parallel_size="
     ):
         LLM("397b", load_format="dummy", device="cuda")
     with pytest.raises(OutOfMemoryError, match=r"left for keys and values; .* lower max_num_seqs to \d+, or"):

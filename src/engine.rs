@@ -1,6 +1,7 @@
 //! The engine: requests in, tokens out, one `step` at a time. It deals in token ids; text stops at the tokenizer.
 
 mod ahead;
+mod pages;
 mod runner;
 mod told;
 
@@ -9,11 +10,12 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use self::ahead::Flight;
+use self::pages::{Budget, Pages};
 pub use self::runner::follow;
 use self::runner::{Loaded, Runner};
 use crate::backend::{Backend, Sampled, Sampling, Stats};
-use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS, PAGE_LEN};
-use crate::cache::{Cache, pages_for};
+use crate::batch::{BatchLimits, CHUNK_LEN, MAX_LOGIT_ROWS};
+use crate::cache::Cache;
 use crate::lend::Lendable;
 use crate::model::Model;
 use crate::random::mix;
@@ -161,11 +163,17 @@ impl<B: Backend> Engine<B> {
         }
         // On a device with memory of its own: what of it is for more than weights.
         let free = loaded.free_memory()?.filter(|_| limits.kv_cache_bytes.is_none());
-        let budget = free.map(|free| (free as f64 * utilization) as usize);
-        let all_slots = model.slot_bytes().saturating_mul(limits.max_num_seqs);
+        let budget = |buffers: usize| {
+            let bytes = (free? as f64 * utilization) as usize;
+            Some(Budget { bytes, slot_bytes: model.slot_bytes(), buffers })
+        };
         // Sizes that are also limits of the buffers, then, once the buffers are there, what is left for pages.
-        let left = |used: usize| budget.map(|bytes| bytes.saturating_sub(all_slots.saturating_add(used)));
-        let pages = Pages::fit(limits, config.max_context(), page_bytes, left(0))?;
+        let fit = |buffers: usize| Pages::fit(limits, config.max_context(), page_bytes, budget(buffers));
+        let pages = match fit(0) {
+            // It fits no better with buffers, which say how much is missing.
+            Err(Error::OutOfMemory { .. }) if free.is_some() => Pages::least(limits, config.max_context()),
+            pages => pages?,
+        };
         // More than all sequences' prompts never come together.
         let all_prompts = pages.max_model_len.next_multiple_of(CHUNK_LEN).saturating_mul(limits.max_num_seqs);
         let prefill = limits.max_num_batched_tokens.min(all_prompts);
@@ -176,9 +184,7 @@ impl<B: Backend> Engine<B> {
             max_pages: pages.num_pages,
         })?;
         let pages = match (free, loaded.free_memory()?) {
-            (Some(before), Some(now)) => {
-                Pages::fit(limits, config.max_context(), page_bytes, left(before.saturating_sub(now)))?
-            }
+            (Some(before), Some(now)) => fit(before.saturating_sub(now))?,
             _ => pages,
         };
         let Pages { max_model_len, num_pages } = pages;
@@ -495,53 +501,6 @@ impl<B: Backend> Engine<B> {
             (output.logits, output.device_logits) = (request.logits, request.device_logits);
         }
         Some(output)
-    }
-}
-
-/// How much of the context there are pages for.
-struct Pages {
-    max_model_len: usize,
-    num_pages: usize,
-}
-
-impl Pages {
-    /// As many pages as every slot could use, within `kv_cache_bytes`, or within `left` bytes of a device.
-    fn fit(limits: &EngineLimits, context: usize, page_bytes: usize, left: Option<usize>) -> Result<Self> {
-        let bytes = limits.kv_cache_bytes.or(left).unwrap_or(KV_CACHE_BYTES);
-        let affordable = bytes.checked_div(page_bytes).map_or(context, |pages| pages * PAGE_LEN);
-        let raise = if left.is_some() { "gpu_memory_utilization" } else { "kv_cache_bytes" };
-        let max_model_len = match limits.max_model_len {
-            Some(len) if len < 2 => {
-                return Err(Error::request("max_model_len", len, format!("2 to {context}")));
-            }
-            Some(len) if len > context => {
-                return Err(Error::request(
-                    "max_model_len",
-                    len,
-                    format!("2 to {context}, the context the checkpoint declares"),
-                ));
-            }
-            _ if affordable == 0 => {
-                return Err(Error::OutOfMemory {
-                    what: format!("{bytes} bytes are left for keys and values; a page needs {page_bytes}"),
-                    advice: format!("lower max_num_seqs or max_num_batched_tokens, or raise {raise}"),
-                });
-            }
-            Some(len) if pages_for(len) * PAGE_LEN > affordable => {
-                return Err(Error::OutOfMemory {
-                    what: format!(
-                        "keys and values of one sequence of {len} tokens need {} bytes",
-                        len * page_bytes / PAGE_LEN
-                    ),
-                    advice: format!("lower max_model_len to {affordable}, or raise {raise}"),
-                });
-            }
-            Some(len) => len,
-            None => context.min(affordable),
-        };
-        let wanted = pages_for(max_model_len).saturating_mul(limits.max_num_seqs);
-        let num_pages = wanted.min(affordable.max(max_model_len.next_multiple_of(PAGE_LEN)) / PAGE_LEN);
-        Ok(Self { max_model_len, num_pages })
     }
 }
 

@@ -1,6 +1,6 @@
 //! "Will it fit, and how fast could it be": arithmetic on a configuration alone, or ([`stored`]) on the headers of a
-//! checkpoint. Touches no weight and no device. Speeds are floors on time (bytes that must be read over bandwidth), so real
-//! speeds lie below them.
+//! checkpoint. Touches no device, and no weight but the zero points of 4-bit integers. Speeds are floors on time (bytes that
+//! must be read over bandwidth), so real speeds lie below them.
 //!
 //! Cards that share a model are ranks, each with its part of it (`config::Shard`). A step takes at least what a card's own
 //! bytes take, and then the sums over ranks.
@@ -16,16 +16,20 @@ mod layout;
 mod matrices;
 #[cfg(feature = "cuda")]
 mod memory;
+mod room;
+mod smaller;
 mod stored;
+mod why;
 
 pub use caches::{CacheBytes, cache_bytes};
 pub use family::{FAMILY, family_config};
 pub use formats::{Scheme, WeightFormat};
-pub use gpus::{GPUS, Gpu, gpu};
-pub use layout::{Choice, Chosen, Layout, Refused};
+pub use gpus::{GPUS, Gpu, Link, gpu};
+pub use layout::{Arguments, Choice, Chosen, Layout, Refused};
 pub use matrices::{ParamCounts, Part, WeightBytes, expected_experts};
 #[cfg(feature = "cuda")]
 pub use memory::{DryRun, Held};
+pub use smaller::what_fits;
 pub use stored::stored;
 
 use std::borrow::Cow;
@@ -33,17 +37,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+use self::room::{GIB, Room};
 use crate::backend::{Caches, KvCache, StateType};
 use crate::config::{ModelConfig, Shard};
+use crate::engine::EngineLimits;
 use crate::ranks::MAX_CARDS;
 use crate::{Error, Result};
 
-const GIB: f64 = (1u64 << 30) as f64;
 /// Sums over ranks in a layer: behind its mixer, and behind its feed-forward block.
 const ALL_REDUCES: usize = 2;
-/// About what sums of up to 64 rows take over NVLink: 2.9 to 6.2 between two H200s
-/// (`benches/results/h200x2/all_reduce.txt`).
-const ALL_REDUCE_US: f64 = 6.0;
 
 /// What a plan assumes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -58,12 +60,14 @@ pub struct PlanOptions {
     pub with_vision: bool,
     /// Hold the MTP module (bf16) and its cache.
     pub with_mtp: bool,
-    /// Share of a card's memory that may be used.
+    /// The longest sequence that an engine is to make buffers for; `None` for as long as there is room for.
+    pub max_model_len: Option<usize>,
+    /// Share of what weights and `reserve_gib` leave of a card that may be used: an engine's `gpu_memory_utilization`.
     pub memory_utilization: f64,
     /// GiB per card kept for the CUDA context, workspaces, activations and what ranks exchange.
     pub reserve_gib: f64,
-    /// Microseconds of a sum over ranks, in a step of few tokens.
-    pub all_reduce_us: f64,
+    /// Microseconds of a sum over ranks, in a step of few tokens; `None` for what is assumed of a card's [`Link`].
+    pub all_reduce_us: Option<f64>,
     /// Requests at once, over all replicas, that a layout is chosen for; `None` to choose none.
     pub num_seqs: Option<usize>,
 }
@@ -76,9 +80,10 @@ impl Default for PlanOptions {
             f16_state: false,
             with_vision: false,
             with_mtp: false,
-            memory_utilization: 0.95,
+            max_model_len: None,
+            memory_utilization: EngineLimits::default().gpu_memory_utilization,
             reserve_gib: 1.5,
-            all_reduce_us: ALL_REDUCE_US,
+            all_reduce_us: None,
             num_seqs: None,
         }
     }
@@ -91,6 +96,11 @@ impl PlanOptions {
             kv: if self.fp8_kv { KvCache::Fp8 } else { KvCache::Auto },
             state: if self.f16_state { StateType::F16 } else { StateType::F32 },
         }
+    }
+
+    /// What a sum over so many of these cards is taken to last.
+    fn sum_us(&self, gpu: &Gpu, num_cards: usize) -> f64 {
+        self.all_reduce_us.unwrap_or_else(|| gpu.link.all_reduce_us(num_cards))
     }
 }
 
@@ -122,7 +132,13 @@ pub struct PlanRow {
     pub weights_gib_per_card: Option<f64>,
     /// Memory of each card that is left for sequences, in GiB; negative where the weights do not fit.
     pub free_gib_per_card: Option<f64>,
-    /// Whether at least one sequence of one token fits.
+    /// Of it, what a sequence of `context` tokens takes.
+    pub seq_gib_per_card: Option<f64>,
+    /// What joins the cards.
+    pub link: Link,
+    /// Microseconds that a sum over them is taken to last.
+    pub all_reduce_us: f64,
+    /// Whether at least one sequence of one page fits.
     pub fits: bool,
     /// Longest single sequence in tokens, at most the model's own limit.
     pub max_context: usize,
@@ -203,7 +219,8 @@ fn check(config: &ModelConfig, card_counts: &[usize], options: &PlanOptions) -> 
     if !(utilization > 0.0 && utilization <= 1.0) {
         return Err(Error::request("memory_utilization", utilization, "above 0, at most 1"));
     }
-    for (name, value) in [("reserve_gib", options.reserve_gib), ("all_reduce_us", options.all_reduce_us)] {
+    let all_reduce_us = options.all_reduce_us.unwrap_or(0.0);
+    for (name, value) in [("reserve_gib", options.reserve_gib), ("all_reduce_us", all_reduce_us)] {
         if !(value >= 0.0 && value.is_finite()) {
             return Err(Error::request(name, value, "0 or more"));
         }
@@ -238,6 +255,9 @@ fn row(gpu: &Gpu, num_cards: usize, split: &Split, scheme: Scheme, options: &Pla
         refused: None,
         weights_gib_per_card: None,
         free_gib_per_card: None,
+        seq_gib_per_card: None,
+        link: gpu.link,
+        all_reduce_us: options.sum_us(gpu, num_cards),
         fits: false,
         max_context: 0,
         max_seqs: 0,
@@ -247,33 +267,33 @@ fn row(gpu: &Gpu, num_cards: usize, split: &Split, scheme: Scheme, options: &Pla
         Ok((part, weights)) => (part, weights.iter().find(|weights| weights.scheme == scheme)?),
         Err(why) => return Some(PlanRow { refused: Some(why.clone()), ..refused }),
     };
-    let params = part.params();
-    // The vision tower is whole on every card.
-    let extra = if options.with_vision { 2 * params.vision } else { 0 }
-        + if options.with_mtp { 2 * params.mtp } else { 0 };
-    let weights_per_card = (weights.resident + extra) as f64;
-    let usable = (gpu.memory_gib * options.memory_utilization - options.reserve_gib) * GIB;
-    let free = usable - weights_per_card;
-
-    let (cache, caches) = (cache_bytes(part.config()), options.caches());
-    let (kv, mtp_kv) = cache.kv(caches);
-    let kv = (kv + if options.with_mtp { mtp_kv } else { 0 }) as f64;
-    let state = cache.state_per_seq(caches) as f64;
-    let max_context = if kv > 0.0 { (free - state) / kv } else { f64::MAX };
-    // A float to integer cast saturates, and turns what is below zero into zero.
-    let max_context = (max_context.floor() as usize).min(part.config().max_context());
-    let max_seqs = (free / (state + kv * options.context as f64)).floor() as usize;
-    let fits = free >= state + kv;
-    let alone = step_seconds(gpu, part, weights, 1, options).filter(|_| fits);
+    let room = room_of(gpu, part, weights, options);
+    let max_context = room.max_context(1);
+    let alone = step_seconds(gpu, part, weights, 1, options).filter(|_| max_context > 0);
     Some(PlanRow {
-        weights_gib_per_card: Some(weights_per_card / GIB),
-        free_gib_per_card: Some(free / GIB),
-        fits,
-        max_context: if fits { max_context } else { 0 },
-        max_seqs: if fits { max_seqs } else { 0 },
+        weights_gib_per_card: Some(held_bytes(part, weights, options) / GIB),
+        free_gib_per_card: Some(room.free / GIB),
+        seq_gib_per_card: Some(room.of_seq(options.context) / GIB),
+        fits: max_context > 0,
+        max_context,
+        max_seqs: room.max_seqs(options.context),
         decode_limit_tokens_per_s: alone.map(|seconds| 1.0 / seconds),
         ..refused
     })
+}
+
+/// What a card has for sequences.
+fn room_of(gpu: &Gpu, part: &Part, weights: &WeightBytes, options: &PlanOptions) -> Room {
+    let left = (gpu.memory_gib - options.reserve_gib) * GIB - held_bytes(part, weights, options);
+    Room::new(left, part.config(), options)
+}
+
+/// Bytes of weights on a card, with what else is to be held. The vision tower is whole on every card.
+fn held_bytes(part: &Part, weights: &WeightBytes, options: &PlanOptions) -> f64 {
+    let params = part.params();
+    let extra = if options.with_vision { 2 * params.vision } else { 0 }
+        + if options.with_mtp { 2 * params.mtp } else { 0 };
+    (weights.resident + extra) as f64
 }
 
 /// What one decode step of `batch` sequences takes at least, where the bandwidth is known: a card's bytes, and the sums over
@@ -287,7 +307,8 @@ fn step_seconds(
 ) -> Option<f64> {
     let bytes = part.step_bytes(weights, batch, options.context, options.caches(), None);
     let sums = if part.shard().is_whole() { 0 } else { ALL_REDUCES * part.config().layers.len() };
-    Some(bytes / (gpu.bandwidth_gbs? * 1e9) + sums as f64 * options.all_reduce_us * 1e-6)
+    let sum_us = options.sum_us(gpu, part.shard().world);
+    Some(bytes / (gpu.bandwidth_gbs? * 1e9) + sums as f64 * sum_us * 1e-6)
 }
 
 #[cfg(test)]

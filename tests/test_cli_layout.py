@@ -31,9 +31,9 @@ def test_a_layout_is_chosen():
     assert taken("122b", "--gpu", "h100", "--cards", 1, "--scheme", "int4") == ("int4", 1, 1, 0)
     assert taken("122b", "--gpu", "h100", "--cards", 2)[0] == "fp8-head"
     text = ok("plan", "122b", "--gpu", "h100", "--cards", 2)
-    assert 'Take tensor_parallel_size=2, quantization="fp8": one replica.' in text
+    assert 'Take tensor_parallel_size=2, quantization="fp8", max_num_seqs=32: one replica.' in text
     assert "bf16 fit no sequence of 8192 tokens; fp8-head fits, 58." in text
-    assert "6 us are assumed for each of two sums a layer" in text
+    assert "Between cards two sums a layer are assumed to take 6 us over NVLink each." in text
     assert "Nothing fits" in ok("plan", "397b", "--gpu", "4090", "--cards", 1)
     # One request wants cards that share the model, many want replicas, where a card has room for one.
     few, many = (
@@ -47,6 +47,87 @@ def test_a_layout_is_chosen():
         == as_json("plan", "9b", "--cards", 2)["choices"]
         == []
     )
+
+
+def take(*args):
+    """The arguments that are printed, as `LLM` would take them."""
+    (line,) = [line for line in ok("plan", *args).splitlines() if line.startswith("Take ")]
+    return eval(f"dict({line.removeprefix('Take ').rpartition(': ')[0]})")
+
+
+PRINTED = [
+    ["27b", "--gpu", "5090", "--cards", 1],
+    ["27b", "--gpu", "5090", "--cards", 1, "--fp8-kv", "--f16-state", "--mtp", "--context", 4096],
+    ["122b", "--gpu", "h100", "--cards", 1, "--context", 65536, "--max-num-seqs", 256],
+    ["35b", "--gpu", "4090", "--cards", 2, "--max-num-seqs", 1],
+    ["9b", "--gpu", "dgx spark", "--cards", 2, "--mtp"],
+]
+
+
+@pytest.mark.parametrize("args", PRINTED)
+def test_what_is_printed_can_be_loaded(args):
+    found = take(*args)
+    caches = {"fp8_kv": found.pop("kv_cache_dtype", "") == "fp8"}
+    caches["f16_state"] = found.pop("state_dtype", "") == "float16"
+    usual = {"quantization": None, "mtp": False, "max_model_len": None}
+    usual |= {"max_num_batched_tokens": 512, "gpu_memory_utilization": 0.9}
+    held = json.loads(_core.plan_memory(args[0], gpu=args[2], **{**usual, **found, **caches}))
+    assert "error" not in held, (found, held["error"])
+    assert caches["fp8_kv"] is ("--fp8-kv" in args) and caches["f16_state"] is ("--f16-state" in args)
+    assert found.get("mtp") is (True if "--mtp" in args else None)
+    context = args[args.index("--context") + 1] if "--context" in args else None
+    assert found.get("max_model_len") == context
+    assert 64 * held["num_pages"] >= found["max_num_seqs"] * (context or 8192)
+
+
+def test_what_fewer_run_is_not_said_of_more():
+    text = ok("plan", "27b", "--gpu", "5090", "--cards", 1, "--max-num-seqs", 256)
+    running = take("27b", "--gpu", "5090", "--cards", 1, "--max-num-seqs", 256)["max_num_seqs"]
+    assert 1 < running < 10 and f"{running} of 256 requests fit at once; int4 would run " in text
+    assert f"{running} requests at once: at most" in text and "256 requests at once" not in text
+    assert "1 requests" not in ok("plan", "27b", "--gpu", "5090", "--cards", 1, "--max-num-seqs", 1)
+    # What fits for some tokens and not for a sequence has no speed.
+    text = ok("plan", "27b", "--gpu", "l4", "--cards", 1, "--scheme", "int4", "--context", 131072)
+    (row,) = [line for line in text.splitlines() if "does not fit" in line]
+    assert "tok/s" not in row
+    assert "GiB of weights on the card of 22.5 GiB, which leaves " in text
+    assert "for sequences; one of 131072 tokens needs 8.1" in text
+
+
+def test_what_must_be_published_is_said():
+    for scheme, needs in (("fp8", "fp8, as the official -FP8 ones"), ("nvfp4", "nvfp4"), ("int4", None)):
+        text = ok("plan", "35b", "--gpu", "h100", "--cards", 1, "--scheme", scheme)
+        assert ("needs a checkpoint published in" in text) is (needs is not None)
+        assert needs is None or f"This needs a checkpoint published in {needs}: another" in text
+
+
+def test_sums_take_what_the_link_takes():
+    def sums(*args):
+        return ok("plan", "9b", "--scheme", "bf16", *args)
+
+    assert "take 20 us over PCIe each" in sums("--gpu", "4090", "--cards", 2)
+    assert "take 6 us over NVLink bridges, 20 us over PCIe each" in sums(
+        "--gpu", "h100 nvl", "--cards", 2, "--cards", 4
+    )
+    assert "take 60 us over a network each" in sums("--gpu", "dgx spark", "--cards", 2)
+    assert "take 11.5 us over PCIe each" in sums("--gpu", "l40s", "--cards", 2, "--all-reduce-us", 11.5)
+    assert "Between cards" not in sums("--gpu", "4090", "--cards", 1)
+    fast, slow = (
+        as_json("plan", "9b", "--gpu", "4090", "--cards", 2, "--scheme", "bf16", "--all-reduce-us", us)
+        for us in (0, 100)
+    )
+    fast, slow = (1 / found["rows"][0]["decode_limit_tokens_per_s"] for found in (fast, slow))
+    assert slow - fast == pytest.approx(64 * 100e-6)
+
+
+def test_more_cards_that_cannot_share_are_not_advised(tmp_path):
+    # Four key heads: four cards share it, eight cannot.
+    (tmp_path / "config.json").write_text(json.dumps(demo.config(400)))
+    rows = as_json("plan", tmp_path / "config.json", "--gpu", "1GiB", "--scheme", "bf16")["rows"]
+    able = [row["num_cards"] for row in rows if not row["refused"]]
+    assert able == [1, 2, 4] and not any(row["max_seqs"] for row in rows)
+    text = ok("plan", tmp_path / "config.json", "--gpu", "1GiB", "--scheme", "bf16")
+    assert "more than" not in text and "does not fit" in text
 
 
 def test_sizes_that_do_not_divide_are_explained():
@@ -122,8 +203,15 @@ def test_a_dry_run_says_what_each_rank_holds():
         assert part in text
     arguments = ["plan", "122b", "--gpu", "h100", "--dry-run", "--tensor-parallel-size", "2"]
     result = invoke(*arguments)
-    assert "does not fit: the weights alone are 227.5 GiB on all cards together" in result.stdout
+    assert "does not fit: weights (114.5 GiB on each device; the device has 78.9 GiB free)" in result.stdout
     assert result.exit_code == 1, result.output
+    # What each would have to hold.
+    for part in ("Each of 2 x H100 80GB, if it were large enough", "ranks 0 to 1, GiB", "114.5", "all of it"):
+        assert part in result.stdout
+    assert "Pages are those of one sequence of 64 tokens." in result.stdout
+    result = invoke(*arguments, "--json")
+    needed = json.loads(result.stdout)["memory"]["h100"]
+    assert len(needed["ranks"]) == 2 and needed["ranks"][0]["weights"] > 114 * 2**30 and needed["error"]
 
 
 REFUSED = [
@@ -146,6 +234,8 @@ REFUSED = [
         ["--dry-run", "--cards", "2"],
         "cards: found it with --memory; allowed: without (no vision; cards are --tensor-",
     ),
+    (["--all-reduce-us", "-1"], "all_reduce_us: found -1; allowed: 0 or more"),
+    (["--dry-run", "--all-reduce-us", "0"], "all_reduce_us: found it with --memory; allowed: without"),
     (["--gpu", "h100", "--cards", "2", "--max-num-seqs", "0"], "max_num_seqs: found 0; allowed: 1 or more"),
     (["--gpu", "3GB RAM"], "gpu: found 3GB RAM; allowed: RTX 3090, "),
     (["--gpu", "2TiB"], "or 1 GiB to 1024 GiB of memory, as in 48GiB"),

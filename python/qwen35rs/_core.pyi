@@ -327,6 +327,8 @@ def plan_model(
     with_vision: bool,
     with_mtp: bool,
     num_seqs: int | None = None,
+    max_model_len: int | None = None,
+    all_reduce_us: float | None = None,
 ) -> str: ...
 def quantize_checkpoint(
     path: str | PathLike[str],

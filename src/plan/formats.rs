@@ -113,6 +113,28 @@ impl Scheme {
         })
     }
 
+    /// The argument of `LLM` that makes it of a checkpoint in 16 bits.
+    pub fn quantization(self) -> Option<Quantization> {
+        let group = Quantization::GROUP;
+        match self {
+            Scheme::Fp8Head => Some(Quantization::Fp8),
+            Scheme::Int4 => Some(Quantization::Int4 { group }),
+            Scheme::Mixed => Some(Quantization::Mixed { group }),
+            _ => None,
+        }
+    }
+
+    /// What a checkpoint must be published in that is to be held so: no argument makes it of another.
+    pub fn published(self) -> Option<&'static str> {
+        match self {
+            Scheme::Fp8 => Some("fp8, as the official -FP8 ones"),
+            Scheme::Int4Experts => Some("int4 experts, as the official -GPTQ-Int4 ones"),
+            Scheme::Nvfp4 => Some("nvfp4"),
+            Scheme::Nvfp4Experts => Some("nvfp4 experts"),
+            _ => None,
+        }
+    }
+
     pub(super) fn format(self, role: Role) -> WeightFormat {
         use WeightFormat::{Bf16, Fp8, Int4, Nvfp4};
         let [experts, shared, dense, mixer, head] = match self {

@@ -1,10 +1,38 @@
-//! Cards that people have. Memory as the driver reports it, bandwidth as the vendor states it.
+//! Cards that people have. Memory as the driver reports it, bandwidth and links as the vendor states them.
 
 use std::borrow::Cow;
 
 use serde::Serialize;
 
 use crate::{Error, Result};
+
+/// What joins cards that share a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Link {
+    /// NVLink among all cards of a machine.
+    Nvlink,
+    /// NVLink between two, over a bridge; PCIe among more.
+    Bridge,
+    /// PCIe.
+    Pcie,
+    /// A network: each card is alone in its machine.
+    Network,
+}
+
+impl Link {
+    /// Microseconds that are assumed for a sum of few rows over so many cards. Over NVLink sums of up to 64 rows take 2.9 to
+    /// 6.2 between two H200s (`benches/results/h200x2/all_reduce.txt`). The others are not measured: about what NCCL is
+    /// reported to take between cards on PCIe, and between machines.
+    pub fn all_reduce_us(self, num_cards: usize) -> f64 {
+        match self {
+            Link::Nvlink => 6.0,
+            Link::Bridge if num_cards <= 2 => 6.0,
+            Link::Bridge | Link::Pcie => 20.0,
+            Link::Network => 60.0,
+        }
+    }
+}
 
 /// One kind of card.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -15,30 +43,32 @@ pub struct Gpu {
     pub memory_gib: f64,
     /// Memory bandwidth in GB/s, where it is known.
     pub bandwidth_gbs: Option<f64>,
+    /// What joins it to others.
+    pub link: Link,
 }
 
-const fn card(name: &'static str, memory_gib: f64, bandwidth_gbs: f64) -> Gpu {
-    Gpu { name: Cow::Borrowed(name), memory_gib, bandwidth_gbs: Some(bandwidth_gbs) }
+const fn card(name: &'static str, memory_gib: f64, bandwidth_gbs: f64, link: Link) -> Gpu {
+    Gpu { name: Cow::Borrowed(name), memory_gib, bandwidth_gbs: Some(bandwidth_gbs), link }
 }
 
 /// The cards that `plan` knows.
 pub static GPUS: [Gpu; 16] = [
-    card("RTX 3090", 24.0, 936.0),
-    card("RTX 4090", 24.0, 1008.0),
-    card("RTX 5090", 31.8, 1792.0),
-    card("RTX A6000", 48.0, 768.0),
-    card("RTX 6000 Ada", 48.0, 960.0),
-    card("RTX PRO 6000", 95.6, 1792.0),
-    card("L4", 22.5, 300.0),
-    card("L40S", 45.0, 864.0),
-    card("A100 40GB", 40.0, 1555.0),
-    card("A100 80GB", 80.0, 2039.0),
-    card("H100 80GB", 79.6, 3350.0),
-    card("H100 PCIe", 79.6, 2000.0),
-    card("H100 NVL", 93.6, 3900.0),
-    card("H200", 140.4, 4800.0),
-    card("B200", 179.0, 8000.0),
-    card("DGX Spark", 119.7, 273.0),
+    card("RTX 3090", 24.0, 936.0, Link::Bridge),
+    card("RTX 4090", 24.0, 1008.0, Link::Pcie),
+    card("RTX 5090", 31.8, 1792.0, Link::Pcie),
+    card("RTX A6000", 48.0, 768.0, Link::Bridge),
+    card("RTX 6000 Ada", 48.0, 960.0, Link::Pcie),
+    card("RTX PRO 6000", 95.6, 1792.0, Link::Pcie),
+    card("L4", 22.5, 300.0, Link::Pcie),
+    card("L40S", 45.0, 864.0, Link::Pcie),
+    card("A100 40GB", 40.0, 1555.0, Link::Nvlink),
+    card("A100 80GB", 80.0, 2039.0, Link::Nvlink),
+    card("H100 80GB", 79.6, 3350.0, Link::Nvlink),
+    card("H100 PCIe", 79.6, 2000.0, Link::Bridge),
+    card("H100 NVL", 93.6, 3900.0, Link::Bridge),
+    card("H200", 140.4, 4800.0, Link::Nvlink),
+    card("B200", 179.0, 8000.0, Link::Nvlink),
+    card("DGX Spark", 119.7, 273.0, Link::Network),
 ];
 
 /// The card of a name, in any case, with or without spaces and dashes; and other cards that the name may mean. Or one of so
@@ -73,7 +103,7 @@ pub fn gpu(name: &str) -> Result<(Gpu, Vec<&'static str>)> {
     Ok((found, others))
 }
 
-/// A card of so much memory.
+/// A card of so much memory, of which nothing else is known.
 fn of_memory(text: &str) -> Option<Gpu> {
     let text = text.trim().to_ascii_lowercase();
     let (number, unit) = match (text.strip_suffix("gib"), text.strip_suffix("gb")) {
@@ -83,5 +113,10 @@ fn of_memory(text: &str) -> Option<Gpu> {
     };
     let memory_gib = number.trim().parse::<f64>().ok()? * unit / f64::from(1 << 30);
     let name = Cow::Owned(format!("{memory_gib:.1} GiB"));
-    (1.0..=1024.0).contains(&memory_gib).then_some(Gpu { name, memory_gib, bandwidth_gbs: None })
+    (1.0..=1024.0).contains(&memory_gib).then_some(Gpu {
+        name,
+        memory_gib,
+        bandwidth_gbs: None,
+        link: Link::Pcie,
+    })
 }

@@ -1,12 +1,14 @@
 //! Which layout to take of given cards: how many of them share a model, how many replicas of that there are, and the
-//! precision; and why.
+//! precision; the arguments that load it; and why (`why.rs`).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Gpu, PlanOptions, PlanRow, Scheme, Split, row, step_seconds};
+use super::why::{why, why_not};
+use super::{Gpu, Link, PlanOptions, PlanRow, Scheme, Split, room_of, row, step_seconds};
+use crate::backend::{KvCache, StateType};
 use crate::ranks::MAX_CARDS;
 
 /// What a model can be held in as it is loaded, best first.
@@ -25,10 +27,16 @@ pub struct Layout {
     pub idle_cards: usize,
     /// Weights on each card, in GiB.
     pub weights_gib_per_card: f64,
-    /// Longest single sequence in tokens; 0 where nothing fits.
-    pub max_context: usize,
+    /// Memory of each card that is left for sequences, in GiB; negative where the weights do not fit.
+    pub free_gib_per_card: f64,
+    /// Of it, what a sequence of `context` tokens takes.
+    pub seq_gib_per_card: f64,
     /// Sequences of `context` tokens that fit a replica at once.
     pub max_seqs: usize,
+    /// Of the requests that the layout is for, those of the replica that runs most of them.
+    pub max_num_seqs: usize,
+    /// Longest sequence in tokens where so many may run; 0 where nothing fits.
+    pub max_context: usize,
     /// Tokens per second of one request alone at most, where it fits and the bandwidth is known.
     pub tokens_per_s_alone: Option<f64>,
     /// Of the requests that the layout is for, those that run at once.
@@ -46,6 +54,40 @@ pub struct Refused {
     pub why: String,
 }
 
+/// Arguments of `LLM` that load a layout, each by its name there. What is `None` is left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Arguments {
+    /// Cards that share a model.
+    pub tensor_parallel_size: usize,
+    /// What its matrices are quantised to at load.
+    pub quantization: Option<String>,
+    /// Requests of a replica that run at once.
+    pub max_num_seqs: usize,
+    /// Where a length was asked for.
+    pub max_model_len: Option<usize>,
+    /// Where it is not the usual one.
+    pub kv_cache_dtype: Option<&'static str>,
+    /// The same.
+    pub state_dtype: Option<&'static str>,
+    /// Where the module is asked for.
+    pub mtp: Option<bool>,
+}
+
+impl Arguments {
+    fn of(layout: &Layout, options: &PlanOptions) -> Self {
+        let (caches, [kv_cache_dtype, state_dtype]) = (options.caches(), options.caches().names());
+        Arguments {
+            tensor_parallel_size: layout.tensor_parallel_size,
+            quantization: layout.scheme.quantization().map(|to| to.to_string()),
+            max_num_seqs: layout.max_num_seqs,
+            max_model_len: options.max_model_len,
+            kv_cache_dtype: (caches.kv != KvCache::Auto).then_some(kv_cache_dtype),
+            state_dtype: (caches.state != StateType::F32).then_some(state_dtype),
+            mtp: options.with_mtp.then_some(true),
+        }
+    }
+}
+
 /// What to take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Chosen {
@@ -57,6 +99,10 @@ pub struct Chosen {
     pub replicas: usize,
     /// Cards that are left over.
     pub idle_cards: usize,
+    /// What loads a replica.
+    pub arguments: Arguments,
+    /// What its checkpoint must be published in, where the arguments alone would give something else.
+    pub published: Option<&'static str>,
 }
 
 /// The answer for a number of cards of one kind.
@@ -79,7 +125,8 @@ pub struct Choice {
 }
 
 /// The first precision that fits with `context` tokens, and in it the layout with the most tokens per second of `num_seqs`
-/// requests, or, where no bandwidth is known, the most replicas.
+/// requests, or, where no bandwidth is known, with the most requests that run at once. Cards that only a network joins share
+/// a model where no precision fits one of them.
 pub(super) fn choose(
     gpu: &Gpu,
     num_cards: usize,
@@ -100,10 +147,12 @@ pub(super) fn choose(
     let refused = sizes().filter_map(|(&tensor_parallel_size, split)| {
         Some(Refused { tensor_parallel_size, why: split.as_ref().err()?.clone() })
     });
-    let fits = |layout: &&Layout| layout.max_seqs > 0;
-    let scheme = schemes.iter().find(|&&scheme| layouts.iter().any(|l| l.scheme == scheme && fits(&l)));
-    let among: Vec<&Layout> = layouts.iter().filter(|l| Some(&l.scheme) == scheme).filter(fits).collect();
-    let best = best(&among, |layout| layout.tokens_per_s);
+    let fitting: Vec<&Layout> = layouts.iter().filter(|layout| layout.running > 0).collect();
+    let alone: Vec<&Layout> = fitting.iter().copied().filter(|l| l.tensor_parallel_size == 1).collect();
+    let fitting = if gpu.link == Link::Network && !alone.is_empty() { alone } else { fitting };
+    let scheme = schemes.iter().find(|&&scheme| fitting.iter().any(|layout| layout.scheme == scheme));
+    let among: Vec<&Layout> = fitting.iter().copied().filter(|l| Some(&l.scheme) == scheme).collect();
+    let best = best(&among);
     Choice {
         gpu: gpu.name.clone(),
         num_cards,
@@ -113,9 +162,11 @@ pub(super) fn choose(
             tensor_parallel_size: layout.tensor_parallel_size,
             replicas: layout.replicas,
             idle_cards: layout.idle_cards,
+            arguments: Arguments::of(layout, options),
+            published: layout.scheme.published(),
         }),
         why: match best {
-            Some(best) => why(best, &among, schemes, num_seqs, options),
+            Some(best) => why(gpu, best, &among, &fitting, schemes, num_seqs, options),
             None => vec![why_not(gpu, &layouts, options)],
         },
         refused: refused.collect(),
@@ -135,88 +186,34 @@ fn layout(
     let weights = weights.iter().find(|weights| weights.scheme == row.scheme)?;
     let replicas = num_cards / row.num_cards;
     let running = num_seqs.min(replicas.saturating_mul(row.max_seqs));
-    // The replica that has most of them.
-    let batch = running.div_ceil(replicas);
-    let seconds = step_seconds(gpu, part, weights, batch, options).filter(|_| running > 0);
+    let max_num_seqs = running.div_ceil(replicas);
+    let room = room_of(gpu, part, weights, options);
+    let seconds = step_seconds(gpu, part, weights, max_num_seqs, options).filter(|_| running > 0);
     Some(Layout {
         scheme: row.scheme,
         tensor_parallel_size: row.num_cards,
         replicas,
         idle_cards: num_cards % row.num_cards,
         weights_gib_per_card: row.weights_gib_per_card?,
-        max_context: row.max_context,
+        free_gib_per_card: row.free_gib_per_card?,
+        seq_gib_per_card: row.seq_gib_per_card?,
         max_seqs: row.max_seqs,
-        tokens_per_s_alone: row.decode_limit_tokens_per_s,
+        max_num_seqs,
+        max_context: if running > 0 { room.max_context(max_num_seqs) } else { 0 },
+        tokens_per_s_alone: row.decode_limit_tokens_per_s.filter(|_| running > 0),
         running,
         tokens_per_s: seconds.map(|seconds| running as f64 / seconds),
     })
 }
 
-/// The layout with the most of something; of equals the one with the fewest cards to a model.
-fn best<'a>(layouts: &[&'a Layout], most: impl Fn(&Layout) -> Option<f64>) -> Option<&'a Layout> {
-    let value = |layout: &Layout| most(layout).unwrap_or(0.0);
-    layouts.iter().copied().rev().max_by(|a, b| value(a).total_cmp(&value(b)))
-}
-
-fn why(
-    best: &Layout,
-    among: &[&Layout],
-    schemes: &[Scheme],
-    num_seqs: usize,
-    options: &PlanOptions,
-) -> Vec<String> {
-    let worse: Vec<_> =
-        schemes.iter().take_while(|&&scheme| scheme != best.scheme).map(|scheme| scheme.name()).collect();
-    let fits = format!(
-        "{} fits, {:.1} GiB of weights on a card, with up to {} tokens of context",
-        best.scheme.name(),
-        best.weights_gib_per_card,
-        best.max_context
-    );
-    let mut why = vec![match worse.is_empty() {
-        true => format!("{fits}."),
-        false => format!("{} fit no sequence of {} tokens; {fits}.", worse.join(", "), options.context),
-    }];
-    let size = |layout: &Layout| format!("tensor_parallel_size {}", layout.tensor_parallel_size);
-    let Some(tokens) = best.tokens_per_s else {
-        why.push("The card's bandwidth is not known: this has the most replicas that fit.".into());
-        return why;
-    };
-    let others: Vec<&Layout> =
-        among.iter().copied().filter(|l| l.tensor_parallel_size != best.tensor_parallel_size).collect();
-    let second = self::best(&others, |layout| layout.tokens_per_s);
-    let against = second.and_then(|l| Some(format!(", {:.0} with {}", l.tokens_per_s?, size(l))));
-    why.push(format!(
-        "{num_seqs} requests at once: at most {tokens:.0} tokens/s in all{}.",
-        against.unwrap_or_default()
-    ));
-    if let Some(alone) = self::best(among, |layout| layout.tokens_per_s_alone)
-        && let (Some(most), Some(here)) = (alone.tokens_per_s_alone, best.tokens_per_s_alone)
-    {
-        let same = alone.tensor_parallel_size == best.tensor_parallel_size;
-        let against = if same { String::new() } else { format!(", {most:.0} with {}", size(alone)) };
-        why.push(format!("One request alone: at most {here:.0} tokens/s{against}."));
-    }
-    why
-}
-
-fn why_not(gpu: &Gpu, layouts: &[Layout], options: &PlanOptions) -> String {
-    let usable = gpu.memory_gib * options.memory_utilization - options.reserve_gib;
-    let smallest = layouts.iter().min_by(|a, b| a.weights_gib_per_card.total_cmp(&b.weights_gib_per_card));
-    let Some(layout) = smallest else {
-        return "No precision that was asked for says anything about this model.".into();
-    };
-    let cards = match layout.tensor_parallel_size {
-        1 => "a card".into(),
-        n => format!("each of {n} cards that share it"),
-    };
-    format!(
-        "Nothing fits with {} tokens of context: {} takes {:.1} GiB of weights on {cards}, which has {usable:.1} GiB for them \
-         and for sequences.",
-        options.context,
-        layout.scheme.name(),
-        layout.weights_gib_per_card,
-    )
+/// The layout with the most tokens per second, or with the most requests that run; of equals the one with the fewest cards to
+/// a model.
+pub(super) fn best<'a>(layouts: &[&'a Layout]) -> Option<&'a Layout> {
+    let value = |layout: &Layout| (layout.tokens_per_s.unwrap_or(0.0), layout.running);
+    layouts.iter().copied().rev().max_by(|a, b| {
+        let ((a, running), (b, others)) = (value(a), value(b));
+        a.total_cmp(&b).then(running.cmp(&others))
+    })
 }
 
 #[cfg(test)]

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 
-use super::part_of;
+use super::{cache_bytes, part_of, what_fits};
 use crate::Result;
-use crate::backend::Caches;
 use crate::backend::cuda::Cuda;
+use crate::backend::{Backend, Caches};
+use crate::batch::PAGE_LEN;
+use crate::cache::pages_for;
 use crate::config::{ModelConfig, Shard};
 use crate::engine::{Engine, EngineLimits, Report, follow};
 use crate::model::Model;
@@ -52,6 +54,7 @@ pub struct Held {
 struct Load {
     run: DryRun,
     config: ModelConfig,
+    checkpoint: Checkpoint,
     tensors: ModelTensors,
     module: Option<MtpTensors>,
     /// Of each rank, as they come.
@@ -73,7 +76,8 @@ impl DryRun {
             None => (tensors, module),
         };
         let ledgers = Mutex::default();
-        let load = Arc::new(Load { run: self, config: config.clone(), tensors, module, ledgers });
+        let (config, checkpoint) = (config.clone(), checkpoint.clone());
+        let load = Arc::new(Load { run: self, config, checkpoint, tensors, module, ledgers });
         let group: Option<Arc<dyn Group>> = match load.run.shard.world {
             1 => None,
             world => {
@@ -85,7 +89,7 @@ impl DryRun {
             }
         };
         let made = load.part(0, group.clone()).and_then(|model| {
-            Engine::among(model, group.clone(), &load.run.limits, config.vocab, Vec::new())
+            Engine::among(model, group.clone(), &load.run.limits, load.config.vocab, Vec::new())
         });
         let engine = made.inspect_err(|error| {
             if let Some(group) = &group {
@@ -94,6 +98,22 @@ impl DryRun {
         })?;
         let ledgers = load.ledgers.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Held { report: engine.report(), ranks: ledgers.values().map(|ledger| ledger()).collect() })
+    }
+
+    /// What cards would have to hold at least where these are too small: with pages for one sequence, as long as is asked for or
+    /// of one page.
+    ///
+    /// # Errors
+    /// As [`DryRun::held`], but for memory.
+    pub fn needed(mut self, config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Held> {
+        let part = part_of(config, self.shard)?;
+        let (kv, mtp_kv) = cache_bytes(part.config()).kv(self.caches);
+        let token_bytes = (kv + if self.mtp { mtp_kv } else { 0 }) as usize;
+        let len = self.limits.max_model_len.unwrap_or(PAGE_LEN).min(config.max_context());
+        self.limits.max_model_len = Some(len);
+        self.limits.kv_cache_bytes = Some(pages_for(len) * PAGE_LEN * token_bytes);
+        self.card_bytes = usize::MAX;
+        self.held(config, checkpoint)
     }
 }
 
@@ -110,8 +130,10 @@ impl Load {
             None => card,
         };
         let tensors = self.tensors.clone();
-        let model = Model::load_shard(config, shard, tensors, None, card, |_, _| Ok(()))?;
-        let model = model.with_caches(self.run.caches);
+        let free = card.free_memory()?;
+        let loaded = Model::load_shard(config, shard, tensors, None, card, |_, _| Ok(()));
+        let explain = |error| what_fits(error, &self.checkpoint, config, shard, self.run.quantization, free);
+        let model = loaded.map_err(explain)?.with_caches(self.run.caches);
         match &self.module {
             Some(module) => model.with_mtp(module.sharded(config, shard)?, None),
             None => Ok(model),
@@ -123,7 +145,7 @@ impl Load {
 mod tests {
     use super::*;
     use crate::backend::{KvCache, StateType};
-    use crate::plan::{Part, PlanOptions, Scheme, family_config, gpu, plan};
+    use crate::plan::{Arguments, Gpu, Part, PlanOptions, Scheme, family_config, gpu, plan};
 
     fn limits() -> EngineLimits {
         EngineLimits { max_num_seqs: 64, max_num_batched_tokens: 8192, ..EngineLimits::default() }
@@ -176,10 +198,28 @@ mod tests {
         let saved: usize = projections.map(|tensor| tensor.num_elements()).sum();
         let found = (plain - codes) as usize;
         assert!(found < saved && found > saved - saved / 100, "{found} {saved}");
-        assert!(
-            saved > 1 << 20
-                && crate::plan::stored(&to, &config, &Part::whole(&config)).unwrap().resident < codes as u64
-        );
+        assert!(saved > 1 << 20);
+    }
+
+    /// The model's projections keep their codes; its experts are too small for kernels that take them.
+    #[test]
+    fn a_quantised_checkpoint_is_counted_as_it_is_held() {
+        let folder = tempfile::tempdir().unwrap();
+        let from = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("python/qwen35rs/model");
+        for to in [Quantization::Fp8, Quantization::Int4 { group: 32 }, Quantization::Mixed { group: 32 }] {
+            let dir = folder.path().join(to.to_string());
+            crate::quantize::quantize(&from, &dir, to, None, |_, _| Ok(())).unwrap();
+            let (config, checkpoint) =
+                (ModelConfig::from_dir(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
+            for world in [1, 2, 4] {
+                let Ok(part) = Part::new(&config, Shard::first(world, false).unwrap()) else { continue };
+                let counted = crate::plan::stored(&dir, &config, &part).unwrap().resident as f64;
+                let run = DryRun { limits: EngineLimits::default(), ..shared(world, 8) };
+                let found = run.held(&config, &checkpoint).unwrap().ranks[0]["weights"] as f64;
+                // Vectors are f32 there.
+                assert!((counted / found - 1.0).abs() < 0.02, "{to} {world}: {counted} {found}");
+            }
+        }
     }
 
     #[test]
@@ -270,42 +310,177 @@ mod tests {
         assert!((weights(experts) / weights(shared(2, 80)) - 1.0).abs() < 1e-3);
     }
 
+    /// The engine that these arguments make on a card.
+    fn made_by(arguments: &Arguments, card: &Gpu) -> DryRun {
+        let Arguments { tensor_parallel_size, max_num_seqs, max_model_len, mtp, .. } = *arguments;
+        let parse = |name: &str| Quantization::parse(name, Quantization::GROUP).unwrap();
+        let (kv, state) =
+            (arguments.kv_cache_dtype.unwrap_or("auto"), arguments.state_dtype.unwrap_or("float32"));
+        DryRun {
+            quantization: arguments.quantization.as_deref().map(parse),
+            mtp: mtp.unwrap_or(false),
+            caches: Caches::from_names(kv, state).unwrap(),
+            limits: EngineLimits { max_num_seqs, max_model_len, ..EngineLimits::default() },
+            shard: Shard::first(tensor_parallel_size, false).unwrap(),
+            card_bytes: (card.memory_gib * f64::from(1 << 30)) as usize,
+        }
+    }
+
+    /// Loads what is chosen for each of these numbers of cards and of requests, with the arguments that are said, and no others.
+    /// How many there were.
+    fn load_all(name: &str, card: &str, options: &PlanOptions) -> usize {
+        let (config, card) = (family_config(name).unwrap(), gpu(card).unwrap().0);
+        let weights = |scheme: Scheme, part: &Part| Ok(part.weights(scheme));
+        let mut num_loaded = 0;
+        for num_seqs in [1, 32, 300] {
+            let options = PlanOptions { num_seqs: Some(num_seqs), ..options.clone() };
+            let cards = std::slice::from_ref(&card);
+            let found = plan(&config, cards, &[1, 2, 4, 8], &[], &weights, &options).unwrap();
+            for choice in found.choices {
+                let Some(chosen) = choice.chosen else { continue };
+                let arguments = &chosen.arguments;
+                let said = format!("{name} on {} {}: {arguments:?}", choice.num_cards, card.name);
+                let held = made_by(arguments, &card).held(&config, &Checkpoint::random());
+                let report = held.unwrap_or_else(|error| panic!("{said}: {error}")).report;
+                // As many as are said run at once, and are as long as is said.
+                let all = arguments.max_num_seqs * pages_for(options.context);
+                assert!(arguments.max_num_seqs <= num_seqs && report.num_pages >= all, "{said}");
+                let same = |layout: &&crate::plan::Layout| {
+                    layout.scheme == chosen.scheme
+                        && layout.tensor_parallel_size == chosen.tensor_parallel_size
+                };
+                let layout = choice.layouts.iter().find(same).unwrap();
+                let longest = options.max_model_len.unwrap_or(layout.max_context);
+                assert!(report.max_model_len >= longest && layout.max_context >= longest, "{said}");
+                num_loaded += 1;
+            }
+        }
+        num_loaded
+    }
+
     #[test]
     fn what_is_chosen_can_be_loaded() {
-        for (name, card, num_cards, num_seqs) in [
-            ("122b", "H200", 2, 32),
-            ("122b", "H100 80GB", 1, 8),
-            ("122b", "H100 80GB", 4, 32),
-            ("35b", "H100 80GB", 8, 64),
-            ("35b", "RTX 4090", 2, 8),
-            ("397b", "H200", 8, 32),
-            ("27b", "RTX 4090", 4, 8),
+        let mut num_loaded = 0;
+        for name in ["0.8b", "4b", "9b", "27b", "35b", "122b", "397b"] {
+            for card in ["RTX 4090", "RTX 5090", "H100 80GB", "H200", "DGX Spark"] {
+                num_loaded += load_all(name, card, &PlanOptions::default());
+            }
+        }
+        assert!(num_loaded > 300, "{num_loaded}");
+    }
+
+    #[test]
+    fn what_is_chosen_can_be_loaded_with_all_that_was_asked_for() {
+        let all = PlanOptions {
+            context: 32_768,
+            max_model_len: Some(32_768),
+            fp8_kv: true,
+            f16_state: true,
+            with_mtp: true,
+            ..PlanOptions::default()
+        };
+        let fp8 = PlanOptions { fp8_kv: true, ..PlanOptions::default() };
+        let long = PlanOptions { context: 131_072, max_model_len: Some(131_072), ..PlanOptions::default() };
+        for options in [all, fp8, long] {
+            for (name, card) in [
+                ("9b", "RTX 4090"),
+                ("27b", "RTX 5090"),
+                ("27b", "L40S"),
+                ("35b", "RTX 4090"),
+                ("122b", "H100 80GB"),
+                ("397b", "H200"),
+            ] {
+                assert!(load_all(name, card, &options) > 0, "{name} on {card}: {options:?}");
+            }
+        }
+    }
+
+    /// What an error says would do, does.
+    #[test]
+    fn advice_can_be_loaded() {
+        let number = |text: &str, before: &str| -> usize {
+            let (_, after) = text.split_once(before).unwrap_or_else(|| panic!("{before} in {text}"));
+            after.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+        };
+        for (name, gib, caches) in [
+            ("27b", 60, Caches::default()),
+            ("9b", 22, Caches { kv: KvCache::Fp8, state: StateType::F32 }),
+            ("122b", 240, Caches::default()),
         ] {
-            let (config, card) = (family_config(name).unwrap(), gpu(card).unwrap().0);
-            let options = PlanOptions { num_seqs: Some(num_seqs), ..PlanOptions::default() };
-            let weights = |scheme: Scheme, part: &Part| Ok(part.weights(scheme));
-            let found =
-                plan(&config, std::slice::from_ref(&card), &[num_cards], &[], &weights, &options).unwrap();
-            let chosen = found.choices[0].chosen.as_ref().unwrap();
-            let quantization = match chosen.scheme {
-                Scheme::Bf16 => None,
-                Scheme::Fp8Head => Some(Quantization::Fp8),
-                Scheme::Mixed => Some(Quantization::Mixed { group: Quantization::GROUP }),
-                _ => Some(Quantization::Int4 { group: Quantization::GROUP }),
+            let full = DryRun { caches, ..alone(gib) };
+            let with = |max_num_seqs: usize, max_model_len: Option<usize>| {
+                let limits = EngineLimits { max_num_seqs, max_model_len, ..EngineLimits::default() };
+                of(name, DryRun { limits, ..full.clone() })
             };
-            let limits = EngineLimits {
-                max_num_seqs: num_seqs.div_ceil(chosen.replicas),
-                max_model_len: Some(options.context),
-                ..EngineLimits::default()
-            };
-            let run = DryRun {
-                quantization,
-                limits,
-                card_bytes: (card.memory_gib * f64::from(1 << 30)) as usize,
-                ..shared(chosen.tensor_parallel_size, 0)
-            };
-            let held = run.held(&config, &Checkpoint::random());
-            assert!(held.is_ok(), "{name} on {num_cards} {}: {chosen:?} {:?}", card.name, held.err());
+            let text = with(512, None).unwrap_err().to_string();
+            assert!(text.contains("are left for keys and values"), "{text}");
+            let fewer = number(&text, "lower max_num_seqs to ");
+            let found = with(fewer, None);
+            assert!(found.is_ok(), "{name}: {text}; then {:?}", found.err());
+            // No fewer than it takes.
+            assert!(with(fewer + 4, None).is_err(), "{name}: {text}");
+            let text = with(fewer / 2, Some(262_144)).unwrap_err().to_string();
+            let shorter = number(&text, "lower max_model_len to ");
+            assert!(with(fewer / 2, Some(shorter)).is_ok() && shorter < 262_144, "{name}: {text}");
+        }
+    }
+
+    #[test]
+    fn weights_that_are_too_large_say_what_would_fit() {
+        let said = |name: &str, run: DryRun| of(name, run).unwrap_err().to_string();
+        assert_eq!(
+            said("122b", alone(80)),
+            "out of memory: weights (227.5 GiB; the device has 79.3 GiB free); what would fit: quantization=\"mixed\" (62.4 GiB), \
+             or tensor_parallel_size=4 (58.0 GiB on each device); or end what else runs on the device"
+        );
+        assert_eq!(
+            said("397b", alone(80)),
+            "out of memory: weights (738.3 GiB; the device has 79.3 GiB free); what would fit: tensor_parallel_size=4 with \
+             quantization=\"int4\" (50.1 GiB on each device); or end what else runs on the device"
+        );
+        let text = said("397b", alone(8));
+        assert!(text.contains("take a device with more memory or a smaller model, or end"), "{text}");
+        let text = said("122b", shared(2, 80));
+        assert!(text.contains("GiB on each device; the device has") && text.contains("=4 ("), "{text}");
+        // Whatever it is that is too large.
+        let run = DryRun { quantization: Some(Quantization::Fp8), ..alone(80) };
+        assert!(said("122b", run).contains("quantization=\"mixed\" ("));
+        // Buffers are no weights.
+        let limits = EngineLimits { max_num_batched_tokens: 1 << 20, ..limits() };
+        let text = said("35b", DryRun { limits, ..alone(80) });
+        assert!(
+            text.contains("lower max_model_len, max_num_seqs") && !text.contains("quantization"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_card_of_80_gb_holds_the_122b_in_four_bits() {
+        let group = Quantization::GROUP;
+        for quantization in [Quantization::Int4 { group }, Quantization::Mixed { group }] {
+            let card_bytes = (gpu("H100 80GB").unwrap().0.memory_gib * f64::from(1 << 30)) as usize;
+            let limits = EngineLimits::default();
+            let run = DryRun { quantization: Some(quantization), limits, card_bytes, ..alone(0) };
+            let report = of("122b", run).unwrap().report;
+            assert!(report.max_model_len >= 65_536, "{quantization:?}: {}", report.max_model_len);
+        }
+    }
+
+    #[test]
+    fn what_is_needed_is_what_then_fits() {
+        for run in [alone(80), shared(2, 80)] {
+            let config = family_config("122b").unwrap();
+            assert!(run.clone().held(&config, &Checkpoint::random()).is_err());
+            let limits = EngineLimits { max_model_len: Some(1000), ..limits() };
+            let run = DryRun { limits, ..run };
+            let Held { report, ranks } = run.clone().needed(&config, &Checkpoint::random()).unwrap();
+            assert_eq!((report.max_model_len, report.num_pages), (1000, 16));
+            let most = ranks.iter().map(|bytes| bytes.values().sum::<usize>()).max().unwrap();
+            let weights = ranks[0]["weights"];
+            let card_bytes = weights + (most - weights) * 10 / 8;
+            assert!(DryRun { card_bytes, ..run.clone() }.held(&config, &Checkpoint::random()).is_ok());
+            let card_bytes = most - (1 << 20);
+            assert!(DryRun { card_bytes, ..run }.held(&config, &Checkpoint::random()).is_err());
         }
     }
 }

@@ -191,7 +191,7 @@ fn a_plan_refuses_by_name() {
     assert_eq!(field(PlanOptions { memory_utilization: 0.0, ..with() }, 1), "memory_utilization");
     assert_eq!(field(PlanOptions { memory_utilization: f64::NAN, ..with() }, 1), "memory_utilization");
     assert_eq!(field(PlanOptions { reserve_gib: -1.0, ..with() }, 1), "reserve_gib");
-    assert_eq!(field(PlanOptions { all_reduce_us: f64::INFINITY, ..with() }, 1), "all_reduce_us");
+    assert_eq!(field(PlanOptions { all_reduce_us: Some(f64::INFINITY), ..with() }, 1), "all_reduce_us");
     assert_eq!(field(PlanOptions { num_seqs: Some(0), ..with() }, 1), "max_num_seqs");
     assert_eq!(field(with(), 0), "card_counts");
     assert!(matches!(Scheme::from_name("q4"), Err(Error::Request { .. })));

@@ -15,7 +15,7 @@ use crate::config::{ModelConfig, Shard};
 use crate::engine::{Engine, EngineLimits, follow};
 use crate::machine::available_memory;
 use crate::model::Model;
-use crate::plan::{Part, Scheme};
+use crate::plan::{Part, Scheme, what_fits};
 use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Tcp, Threads, agree};
 use crate::service::{Service, panicked};
 use crate::weights::quant::Quantization;
@@ -242,8 +242,10 @@ impl Load {
                 false => report(&self.progress, done, total),
             }
         };
-        let model = Model::load_shard(config, shard, tensors, self.dtype, backend, report)?;
-        let model = model.with_caches(self.caches);
+        let free = backend.free_memory()?;
+        let loaded = Model::load_shard(config, shard, tensors, self.dtype, backend, report);
+        let explain = |error| what_fits(error, &checkpoint, config, shard, self.quantization, free);
+        let model = loaded.map_err(explain)?.with_caches(self.caches);
         let Some(mut module) = module else { return Ok(model) };
         if let Some(quantization) = self.quantization {
             module = module.requantised(quantization);

@@ -166,6 +166,15 @@ struct NamedCard {
     others: Vec<&'static str>,
 }
 
+/// A dry run that does not fit.
+#[cfg(feature = "cuda")]
+#[derive(Serialize)]
+struct TooLarge {
+    error: String,
+    #[serde(flatten)]
+    needed: plan::Held,
+}
+
 /// The configuration of a directory, of a GGUF file, of a `config.json`, or of a size of the family by its name.
 pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
     if model.is_dir() || model.is_file() && gguf::find(model)?.is_some() {
@@ -192,7 +201,7 @@ fn is_stored(model: &Path, config: &ModelConfig) -> Result<bool> {
 /// JSON plan of a model, named by a family name or by the path of a checkpoint or of a `config.json`. With `num_seqs`, a layout
 /// is chosen for each card and number of cards, for so many requests at once.
 #[pyfunction]
-#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, f16_state, with_vision, with_mtp, num_seqs=None))]
+#[pyo3(signature = (model, *, gpus, cards, schemes, context, fp8_kv, f16_state, with_vision, with_mtp, num_seqs=None, max_model_len=None, all_reduce_us=None))]
 #[allow(clippy::too_many_arguments)]
 fn plan_model(
     py: Python<'_>,
@@ -206,6 +215,8 @@ fn plan_model(
     with_vision: bool,
     with_mtp: bool,
     num_seqs: Option<usize>,
+    max_model_len: Option<usize>,
+    all_reduce_us: Option<f64>,
 ) -> PyResult<String> {
     let make = || {
         let config = model_config(Path::new(model))?;
@@ -240,6 +251,8 @@ fn plan_model(
             with_vision,
             with_mtp,
             num_seqs,
+            max_model_len,
+            all_reduce_us,
             ..PlanOptions::default()
         };
         let plan = plan::plan(&config, &gpus, &cards, &schemes, &weights, &options)?;
@@ -250,7 +263,8 @@ fn plan_model(
 }
 
 /// JSON of what this version would hold of a model on each of so many cards of so much memory, and leave for keys and values;
-/// None where it was built without CUDA. The model is named as for [`plan_model`].
+/// or what is wrong and what they would have to hold at least; None where it was built without CUDA. The model is named as for
+/// [`plan_model`].
 #[pyfunction]
 #[pyo3(signature = (model, *, gpu, quantization, mtp, fp8_kv, f16_state, max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, tensor_parallel_size=1, expert_parallel=false))]
 #[allow(clippy::too_many_arguments, unused_variables)]
@@ -292,7 +306,13 @@ fn plan_memory(
                 shard: Shard::first(tensor_parallel_size, expert_parallel)?,
                 card_bytes: (plan::gpu(gpu)?.0.memory_gib * f64::from(1 << 30)) as usize,
             };
-            json(&run.held(&config, &checkpoint)?).map(Some)
+            match run.clone().held(&config, &checkpoint) {
+                Err(Error::OutOfMemory { what, advice }) => {
+                    let needed = run.needed(&config, &checkpoint)?;
+                    json(&TooLarge { error: format!("{what}; {advice}"), needed }).map(Some)
+                }
+                held => json(&held?).map(Some),
+            }
         })
         .map_err(to_py);
     #[cfg(not(feature = "cuda"))]

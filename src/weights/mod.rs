@@ -4,6 +4,7 @@ mod ahead;
 mod checkpoint;
 mod dtype;
 mod elements;
+pub mod form;
 mod gguf;
 mod hash;
 mod mtp;

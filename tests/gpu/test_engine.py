@@ -125,8 +125,12 @@ def test_memory_is_what_was_planned(model, quantization, caches):
 
 
 def test_too_little_memory_is_an_error():
-    with pytest.raises(OutOfMemoryError, match=r"weights .*lower max_model_len"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"weights \(738.3 GiB; .* what would fit: tensor_parallel_size="
+    ):
         LLM("397b", load_format="dummy", device="cuda")
+    with pytest.raises(OutOfMemoryError, match=r"left for keys and values; .* lower max_num_seqs to \d+, or"):
+        LLM("9b", load_format="dummy", device="cuda", max_num_seqs=4096)
 
 
 def test_random_weights_of_full_size():

@@ -8,12 +8,10 @@ from typing import Any
 from .inspect import table_of
 from .terminal import BOLD, console, write
 
-_QUANTIZATION = {"fp8-head": "fp8", "mixed": "mixed", "int4": "int4"}
-
 
 def show_choice(choice: dict[str, Any]) -> None:
     """The layouts of the precision that was chosen, which of them to take, and why."""
-    chosen, num_seqs = choice["chosen"], choice["num_seqs"]
+    chosen = choice["chosen"]
     table = table_of(
         f"{choice['num_cards']} x {choice['gpu']}",
         ("precision", "left"),
@@ -23,7 +21,8 @@ def show_choice(choice: dict[str, Any]) -> None:
         ("longest context", "right"),
         ("sequences each", "right"),
         ("one request", "right"),
-        (f"{num_seqs:,} requests" if num_seqs > 1 else "alone", "right"),
+        ("at once", "right"),
+        ("all of them", "right"),
     )
     for layout in choice["layouts"]:
         if chosen and layout["scheme"] != chosen["scheme"]:
@@ -37,16 +36,18 @@ def show_choice(choice: dict[str, Any]) -> None:
             f"{layout['max_context']:,}" if does else "does not fit",
             f"{layout['max_seqs']:,}" if does else "",
             _speed(layout["tokens_per_s_alone"]),
+            f"{layout['running']:,}" if does else "",
             _speed(layout["tokens_per_s"]),
         )
     console().print(table)
     if chosen:
-        quantization = _QUANTIZATION.get(chosen["scheme"])
-        arguments = [f"tensor_parallel_size={chosen['tensor_parallel_size']}"]
-        arguments += [f'quantization="{quantization}"'] if quantization else []
         replicas = "one replica" if chosen["replicas"] == 1 else f"{chosen['replicas']} replicas"
         idle = f", {chosen['idle_cards']} idle" if chosen["idle_cards"] else ""
-        write(f"Take {', '.join(arguments)}: {replicas}{idle}.\n", BOLD)
+        write(f"Take {_arguments(chosen['arguments'])}: {replicas}{idle}.\n", BOLD)
+    if chosen and chosen["published"]:
+        write(
+            f"This needs a checkpoint published in {chosen['published']}: another is held as it is stored.\n"
+        )
     for sentence in choice["why"]:
         write(f"{sentence}\n")
     if choice["refused"]:
@@ -55,21 +56,28 @@ def show_choice(choice: dict[str, Any]) -> None:
         write(f"tensor_parallel_size cannot be {sizes}; {allowed}.\n")
 
 
+def _arguments(arguments: dict[str, Any]) -> str:
+    """As `LLM` takes them."""
+    said = {name: f'"{value}"' if isinstance(value, str) else value for name, value in arguments.items()}
+    return ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+
+
 def _speed(tokens: float | None) -> str:
     return "" if tokens is None else f"{tokens:,.0f} tok/s"
 
 
 def show_held(gpu: str, report: dict[str, Any]) -> None:
-    """What cards hold, ranks with the same bytes side by side in one column."""
-    if "error" in report:
-        write(f"{gpu}: does not fit: {report['error']}\n")
-        return
+    """What cards hold, or would have to hold at least; ranks with the same bytes side by side in one column."""
+    error = report.get("error")
+    if error:
+        write(f"{gpu}: does not fit: {error}\n")
     ranks = report["ranks"]
     alike = [
         (found, [i for i, _ in group])
         for found, group in groupby(enumerate(ranks), key=lambda numbered: numbered[1])
     ]
     title = f"One {gpu}" if len(ranks) == 1 else f"Each of {len(ranks)} x {gpu}"
+    title += ", if it were large enough" if error else ""
     columns = [("GiB" if len(ranks) == 1 else _ranks(numbers), "right") for _, numbers in alike]
     table = table_of(title, ("held for", "left"), *columns)
     names = {name: max(found.get(name, 0) for found in ranks) for found in ranks for name in found}
@@ -79,6 +87,9 @@ def show_held(gpu: str, report: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("all of it", *(f"{sum(found.values()) / 2**30:.3f}" for found, _ in alike))
     console().print(table)
+    if error:
+        write(f"Pages are those of one sequence of {report['max_model_len']:,} tokens.\n")
+        return
     write(
         f"Pages hold {64 * report['num_pages']:,} tokens, a sequence at most {report['max_model_len']:,}. "
         "What recorded decode steps take comes later, up to 0.06 GiB.\n"

@@ -21,9 +21,9 @@ GPUS = ["RTX 4090", "RTX 5090", "RTX PRO 6000", "L40S", "A100 80GB", "H100 80GB"
 CARDS = [1, 2, 4, 8]
 MOST_CARDS = 4096
 SCHEMES = ["bf16", "fp8", "int4"]
-SCHEME_OF = {None: "bf16", "int4": "int4", "fp8": "fp8-head", "mixed": "mixed"}
 STORED = "stored"
 CONTEXT = 8192
+LINKS = {"nvlink": "NVLink", "bridge": "NVLink bridges", "pcie": "PCIe", "network": "a network"}
 
 
 @guarded
@@ -97,6 +97,13 @@ def plan(
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(help="With --memory: prompt tokens of a step. \\[default: 512]")
     ] = None,
+    all_reduce_us: Annotated[
+        float | None,
+        typer.Option(
+            help="Microseconds that a sum over the cards of a model takes. \\[default: by the link of the card: 6 over "
+            "NVLink, 20 over PCIe, 60 over a network]"
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say whether a model fits on GPUs, how fast it could decode at most, and which layout to take. No GPU is needed.
@@ -132,15 +139,16 @@ def plan(
     for name, given in {"quantization": quantization, "expert_parallel": expert_parallel}.items():
         if given and not memory:
             raise _core.RequestError(f"{name}: found it without --memory; allowed: with it")
-    if quantization not in SCHEME_OF:
+    if quantization not in (None, "int4", "fp8", "mixed"):
         raise _core.RequestError(f"quantization: found {quantization}; allowed: int4, fp8, mixed")
-    others = {"scheme": scheme, "cards": cards, "context": context, "vision": vision}
+    others: dict[str, Any] = {"scheme": scheme, "cards": cards, "context": context, "vision": vision or None}
+    others["all_reduce_us"] = all_reduce_us
     for name, other in others.items():
-        if memory and other:
+        if memory and other is not None:
             raise _core.RequestError(
                 f"{name}: found it with --memory; allowed: without (no vision; cards are --tensor-parallel-size)"
             )
-    source = _source(model)
+    source, asked_context = _source(model), context
 
     def ask(gpus: list[str], cards: list[int], schemes: list[str], context: int) -> dict[str, Any]:
         text = _core.plan_model(
@@ -154,6 +162,8 @@ def plan(
             with_vision=vision,
             with_mtp=mtp,
             num_seqs=(32 if max_num_seqs is None else max_num_seqs) if chooses else None,
+            max_model_len=asked_context,
+            all_reduce_us=all_reduce_us,
         )
         plan: dict[str, Any] = json_text.loads(text)
         return plan
@@ -192,9 +202,8 @@ def plan(
         limits |= {"fp8_kv": fp8_kv, "f16_state": f16_state}
         limits |= {name: value for name, value in sizes.items() if value is not None}
         limits["quantization"] = quantization
-        counted = STORED if planned["stored"] and quantization is None else SCHEME_OF[quantization]
-        weights = next(row["resident"] for row in ask([], [], [counted], context)["weights"])
-        held = {name: _held(source, name, limits, weights) for name in gpu or ["H100 80GB"]}
+        limits["gpu_memory_utilization"] = planned["options"]["memory_utilization"]
+        held = {name: _held(source, name, limits) for name in gpu or ["H100 80GB"]}
         if json:
             write_json({"model": model, **found, "memory": held})
         else:
@@ -220,20 +229,9 @@ def _declared(quantised: dict[str, Any]) -> str:
     return "nvfp4" if quantised["nvfp4"] else "fp8"
 
 
-def _held(source: str, gpu: str, limits: dict[str, Any], weights: int) -> dict[str, Any]:
-    """What an engine holds on a card, or why it does not fit."""
-    try:
-        text = _core.plan_memory(source, gpu=gpu, gpu_memory_utilization=0.9, **limits)
-    except _core.OutOfMemoryError as error:
-        reason = str(error).removeprefix("out of memory: ")
-        together = "" if limits["tensor_parallel_size"] == 1 else " on all cards together"
-        sized = f"{weights / 2**30:.1f} GiB{together}"
-        if reason.startswith("weights ("):
-            few = "" if limits["quantization"] else "--quantization int4, or "
-            return {
-                "error": f"the weights alone are {sized}; take {few}more cards (--tensor-parallel-size), or larger ones"
-            }
-        return {"error": f"{reason} (the weights are {sized})"}
+def _held(source: str, gpu: str, limits: dict[str, Any]) -> dict[str, Any]:
+    """What an engine holds on a card; or why it does not fit, and what it would have to hold."""
+    text = _core.plan_memory(source, gpu=gpu, **limits)
     if text is None:
         raise _core.RequestError("--memory: found a build without CUDA; allowed: a build with it")
     report: dict[str, Any] = json_text.loads(text)
@@ -282,11 +280,26 @@ def _show(model: str, found: dict[str, Any], fewest: bool) -> None:
     write(
         f"Sequences are {context:,} tokens long, keys and values {'fp8' if options['fp8_kv'] else 'bf16'}, "
         f"states {'f16' if options['f16_state'] else 'f32'}"
-        f"{''.join(f', {name} held' for name in held)}; {options['memory_utilization']:.0%} of each card is used, "
-        f"{options['reserve_gib']} GiB of it for work space. Tokens per second are what the bandwidth allows one "
-        f"sequence at most; between cards {options['all_reduce_us']:g} us are assumed for each of two sums a layer, as over NVLink "
-        "and for few tokens.\n"
+        f"{''.join(f', {name} held' for name in held)}; {options['reserve_gib']} GiB of each card are left for work space, "
+        f"and {options['memory_utilization']:.0%} of what weights leave beside them is used. Tokens per second are what the "
+        f"bandwidth allows one sequence at most.{_sums(found['rows'])}\n"
     )
+
+
+def _sums(rows: list[dict[str, Any]]) -> str:
+    """What is assumed of sums between cards, where any row has several."""
+    links: dict[float, list[str]] = {}
+    for row in rows:
+        if row["num_cards"] == 1 or row["refused"]:
+            continue
+        # A bridge joins two.
+        link = "pcie" if row["link"] == "bridge" and row["num_cards"] > 2 else row["link"]
+        names = links.setdefault(row["all_reduce_us"], [])
+        names += [LINKS[link]] if LINKS[link] not in names else []
+    if not links:
+        return ""
+    each = ", ".join(f"{us:g} us over {' and '.join(names)}" for us, names in sorted(links.items()))
+    return f" Between cards two sums a layer are assumed to take {each} each."
 
 
 def _weights(found: dict[str, Any]) -> Table:
@@ -314,11 +327,14 @@ def _rows(found: dict[str, Any], context: int, fewest: bool) -> Table:
     for (gpu, scheme), rows in chosen.items():
         if last not in (None, gpu):
             table.add_section()
+        most = rows[-1]["num_cards"]
         if fewest:
-            rows = [row for row in rows if row["max_seqs"] > 0][:1] or rows[-1:]
+            able = [row for row in rows if not row["refused"]] or rows
+            rows = [row for row in able if row["max_seqs"] > 0][:1] or able[-1:]
         for row in rows:
             does, cannot = row["max_seqs"] > 0, row["refused"] is not None
-            few = not does and fewest
+            # Where the most that were tried cannot share it, more would do no better.
+            few = not does and fewest and not cannot and row["num_cards"] == most
             speed = row["decode_limit_tokens_per_s"]
             longest = f"{row['max_context']:,}" if row["fits"] else "" if few else "does not fit"
             table.add_row(

@@ -74,12 +74,6 @@ impl Moe {
     }
 }
 
-/// Whether there are kernels for experts of these sizes with codes.
-pub(super) fn takes_codes(dims: &ffi::MoeDims) -> bool {
-    let whole = [dims.hidden, dims.width, dims.shared_width].iter().all(|size| size % 64 == 0);
-    whole && dims.hidden <= 4096 && dims.top_k <= 32
-}
-
 /// Keys and values of one attention layer.
 pub enum Pages {
     /// Each bf16 `[num_pages, num_kv_heads, PAGE_LEN, head_dim]`.

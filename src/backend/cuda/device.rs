@@ -218,11 +218,15 @@ impl Device {
 
     fn too_large(&self, what: &str, size: &str) -> Error {
         let free = self.free_memory().map_or("unknown".into(), |n| n.to_string());
+        let settings = match what.starts_with("weights") {
+            true => "take a quantization in fewer bits, a larger tensor_parallel_size or a smaller model",
+            false => {
+                "lower max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes or gpu_memory_utilization"
+            }
+        };
         Error::OutOfMemory {
             what: format!("{what} ({size} bytes; the device has {free} free)"),
-            advice: "lower max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes or \
-                gpu_memory_utilization, or end what else runs on the device"
-                .into(),
+            advice: format!("{settings}, or end what else runs on the device"),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The forms that matrices have on the device: bf16, or codes and scales as `q35_packed` lays them out; which tensors keep
-//! their codes, and how they get there.
+//! Matrices in the forms that they have on the device: bf16, or codes and scales as `q35_packed` lays them out, and how they
+//! get there.
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
@@ -11,44 +11,10 @@ use super::device::Memory;
 use super::ffi;
 use super::weights::{BUFFER_BYTES, Uploader};
 use crate::gguf::TensorType;
-use crate::weights::quant::{BLOCK, Encoded, Fp8, Int4, Layout, Nvfp4, Scheme, kept_bytes};
+use crate::weights::form::{Form, NVFP4_GROUP, TILE};
+use crate::weights::quant::{BLOCK, Encoded, Fp8, Int4, Layout, Nvfp4, Scheme};
 use crate::weights::{DType, Random, Tensor};
 use crate::{Error, Result};
-
-/// Rows and inputs of a tile.
-pub(super) const TILE: [usize; 2] = [16, 64];
-/// Inputs that a kernel counts to.
-const MAX_IN: usize = 1 << 16;
-/// Groups of inputs that kernels know, beside whole rows.
-const GROUPS: [usize; 3] = [32, 64, 128];
-
-/// How a matrix lies on the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
-    /// As rows.
-    Bf16,
-    /// 4-bit integers.
-    Int4 {
-        /// Whether scales are bf16, else f16.
-        bf16_scales: bool,
-        /// Inputs that share a scale.
-        group: usize,
-        /// Whether zero points are others than 8.
-        zeros: bool,
-    },
-    /// 8-bit floats, a scale for 128 x 128.
-    Fp8Blocks,
-    /// 8-bit floats, a scale for a row.
-    Fp8Rows,
-    /// 4-bit floats, a scale for 16 inputs of a row, and one for 16 rows.
-    Nvfp4,
-    /// GGUF's blocks of this type.
-    Gguf(TensorType),
-}
-
-/// Inputs that share a scale of NVFP4, and of GGUF's Q4_0.
-const NVFP4_GROUP: usize = 16;
-pub(super) const Q4_0_GROUP: usize = 32;
 
 /// Consecutive rows of a matrix, in one form.
 pub(super) struct Part {
@@ -58,97 +24,6 @@ pub(super) struct Part {
     form: Form,
     scales_at: usize,
     zeros_at: usize,
-}
-
-impl Form {
-    /// The form that keeps every number of a tensor as it is: bf16 where no kernel has one, which rounds what is
-    /// something else.
-    pub fn of(tensor: &Tensor) -> Self {
-        let (rows, k) = (tensor.num_rows(), tensor.num_cols());
-        if rows == 0 || rows % TILE[0] != 0 || k == 0 || k % TILE[1] != 0 || k > MAX_IN {
-            return Form::Bf16;
-        }
-        match (tensor.encoded(), tensor.scheme()) {
-            (Some(Encoded::Int4(int4)), _) => Self::of_int4(int4),
-            (Some(Encoded::Fp8(fp8)), _) => Self::of_fp8(fp8),
-            (Some(Encoded::Nvfp4(_)), _) => Form::Nvfp4,
-            (Some(Encoded::Gguf(gguf)), _) if gguf.is_int4() => {
-                Form::Int4 { bf16_scales: false, group: Q4_0_GROUP, zeros: false }
-            }
-            (Some(Encoded::Gguf(gguf)), _) if gguf.keeps_codes() => Form::Gguf(gguf.kind),
-            (None, Some(Scheme::Int4 { group })) if group >= k || GROUPS.contains(&group) => {
-                Form::Int4 { bf16_scales: true, group, zeros: false }
-            }
-            (None, Some(Scheme::Fp8 { matrix_rows })) if matrix_rows % TILE[0] == 0 => Form::Fp8Blocks,
-            _ => Form::Bf16,
-        }
-    }
-
-    /// That of tensors which must be in one.
-    pub fn of_all(tensors: &[Tensor]) -> Self {
-        let form = tensors.first().map_or(Form::Bf16, Form::of);
-        if tensors.iter().all(|tensor| Form::of(tensor) == form) { form } else { Form::Bf16 }
-    }
-
-    /// What it is beside these in a sparse block: no kernel has both floats of 4 or 8 bits and GGUF's blocks.
-    pub fn beside(self, others: &[Form]) -> Self {
-        let floats = matches!(self, Form::Fp8Blocks | Form::Fp8Rows | Form::Nvfp4);
-        if floats && others.iter().any(|form| matches!(form, Form::Gguf(_))) { Form::Bf16 } else { self }
-    }
-
-    fn of_int4(int4: &Int4) -> Self {
-        let group = int4.group;
-        let bf16_scales = match int4.scales.dtype {
-            DType::BF16 => true,
-            DType::F16 => false,
-            _ => return Form::Bf16,
-        };
-        if group < int4.num_cols && !GROUPS.contains(&group) {
-            return Form::Bf16;
-        }
-        Form::Int4 { bf16_scales, group, zeros: !int4.is_symmetric() }
-    }
-
-    fn of_fp8(fp8: &Fp8) -> Self {
-        let [rows, columns] = fp8.block;
-        let tiles = rows % TILE[0] == 0 || rows >= fp8.num_rows;
-        match () {
-            () if !fp8.num_rows.is_multiple_of(TILE[0]) => Form::Bf16,
-            () if columns >= fp8.num_cols && (rows == 1 || tiles) => Form::Fp8Rows,
-            () if columns == BLOCK && tiles => Form::Fp8Blocks,
-            () => Form::Bf16,
-        }
-    }
-
-    /// Groups of a row.
-    fn num_groups(self, k: usize) -> usize {
-        match self {
-            Form::Bf16 => 0,
-            Form::Int4 { group, .. } => k.div_ceil(group.max(1)),
-            Form::Fp8Blocks => k.div_ceil(BLOCK),
-            Form::Fp8Rows => 1,
-            Form::Nvfp4 => k / NVFP4_GROUP,
-            Form::Gguf(_) => k / TILE[1],
-        }
-    }
-
-    /// Bytes of codes, scales and zero points.
-    fn bytes(self, rows: usize, k: usize) -> [usize; 3] {
-        let groups = self.num_groups(k);
-        match self {
-            Form::Bf16 => [2 * rows * k, 0, 0],
-            Form::Int4 { zeros, .. } => {
-                [rows * k / 2, 2 * rows * groups, if zeros { rows * groups } else { 0 }]
-            }
-            Form::Fp8Blocks => [rows * k, 4 * rows / TILE[0] * groups, 0],
-            Form::Fp8Rows => [rows * k, 4 * rows, 0],
-            Form::Nvfp4 => [rows * k / 2, rows * groups + 4 * rows / TILE[0], 0],
-            Form::Gguf(kind) => {
-                let [codes, scales] = kept_bytes(kind, rows * k).unwrap_or_default();
-                [codes, scales, 0]
-            }
-        }
-    }
 }
 
 impl Part {

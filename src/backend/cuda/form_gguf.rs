@@ -3,9 +3,10 @@
 use std::ffi::{c_int, c_void};
 
 use super::ffi;
-use super::form::{Filling, Q4_0_GROUP, TILE, pieces};
+use super::form::{Filling, pieces};
 use super::weights::Uploader;
 use crate::Result;
+use crate::weights::form::{Q4_0_GROUP, TILE};
 use crate::weights::quant::{Gguf, Moved};
 
 impl Uploader {

@@ -5,9 +5,8 @@ use std::ffi::c_int;
 use std::sync::{Arc, PoisonError};
 
 use super::buffers::{
-    Buf, Moe, Pages, Slots, Vector, bytes_of, delta_dims, fp8_page_bytes, product, slot_parts, takes_codes,
+    Buf, Moe, Pages, Slots, Vector, bytes_of, delta_dims, fp8_page_bytes, product, slot_parts,
 };
-use super::form::Form;
 use super::graph::{self, Graph, Turn};
 use super::others::{Largest, Others};
 use super::step::Step;
@@ -21,6 +20,7 @@ use crate::backend::{
 use crate::batch::{Batch, BatchLimits, MAX_LOGIT_ROWS, PAGE_LEN};
 use crate::config::{AttentionConfig, DeltaConfig, ModelConfig};
 use crate::lend::Lendable;
+use crate::weights::form::{BlockSizes, Form};
 use crate::weights::{DType, Tensor};
 use crate::{Error, Result};
 
@@ -84,23 +84,28 @@ impl Backend for Cuda {
         let [gate, up, shared_down] = t.shared.map(Tensor::clone);
         let (gate_up, down) = (t.experts.gate_up(), t.experts.down());
         let (shared_gate_up, shared_down) = (vec![gate, up], vec![shared_down]);
-        let width = |tensors: &[Tensor]| tensors.first().map_or(0, Tensor::num_cols) as i32;
+        let cols = |tensors: &[Tensor]| tensors.first().map_or(0, Tensor::num_cols);
+        let sizes = BlockSizes {
+            hidden: t.router.num_cols(),
+            width: cols(&down),
+            shared_width: cols(&shared_down),
+            top_k: t.top_k,
+        };
         let dims = ffi::MoeDims {
-            hidden: t.router.num_cols() as i32,
+            hidden: sizes.hidden as i32,
             num_experts: t.router.num_rows() as i32,
             top_k: t.top_k as i32,
-            width: width(&down),
-            shared_width: width(&shared_down),
+            width: sizes.width as i32,
+            shared_width: sizes.shared_width as i32,
             first_expert: t.here.start as i32,
             num_here: t.here.len() as i32,
         };
-        let forms = [&gate_up, &down, &shared_gate_up, &shared_down].map(|tensors| Form::of_all(tensors));
-        let experts = |tensors: &[Tensor], form: Form| {
-            self.whole(tensors, if takes_codes(&dims) { form.beside(&forms) } else { Form::Bf16 })
-        };
-        let (gate_up, down) = (experts(&gate_up, forms[0])?, experts(&down, forms[1])?);
+        let parts = [&gate_up, &down, &shared_gate_up, &shared_down];
+        let forms = parts.map(|tensors| Form::of_all(tensors.iter().map(Form::of)));
+        let forms = Form::of_block(forms, sizes);
+        let (gate_up, down) = (self.whole(&gate_up, forms[0])?, self.whole(&down, forms[1])?);
         let (shared_gate_up, shared_down) =
-            (experts(&shared_gate_up, forms[2])?, experts(&shared_down, forms[3])?);
+            (self.whole(&shared_gate_up, forms[2])?, self.whole(&shared_down, forms[3])?);
         let plain = |tensor: &Tensor| self.whole(std::slice::from_ref(tensor), Form::Bf16);
         let (router, shared_gate) = (plain(t.router)?, plain(t.shared_gate)?);
         Ok(Moe { dims, router, gate_up, down, shared_gate_up, shared_down, shared_gate })

@@ -33,12 +33,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::blas::Blas;
 use self::device::{Device, Memory};
-use self::form::Form;
 use self::graph::Graphs;
 use self::others::Ranks;
 use self::step::{MIN_WIDE_ROWS, Step};
 use self::weights::{Linear, Uploader};
 use crate::weights::Tensor;
+use crate::weights::form::Form;
 use crate::{Error, Result};
 
 /// Bytes that the driver takes for a context with these kernels and cuBLASLt's, about.

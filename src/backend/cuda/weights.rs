@@ -11,8 +11,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::device::{Device, Memory, Pinned};
-use super::form::{Form, Part};
+use super::form::Part;
 use super::{ffi, launch_failed};
+use crate::weights::form::Form;
 use crate::weights::{DType, Random, Tensor, release_behind};
 use crate::{Error, Result};
 

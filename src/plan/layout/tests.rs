@@ -32,8 +32,8 @@ fn the_122b_in_bf16_takes_two_h200s() {
     assert_eq!(
         alone.why,
         [
-            "Nothing fits with 8192 tokens of context: bf16 takes 227.5 GiB of weights on a card, which has 131.9 GiB for \
-             them and for sequences."
+            "Nothing fits: bf16 takes 227.5 GiB of weights on the card of 140.4 GiB, which leaves nothing for sequences; one of \
+             8192 tokens needs 0.33 GiB."
         ]
     );
     // Four are two pairs, or four together.
@@ -117,6 +117,118 @@ fn floors_are_bytes_and_sums() {
 }
 
 #[test]
+fn what_can_run_is_what_is_said() {
+    let found = choice("27b", "RTX 5090", 1, 32, &[]);
+    assert_eq!(taken(&found), (Scheme::Fp8Head, 1, 1, 0));
+    let layout = found.layouts.iter().find(|layout| layout.scheme == Scheme::Fp8Head).unwrap();
+    assert!((1..8).contains(&layout.running) && layout.running == layout.max_num_seqs);
+    let more = found.layouts.iter().find(|layout| layout.scheme == Scheme::Int4).unwrap().running;
+    assert_eq!(
+        found.why[1],
+        format!("{} of 32 requests fit at once; int4 would run {more}.", layout.running)
+    );
+    assert!(found.why[2].starts_with(&format!("{} requests at once: at most ", layout.running)));
+    let chosen = found.chosen.unwrap();
+    assert_eq!(
+        chosen.arguments,
+        Arguments {
+            tensor_parallel_size: 1,
+            quantization: Some("fp8".into()),
+            max_num_seqs: layout.running,
+            max_model_len: None,
+            kv_cache_dtype: None,
+            state_dtype: None,
+            mtp: None,
+        }
+    );
+    // One request is not said twice.
+    let one = choice("27b", "RTX 5090", 1, 1, &[]);
+    assert_eq!(one.why.len(), 2);
+    assert!(one.why[1].starts_with("One request alone: at most "));
+    // Requests are dealt out, and a replica runs its share.
+    let many = choice("9b", "H100 80GB", 8, 20, &[]);
+    let chosen = many.chosen.unwrap();
+    assert_eq!(chosen.arguments.max_num_seqs, 20usize.div_ceil(chosen.replicas));
+}
+
+#[test]
+fn what_fits_nothing_has_no_speed() {
+    // Some tokens fit, but no sequence as long as that is asked for.
+    let (config, card) = (family_config("27b").unwrap(), gpu("RTX 4090").unwrap().0);
+    let options = PlanOptions { num_seqs: Some(4), context: 131_072, ..PlanOptions::default() };
+    let weights = |scheme: Scheme, part: &Part| Ok(part.weights(scheme));
+    let found = plan(&config, &[card], &[1], &[Scheme::Int4], &weights, &options).unwrap();
+    let (row, choice) = (&found.rows[0], &found.choices[0]);
+    assert!(row.fits && row.max_seqs == 0 && choice.chosen.is_none());
+    assert!(choice.layouts.iter().all(|l| l.max_context == 0 && l.tokens_per_s_alone.is_none()));
+    let why = &choice.why[0];
+    assert!(why.contains("GiB for sequences; one of 131072 tokens needs 8.14 GiB."), "{why}");
+}
+
+#[test]
+fn cards_have_links() {
+    let (config, weights) = (family_config("9b").unwrap(), |s: Scheme, p: &Part| Ok(p.weights(s)));
+    let with = |all_reduce_us: Option<f64>, card: &str, num_cards: usize| {
+        let options = PlanOptions { all_reduce_us, ..PlanOptions::default() };
+        let cards = [gpu(card).unwrap().0];
+        let found = plan(&config, &cards, &[num_cards], &[Scheme::Bf16], &weights, &options).unwrap();
+        let row = found.rows[0].clone();
+        (row.all_reduce_us, 1.0 / row.decode_limit_tokens_per_s.unwrap())
+    };
+    for (card, num_cards, want) in [
+        ("H100 80GB", 2, 6.0),
+        ("H100 80GB", 8, 6.0),
+        ("RTX 4090", 2, 20.0),
+        ("L40S", 4, 20.0),
+        ("H100 NVL", 2, 6.0),
+        ("H100 NVL", 4, 20.0),
+        ("DGX Spark", 2, 60.0),
+    ] {
+        let ((found, seconds), (_, without)) =
+            (with(None, card, num_cards), with(Some(0.0), card, num_cards));
+        assert_eq!(found, want, "{num_cards} x {card}");
+        assert!((seconds - without - 64.0 * want * 1e-6).abs() < 1e-9, "{num_cards} x {card}");
+    }
+    assert_eq!(with(Some(11.5), "RTX 4090", 2).0, 11.5);
+}
+
+#[test]
+fn a_network_is_taken_where_nothing_else_fits() {
+    // Two would fit it in bf16: one takes it in fewer bits.
+    let shared = choice("122b", "H200", 2, 4, &[]);
+    assert_eq!(taken(&shared), (Scheme::Bf16, 2, 1, 0));
+    let spark = choice("122b", "DGX Spark", 4, 4, &[]);
+    assert!(spark.layouts.iter().any(|l| l.scheme == Scheme::Bf16 && l.running > 0));
+    let (scheme, size, replicas, _) = taken(&spark);
+    assert_eq!((scheme, size, replicas), (Scheme::Fp8Head, 1, 4));
+    let place =
+        "bf16 fit no sequence of 8192 tokens on one card, and only a network joins them; fp8-head fits";
+    assert!(spark.why[0].starts_with(place), "{}", spark.why[0]);
+    let (_, size, ..) = taken(&choice("397b", "DGX Spark", 4, 4, &[]));
+    assert!(size > 1);
+}
+
+#[test]
+fn what_must_be_published_is_said() {
+    for (scheme, published) in [
+        (Scheme::Fp8, Some("fp8, as the official -FP8 ones")),
+        (Scheme::Int4Experts, Some("int4 experts, as the official -GPTQ-Int4 ones")),
+        (Scheme::Nvfp4, Some("nvfp4")),
+        (Scheme::Nvfp4Experts, Some("nvfp4 experts")),
+        (Scheme::Bf16, None),
+        (Scheme::Fp8Head, None),
+        (Scheme::Int4, None),
+        (Scheme::Mixed, None),
+    ] {
+        let chosen = choice("35b", "H200", 1, 1, &[scheme]).chosen.unwrap();
+        assert_eq!(chosen.published, published);
+        // What nobody publishes is made at load.
+        let made = chosen.arguments.quantization.is_some() || scheme == Scheme::Bf16;
+        assert_eq!(made, published.is_none(), "{scheme:?}");
+    }
+}
+
+#[test]
 fn cards_that_do_not_divide() {
     let found = choice("35b", "H100 80GB", 3, 1, &[Scheme::Bf16]);
     assert_eq!(taken(&found), (Scheme::Bf16, 2, 1, 1));
@@ -144,6 +256,11 @@ fn a_card_of_so_much_memory() {
     assert_eq!(taken(&found), (Scheme::Bf16, 2, 2, 0));
     assert_eq!(found.gpu, "48.0 GiB");
     assert!(found.layouts.iter().all(|l| l.tokens_per_s.is_none() && l.tokens_per_s_alone.is_none()));
+    assert_eq!(found.why[1], "The card's bandwidth is not known: this runs the most requests at once.");
+    // Two replicas have room for fewer than four cards together.
+    let found = choice("35b", "40GiB", 4, 512, &[Scheme::Bf16]);
+    assert_eq!(taken(&found), (Scheme::Bf16, 4, 1, 0));
+    assert_eq!(found.why[1], "207 of 512 requests fit at once.");
     for (name, gib) in [("48GB", 48e9 / (1u64 << 30) as f64), ("1073741824", 1.0), (" 1024 gib ", 1024.0)] {
         let card = gpu(name).unwrap().0;
         assert!((card.memory_gib - gib).abs() < 1e-9 && card.bandwidth_gbs.is_none(), "{name}");

@@ -107,7 +107,7 @@ impl Ranks {
     pub fn devices(&self, name: &str) -> Result<Vec<Device>> {
         let devices = match &self.meeting {
             None => Device::for_ranks(name, self.world, 0)?,
-            Some(meeting) => Device::for_ranks(name, 1, meeting.local_rank)?,
+            Some(meeting) => Device::for_process(name, meeting.local_rank)?,
         };
         devices.iter().try_for_each(|device| device.require())?;
         Ok(devices)

@@ -224,7 +224,7 @@ impl Load {
             None => MtpTensors::resolve(&checkpoint, config).ok(),
         };
         if let Some(group) = group.filter(|_| self.ranks.meeting.is_some()) {
-            agree(group, &self.things(&tensors, module.is_some()))?;
+            agree(group, &self.things(&tensors, module.as_ref()))?;
         }
         if let Some(quantization) = self.quantization {
             tensors = tensors.requantised(quantization);
@@ -252,7 +252,7 @@ impl Load {
     }
 
     /// What must be the same on all ranks.
-    fn things(&self, tensors: &ModelTensors, has_mtp: bool) -> Vec<(String, String)> {
+    fn things(&self, tensors: &ModelTensors, module: Option<&MtpTensors>) -> Vec<(String, String)> {
         let config = serde_json::to_value(&self.config).ok();
         let fields = config.as_ref().and_then(|config| config.as_object()).into_iter().flatten();
         let mut things: Vec<_> =
@@ -267,8 +267,8 @@ impl Load {
             ("quantization", quantization),
             ("kv_cache_dtype", kv_cache_dtype.into()),
             ("state_dtype", state_dtype.into()),
-            ("mtp", has_mtp.to_string()),
-            ("checkpoint", tensors.digest()),
+            ("mtp", module.is_some().to_string()),
+            ("checkpoint", tensors.digest(module)),
         ];
         things.extend(others.map(|(name, value)| (name.to_string(), value)));
         things

@@ -85,14 +85,12 @@ pub(super) struct Ranks {
 }
 
 impl Ranks {
-    /// From `tensor_parallel_size`, and what started this process.
-    pub fn new(world: usize, expert_parallel: bool) -> Result<Self> {
+    /// From `tensor_parallel_size`, and, where this process is not `alone`, what started it together with others.
+    pub fn new(world: usize, expert_parallel: bool, alone: bool) -> Result<Self> {
         Shard::first(world, expert_parallel)?;
         let var = |name: &str| std::env::var(name).ok();
-        let (meeting, collectives) = match world {
-            1 => (None, Collectives::Auto),
-            _ => (Meeting::from_env(var)?, Collectives::from_env(var)?),
-        };
+        let collectives = if world == 1 { Collectives::Auto } else { Collectives::from_env(var)? };
+        let meeting = if world == 1 || alone { None } else { Meeting::from_env(var)? };
         match &meeting {
             Some(meeting) if meeting.world != world => Err(Error::request(
                 "tensor_parallel_size",

@@ -279,7 +279,6 @@ impl PyEngine {
             let ordinals: Option<Vec<usize>> = devices.iter().map(|device| device.ordinal()).collect();
             let (service, (max_model_len, has_mtp)) = match ordinals {
                 None => {
-                    load.check_memory()?;
                     let cpu =
                         |_, group: Option<Arc<dyn Group>>| Ok(group.map_or_else(Cpu::default, Cpu::among));
                     load.start(cpu, available_memory())?

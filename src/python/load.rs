@@ -9,13 +9,11 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 
-use super::room::check_decoded;
+use super::room::Need;
 use crate::backend::{Backend, Caches, Device};
 use crate::config::{ModelConfig, Shard};
 use crate::engine::{Engine, EngineLimits, follow};
-use crate::machine::available_memory;
 use crate::model::Model;
-use crate::plan::{Part, Scheme};
 use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Tcp, Threads, agree};
 use crate::service::{Service, panicked};
 use crate::weights::quant::Quantization;
@@ -124,7 +122,8 @@ impl Ranks {
 
 impl Load {
     /// Loads it; the engine's thread does the work. `backend` makes that of a rank, which has no group alone. `room` is what
-    /// decoded matrices may take, where the device does not say itself that they are too large for it.
+    /// decoded matrices and random weights may take of this host, where the device does not say itself that they are too
+    /// large for it.
     ///
     /// # Errors
     /// What the files, the devices and the ranks say. Of a process that is not rank 0, [`Error::Followed`] once rank 0 has
@@ -227,7 +226,11 @@ impl Load {
         if let Some(quantization) = self.quantization {
             tensors = tensors.requantised(quantization);
         }
-        check_decoded(&tensors, self.dtype, room)?;
+        let need = match self.dummy {
+            true => Need::random(config, shard)?,
+            false => Need::decoded(&tensors, self.dtype, shard),
+        };
+        need.check(group, room)?;
         let mut ahead = (shard.is_whole()).then(|| ReadAhead::new(&tensors));
         let report = |done, total| {
             if let Some(ahead) = &mut ahead {
@@ -270,18 +273,6 @@ impl Load {
         ];
         things.extend(others.map(|(name, value)| (name.to_string(), value)));
         things
-    }
-
-    /// Refuses random weights that are more than the machine has room for: unlike a file's they cannot be given back.
-    pub fn check_memory(&self) -> Result<()> {
-        let weights = Part::whole(&self.config).weights(Scheme::Bf16).map_or(0, |bytes| bytes.resident);
-        match available_memory() {
-            Some(free) if self.dummy && weights > free => Err(Error::OutOfMemory {
-                what: format!("random weights ({weights} bytes; the machine has {free} available)"),
-                advice: "take a smaller model, or a GPU".into(),
-            }),
-            _ => Ok(()),
-        }
     }
 
     #[cfg(feature = "cuda")]

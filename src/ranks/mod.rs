@@ -79,6 +79,19 @@ pub fn least(group: &dyn Group, mine: Option<usize>) -> Result<Option<usize>> {
     Ok(numbers.min().filter(|&n| n != u64::MAX).map(|n| n as usize))
 }
 
+/// What the ranks of this host have together, by what each has.
+///
+/// # Errors
+/// As [`Group::exchange`].
+pub fn sum_of_host(group: &dyn Group, host: &str, mine: u64) -> Result<u64> {
+    let all = group.exchange(&[&mine.to_le_bytes(), host.as_bytes()].concat(), true)?;
+    let here = all.iter().filter_map(|bytes| {
+        let (number, other) = bytes.split_first_chunk()?;
+        (other == host.as_bytes()).then(|| u64::from_le_bytes(*number))
+    });
+    Ok(here.fold(0, u64::saturating_add))
+}
+
 /// Sees that all ranks were started alike: each names its things, in the same order.
 ///
 /// # Errors

@@ -14,7 +14,7 @@ use crate::backend::{Backend, Caches, Device};
 use crate::config::{ModelConfig, Shard};
 use crate::engine::{Engine, EngineLimits, follow};
 use crate::model::Model;
-use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Tcp, Threads, agree};
+use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Poll, Tcp, Threads, agree, patience};
 use crate::service::{Service, panicked};
 use crate::weights::quant::Quantization;
 use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, ReadAhead};
@@ -80,6 +80,8 @@ pub(super) struct Ranks {
     pub meeting: Option<Meeting>,
     /// How their devices add up.
     pub collectives: Collectives,
+    /// How long they wait for each other in a step.
+    pub patience: Duration,
 }
 
 impl Ranks {
@@ -87,7 +89,10 @@ impl Ranks {
     pub fn new(world: usize, expert_parallel: bool, alone: bool) -> Result<Self> {
         Shard::first(world, expert_parallel)?;
         let var = |name: &str| std::env::var(name).ok();
-        let collectives = if world == 1 { Collectives::Auto } else { Collectives::from_env(var)? };
+        let (collectives, patience) = match world {
+            1 => (Collectives::Auto, PATIENCE),
+            _ => (Collectives::from_env(var)?, patience(var)?),
+        };
         let meeting = if world == 1 || alone { None } else { Meeting::from_env(var)? };
         match &meeting {
             Some(meeting) if meeting.world != world => Err(Error::request(
@@ -95,7 +100,7 @@ impl Ranks {
                 world,
                 format!("{}, the number of processes that were started together", meeting.world),
             )),
-            _ => Ok(Self { world, expert_parallel, meeting, collectives }),
+            _ => Ok(Self { world, expert_parallel, meeting, collectives, patience }),
         }
     }
 
@@ -151,16 +156,17 @@ impl Load {
         };
         let seen = Arc::clone(&cancelled);
         let notice = Notice::default();
-        let met = move |waited: Duration, what: &str| match seen.load(Ordering::Relaxed) {
+        let waiting: Poll = Arc::new(move |waited, what| match seen.load(Ordering::Relaxed) {
             true => Err(Error::Interrupted),
             false => {
                 notice.say(waited, what);
                 Ok(())
             }
-        };
+        });
+        let patience = load.ranks.patience;
         if let Some(meeting) = load.ranks.meeting.clone().filter(|meeting| meeting.rank > 0) {
             let run = move || {
-                let group: Arc<dyn Group> = Arc::new(Tcp::meet(&meeting, met)?);
+                let group: Arc<dyn Group> = Arc::new(Tcp::meet(&meeting, patience, waiting)?);
                 let followed = part(meeting.rank, Some(Arc::clone(&group)))
                     .and_then(|model| follow(model, Arc::clone(&group)));
                 followed.inspect_err(|error| group.fail(&error.to_string()))
@@ -176,7 +182,7 @@ impl Load {
                     });
                 }
                 (Some(meeting), _) => {
-                    let group = Tcp::meet(meeting, met)?;
+                    let group = Tcp::meet(meeting, patience, waiting)?;
                     HAVE_MET.store(true, Ordering::Relaxed);
                     Some(Arc::new(group))
                 }
@@ -186,7 +192,7 @@ impl Load {
                     let follow = move |group: Arc<dyn Group>| {
                         follow(part(group.rank(), Some(Arc::clone(&group)))?, group)
                     };
-                    Some(Arc::new(Threads::lead(world, PATIENCE, follow)?))
+                    Some(Arc::new(Threads::lead(world, patience, waiting, follow)?))
                 }
             };
             let made = part(0, group.clone()).and_then(|model| {
@@ -314,13 +320,14 @@ impl Load {
     }
 }
 
-/// Says through Python's `logging`, now and then, what processes that meet wait for.
+/// Says through Python's `logging`, now and then, what ranks wait for while they meet and load.
 #[derive(Default)]
 struct Notice(AtomicU64);
 
 impl Notice {
     fn say(&self, waited: Duration, what: &str) {
-        let said = self.0.load(Ordering::Relaxed);
+        // What was said before belongs to another wait where that was longer.
+        let said = Some(self.0.load(Ordering::Relaxed)).filter(|&said| said <= waited.as_secs()).unwrap_or(0);
         if waited.as_secs() < if said == 0 { 10 } else { said + 60 } {
             return;
         }

@@ -6,6 +6,7 @@ mod collectives;
 mod meet;
 mod tcp;
 mod threads;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,10 +15,11 @@ pub use collectives::Collectives;
 pub use meet::Meeting;
 pub use tcp::Tcp;
 pub use threads::Threads;
+pub use waiting::{Poll, patience};
 
 use crate::{Error, Result};
 
-/// How long ranks wait for each other in a step.
+/// How long ranks wait for each other in a step, unless the user says otherwise ([`patience`]).
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// CUDA devices that share a model at most.
@@ -32,10 +34,11 @@ pub trait Group: Send + Sync {
     fn world(&self) -> usize;
 
     /// Gives every rank what each gave, in the order of ranks. All call it, and it waits for all: no longer than a step
-    /// may take, or, `unhurried`, as long as all are there.
+    /// may take, or, `unhurried`, as long as those that have not come yet give signs of life.
     ///
     /// # Errors
-    /// [`Error::Ranks`] where a rank has ended, failed or kept the others waiting. No call succeeds afterwards.
+    /// [`Error::Ranks`] where a rank has ended, failed or kept the others waiting. No call succeeds afterwards. What the
+    /// [`Poll`] of an unhurried wait returned.
     fn exchange(&self, mine: &[u8], unhurried: bool) -> Result<Vec<Arc<[u8]>>>;
 
     /// Sends an order to every other rank. For rank 0.

@@ -87,6 +87,7 @@ pub struct Generation {
 fn gone(ended: &OnceLock<Error>) -> Error {
     match ended.get() {
         Some(error @ (Error::Cuda { .. } | Error::Ranks { .. })) => error.again(),
+        Some(Error::Internal(what)) => Error::Internal(format!("the engine's thread ended: {what}")),
         Some(error) => Error::Internal(format!("the engine's thread ended: {error}")),
         None => Error::Internal("the engine's thread ended; make a new LLM".into()),
     }
@@ -262,16 +263,18 @@ impl<B: Backend> Worker<B> {
                 true => rayon::scope(|_| engine.step(poll)),
                 false => engine.step(poll),
             };
-            match catch_unwind(AssertUnwindSafe(step)) {
-                Ok(Ok(outputs)) => outputs.into_iter().for_each(|output| self.deliver(output)),
-                Ok(Err(Error::Interrupted)) => {}
-                // Dropping the senders tells every caller; the engine's state is not to be trusted.
-                Ok(Err(error)) => {
-                    self.engine.fail(&error);
-                    return drop(self.ended.set(error));
+            let error = match catch_unwind(AssertUnwindSafe(step)) {
+                Ok(Ok(outputs)) => {
+                    outputs.into_iter().for_each(|output| self.deliver(output));
+                    continue;
                 }
-                Err(panic) => return self.engine.fail(&panicked(panic.as_ref())),
-            }
+                Ok(Err(Error::Interrupted)) => continue,
+                Ok(Err(error)) => error,
+                Err(panic) => panicked(panic.as_ref()),
+            };
+            // Dropping the senders tells every caller; the engine's state is not to be trusted.
+            self.engine.fail(&error);
+            return drop(self.ended.set(error));
         }
     }
 

@@ -466,10 +466,14 @@ def test_matrices_that_do_not_fit_once_decoded(tmp_path):
             holes[f"{at}mlp.{name}_proj.weight"] = ("F8_E4M3", shape, None)
             holes[f"{at}mlp.{name}_proj.weight_scale"] = ("F32", [], None)
     one = write(tmp_path / "one", config | {"quantization_config": {"quant_method": "fp8"}}, holes)
-    with pytest.raises(
-        OutOfMemoryError, match=r"decoded matrices \(\d+ bytes; .*bfloat16.* takes half of that"
-    ):
-        LLM(one)
+    needed = []
+    for ranks in (1, 2):  # which need half of it each
+        with pytest.raises(
+            OutOfMemoryError, match=r"decoded matrices \(\d+ bytes; .*bfloat16.* takes half of that"
+        ) as refused:
+            LLM(one, tensor_parallel_size=ranks)
+        needed.append(int(re.search(r"\((\d+) bytes", str(refused.value))[1]))
+    assert needed[1] - needed[0] in (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,7 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import qwen35rs
+from golden.cases import Golden
 from qwen35rs import LLM, SamplingParams
 
 DATA = Path(__file__).parent / "golden" / "data"
@@ -30,9 +34,35 @@ while True:
 """
 
 
-def start(rank, world, port, *more, model=None, device="cpu", run=RUN):
+LOGITS = """
+import sys, json
+import numpy as np
+from qwen35rs import LLM
+(model, device, _), (ids, to, world, expert_parallel) = map(json.loads, sys.argv[1:])
+llm = LLM(model, device=device, tensor_parallel_size=world, expert_parallel=expert_parallel, mtp=True)
+np.savez(to, logits=llm.logits(ids), drafts=llm.mtp_logits(ids))
+"""
+
+SEVERAL = """
+import sys, threading
+from qwen35rs import LLM, RankError, SamplingParams
+llm = LLM(device="cpu", tensor_parallel_size=2)
+def ask():
+    try:
+        llm.generate("a", SamplingParams(max_tokens=8000, ignore_eos=True))
+    except RankError as error:
+        print(error, flush=True)
+print("ready", flush=True)
+threads = [threading.Thread(target=ask) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+def start(rank, world, port, *more, model=None, device="cpu", run=RUN, patience=60):
     """Rank `rank`; it goes on and on where there is `more`."""
     environment = os.environ | {
+        "QWEN35RS_PATIENCE": str(patience),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -68,6 +98,26 @@ def test_processes_say_the_same_and_end_together(port, processes):
     assert (processes[1].returncode, out) == (0, ""), err
 
 
+@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_more_than_two_processes(port, processes, tmp_path, world, expert_parallel):
+    golden = Golden("moe_ranks")
+    prompt = max(golden.prompts, key=lambda prompt: len(prompt.sequence))
+    to = str(tmp_path / "said.npz")
+    what = json.dumps([prompt.sequence, to, world, expert_parallel])
+    processes += [start(rank, world, port, what, model=golden.path, run=LOGITS) for rank in range(world)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    said, one = np.load(to), LLM(golden.path, device="cpu", mtp=True)
+    for want, got in [
+        (prompt.logits, said["logits"][prompt.rows]),
+        (one.logits(prompt.sequence), said["logits"]),
+        (one.mtp_logits(prompt.sequence), said["drafts"]),
+    ]:
+        assert np.abs(want - got).max() <= 2e-5 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(port, processes, victim):
     processes += [start(rank, 2, port, "on and on") for rank in range(2)]
@@ -79,6 +129,79 @@ def test_a_rank_that_is_killed_ends_the_other(port, processes, victim):
     assert time.monotonic() - since < 5
     assert processes[1 - victim].returncode == 1
     assert f"qwen35rs.RankError: ranks: rank {victim} has ended" in err
+
+
+def test_a_rank_that_is_stopped_in_a_step_ends_every_request(port, processes):
+    processes += [start(rank, 2, port, run=SEVERAL, patience=2) for rank in range(2)]
+    assert processes[0].stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    processes[1].send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    out, err = processes[0].communicate(timeout=60)
+    assert 1.5 < time.monotonic() - since < 12
+    # One of them may be told by its own step, the others by the end of the engine: in the same words.
+    lines = out.splitlines()
+    assert len(lines) == 3 and all("rank 1 kept the others waiting for 2s" in line for line in lines), (
+        out,
+        err,
+    )
+    assert processes[0].returncode == 0, err
+    # Once it goes on it hears of that.
+    processes[1].send_signal(signal.SIGCONT)
+    _, err = processes[1].communicate(timeout=30)
+    assert processes[1].returncode == 1 and "qwen35rs.RankError: ranks: " in err
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_of_it_may_be_stopped_for_longer_than_ranks_wait(port, processes, world):
+    """Ctrl-Z, and fg: of ranks that are threads of one process, and of processes."""
+    processes += [start(rank, world, port, "on and on", patience=1) for rank in range(world)]
+    assert processes[0].stdout.readline() == "ready\n"
+    first = processes[0].stdout.readline()
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    for process in reversed(processes):
+        process.send_signal(signal.SIGCONT)
+    # What was written before it was stopped may be read first.
+    assert [processes[0].stdout.readline() for _ in range(4)] == [first] * 4
+    assert all(process.poll() is None for process in processes)
+
+
+def test_a_rank_that_says_nothing_while_others_load_is_named(port, processes):
+    processes.append(start(0, 2, port, patience=6))
+    stalled = connected(port + 1)
+    numbers = b"".join(number.to_bytes(8, "little") for number in (1, 2))
+    stalled.sendall(b"qwen35rs" + numbers + qwen35rs.__version__.encode().ljust(40, b"\0"))
+    assert stalled.recv(9, socket.MSG_WAITALL)[0] == 2
+    stalled.sendall(b"\x51")
+    assert stalled.recv(9, socket.MSG_WAITALL)[0] == 2
+    _, err = processes[0].communicate(timeout=60)
+    note, *_ = err.splitlines()
+    assert re.match(
+        r"qwen35rs: waiting for 10 seconds: rank 1 has not come so far; its last sign of life", note
+    )
+    assert processes[0].returncode == 1
+    assert "qwen35rs.RankError: ranks: rank 1 has given no sign of life for 12 seconds" in err
+    stalled.close()
+
+
+def connected(port):
+    while True:
+        try:
+            return socket.create_connection(("localhost", port))
+        except OSError:
+            time.sleep(0.05)
+
+
+def test_ranks_of_one_host_need_its_memory_together(port, processes):
+    run = RUN.replace("tensor_parallel_size=2", "tensor_parallel_size=2, load_format='dummy'")
+    processes += [start(rank, 2, port, model="397b", run=run) for rank in range(2)]
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        found = re.search(r"OutOfMemoryError: .*random weights \((\d+) bytes; the machine has \d+", err)
+        # A rank's part is half of it.
+        assert found and int(found[1]) > 2 * 350e9, err
 
 
 def test_an_interrupted_rank_ends_the_other(port, processes):

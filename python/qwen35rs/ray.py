@@ -92,7 +92,8 @@ def build_app(
     _count("tensor_parallel_size", tensor_parallel_size)
     device, gpus = _place(llm_options.get("device", "auto"), tensor_parallel_size, gpus_per_replica)
     if device == "cpu":
-        check_devices(device, tensor_parallel_size, bool(llm_options.get("expert_parallel", False)))
+        expert_parallel = bool(llm_options.get("expert_parallel", False))
+        check_devices(device, tensor_parallel_size, expert_parallel, alone=True)
     actor = dict(config.pop("ray_actor_options", None) or {})
     if "num_gpus" in actor:
         raise RequestError(
@@ -125,6 +126,10 @@ class LLMReplica:
     """
 
     def __init__(self, model: str | None, options: Mapping[str, Any]) -> None:
+        # What started Ray on several machines (srun, torchrun) has left here that this process is one of several. A
+        # replica's ranks are its own threads, and it meets nobody.
+        for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+            os.environ.pop(name, None)
         self._llm = LLM(model, **options)
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         # A thread for each request under way. Serve bounds them by `max_ongoing_requests`, which may change.

@@ -71,6 +71,26 @@ impl Device {
         })
     }
 
+    /// The device of a rank that is a process, by its place among those of its host. Where the process sees one card,
+    /// which what started it has chosen (Slurm's `--gpus-per-task=1`), it is that.
+    ///
+    /// # Errors
+    /// As [`Device::for_ranks`].
+    pub fn for_process(name: &str, local_rank: usize) -> Result<Vec<Self>> {
+        Self::for_process_that_sees(name, local_rank, num_cards)
+    }
+
+    fn for_process_that_sees(
+        name: &str,
+        local_rank: usize,
+        num_cards: impl FnOnce() -> usize,
+    ) -> Result<Vec<Self>> {
+        let by_place = Self::for_ranks(name, 1, local_rank)?;
+        let listed = name.contains(',');
+        let its_own = !listed && local_rank > 0 && by_place[0] != Self::Cpu && num_cards() == 1;
+        if its_own { Self::for_ranks(name, 1, 0) } else { Ok(by_place) }
+    }
+
     /// What a list of them is called.
     pub fn name_of(devices: &[Self]) -> String {
         let ordinals: Option<Vec<String>> =
@@ -113,6 +133,17 @@ fn require(ordinal: usize) -> Result<()> {
     super::cuda::require(ordinal)
 }
 
+/// Cards that this process sees.
+#[cfg(feature = "cuda")]
+fn num_cards() -> usize {
+    super::cuda::num_cards()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn num_cards() -> usize {
+    0
+}
+
 #[cfg(not(feature = "cuda"))]
 fn require(_: usize) -> Result<()> {
     Err(Error::Cuda {
@@ -142,6 +173,19 @@ mod tests {
         let wrong = r#"device: found "cuda:0,"; allowed: numbers between commas: cuda:0,1"#;
         assert_eq!(devices("cuda:0,", 2, 0), Err(wrong.into()));
         assert!(devices("cuda:0,1", 3, 0).is_err() && devices("cuda:0,1", 1, usize::MAX).is_err());
+    }
+
+    #[test]
+    fn a_process_that_sees_one_card_takes_it() {
+        let device = |name: &str, local_rank, cards| {
+            Device::name_of(&Device::for_process_that_sees(name, local_rank, || cards).unwrap())
+        };
+        assert_eq!((device("cuda", 1, 1), device("cuda:0", 3, 1)), ("cuda:0".into(), "cuda:0".into()));
+        assert_eq!((device("cuda", 1, 2), device("cuda:2", 1, 8)), ("cuda:1".into(), "cuda:3".into()));
+        // What a user lists is taken at its word.
+        assert_eq!((device("cuda:4,6", 1, 1), device("cuda:0,0", 1, 1)), ("cuda:6".into(), "cuda:0".into()));
+        let nobody_asks = || panic!("for the CPU");
+        assert_eq!(Device::for_process_that_sees("cpu", 1, nobody_asks).unwrap(), [Device::Cpu]);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! attention       query heads / world; key-value heads / world, or the one that a rank's queries read
 //! dense, shared   width / world
 //! experts         width / world, or with expert_parallel num_experts / world of them whole
-//! head            rows / world where that divides, else whole
+//! head            rows / world where that is a multiple of 4, else whole
 //! embedding, norms, router, gate of the shared expert    whole
 //! ```
 
@@ -19,6 +19,8 @@ use crate::{Error, Result};
 /// Inputs that kernels of 4-bit codes take at a time: no cut of a matrix that may have them is finer, unless a rank's
 /// part is smaller.
 const CODES: usize = 64;
+/// Logits that the kernel which gathers those of all ranks takes at a time.
+const GATHERED: usize = 4;
 /// Sizes that an error lists at most.
 const MAX_LISTED: usize = 1 << 10;
 
@@ -64,9 +66,10 @@ impl Shard {
         if self.expert_parallel { self.part(num_experts, num_experts / self.world) } else { 0..num_experts }
     }
 
-    /// The rows of the head that it holds: all of them where they do not divide.
+    /// The rows of the head that it holds: all of them where they do not divide into parts that can be gathered.
     pub fn head_rows(self, vocab: usize) -> Range<usize> {
-        if vocab.is_multiple_of(self.world) { self.part(vocab, vocab / self.world) } else { 0..vocab }
+        let divides = vocab.is_multiple_of(self.world.saturating_mul(GATHERED));
+        if divides { self.part(vocab, vocab / self.world) } else { 0..vocab }
     }
 
     /// The key-value heads that it holds: of fewer than there are ranks the one that its query heads read.

@@ -43,7 +43,7 @@ fn folder_of(name: &str) -> (PathBuf, Caches) {
     (PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data").join(folder), caches)
 }
 
-fn model_on<B: Backend>(name: &str, backend: B) -> Model<B> {
+pub(crate) fn model_on<B: Backend>(name: &str, backend: B) -> Model<B> {
     let (path, caches) = folder_of(name);
     let config = ModelConfig::from_dir(&path).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();

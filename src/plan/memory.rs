@@ -85,7 +85,7 @@ impl DryRun {
                 let other = move |group: Arc<dyn Group>| {
                     follow(load.part(group.rank(), Some(Arc::clone(&group)))?, group)
                 };
-                Some(Arc::new(Threads::lead(world, PATIENCE, other)?))
+                Some(Arc::new(Threads::lead(world, PATIENCE, Arc::new(|_, _| Ok(())), other)?))
             }
         };
         let made = load.part(0, group.clone()).and_then(|model| {

@@ -132,15 +132,18 @@ fn check_sampling_params(params: PySamplingParams) -> PyResult<()> {
     params.resolve(&GenerationConfig::default(), u32::MAX as usize).map(drop).map_err(to_py)
 }
 
-/// Sees that `LLM`'s arguments of these names can be served: before anything large is fetched.
+/// Sees that `LLM`'s arguments of these names can be served: before anything large is fetched. `alone`: by a process that is
+/// no rank, whatever the environment says.
 #[pyfunction]
+#[pyo3(signature = (device, tensor_parallel_size, expert_parallel, *, alone = false))]
 fn check_devices(
     py: Python<'_>,
     device: &str,
     tensor_parallel_size: usize,
     expert_parallel: bool,
+    alone: bool,
 ) -> PyResult<()> {
-    enter(py, || Ranks::new(tensor_parallel_size, expert_parallel)?.devices(device).map(drop))
+    enter(py, || Ranks::new(tensor_parallel_size, expert_parallel, alone)?.devices(device).map(drop))
 }
 
 /// Has numpy's functions looked up, which happens once, by Python code. Ctrl-C in the middle of it would be taken for a broken
@@ -222,7 +225,7 @@ impl PyEngine {
         let quantization = parse_quantization(quantization).map_err(to_py)?;
         let caches = Caches::from_names(kv_cache_dtype, state_dtype).map_err(to_py)?;
         let (ranks, devices) = enter(py, || {
-            let ranks = Ranks::new(tensor_parallel_size, expert_parallel)?;
+            let ranks = Ranks::new(tensor_parallel_size, expert_parallel, false)?;
             let devices = ranks.devices(device)?;
             Ok((ranks, devices))
         })?;
@@ -276,7 +279,6 @@ impl PyEngine {
             let ordinals: Option<Vec<usize>> = devices.iter().map(|device| device.ordinal()).collect();
             let (service, (max_model_len, has_mtp)) = match ordinals {
                 None => {
-                    load.check_memory()?;
                     let cpu =
                         |_, group: Option<Arc<dyn Group>>| Ok(group.map_or_else(Cpu::default, Cpu::among));
                     load.start(cpu, available_memory())?

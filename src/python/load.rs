@@ -9,14 +9,13 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 
-use super::room::check_decoded;
+use super::room::Need;
 use crate::backend::{Backend, Caches, Device};
 use crate::config::{ModelConfig, Shard};
 use crate::engine::{Engine, EngineLimits, follow};
-use crate::machine::available_memory;
 use crate::model::Model;
-use crate::plan::{Part, Scheme, what_fits};
-use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Tcp, Threads, agree};
+use crate::plan::what_fits;
+use crate::ranks::{Collectives, Group, Meeting, PATIENCE, Poll, Tcp, Threads, agree, patience};
 use crate::service::{Service, panicked};
 use crate::weights::quant::Quantization;
 use crate::weights::{Checkpoint, DType, ModelTensors, MtpTensors, ReadAhead};
@@ -82,24 +81,27 @@ pub(super) struct Ranks {
     pub meeting: Option<Meeting>,
     /// How their devices add up.
     pub collectives: Collectives,
+    /// How long they wait for each other in a step.
+    pub patience: Duration,
 }
 
 impl Ranks {
-    /// From `tensor_parallel_size`, and what started this process.
-    pub fn new(world: usize, expert_parallel: bool) -> Result<Self> {
+    /// From `tensor_parallel_size`, and, where this process is not `alone`, what started it together with others.
+    pub fn new(world: usize, expert_parallel: bool, alone: bool) -> Result<Self> {
         Shard::first(world, expert_parallel)?;
         let var = |name: &str| std::env::var(name).ok();
-        let (meeting, collectives) = match world {
-            1 => (None, Collectives::Auto),
-            _ => (Meeting::from_env(var)?, Collectives::from_env(var)?),
+        let (collectives, patience) = match world {
+            1 => (Collectives::Auto, PATIENCE),
+            _ => (Collectives::from_env(var)?, patience(var)?),
         };
+        let meeting = if world == 1 || alone { None } else { Meeting::from_env(var)? };
         match &meeting {
             Some(meeting) if meeting.world != world => Err(Error::request(
                 "tensor_parallel_size",
                 world,
                 format!("{}, the number of processes that were started together", meeting.world),
             )),
-            _ => Ok(Self { world, expert_parallel, meeting, collectives }),
+            _ => Ok(Self { world, expert_parallel, meeting, collectives, patience }),
         }
     }
 
@@ -107,7 +109,7 @@ impl Ranks {
     pub fn devices(&self, name: &str) -> Result<Vec<Device>> {
         let devices = match &self.meeting {
             None => Device::for_ranks(name, self.world, 0)?,
-            Some(meeting) => Device::for_ranks(name, 1, meeting.local_rank)?,
+            Some(meeting) => Device::for_process(name, meeting.local_rank)?,
         };
         devices.iter().try_for_each(|device| device.require())?;
         Ok(devices)
@@ -126,7 +128,8 @@ impl Ranks {
 
 impl Load {
     /// Loads it; the engine's thread does the work. `backend` makes that of a rank, which has no group alone. `room` is what
-    /// decoded matrices may take, where the device does not say itself that they are too large for it.
+    /// decoded matrices and random weights may take of this host, where the device does not say itself that they are too
+    /// large for it.
     ///
     /// # Errors
     /// What the files, the devices and the ranks say. Of a process that is not rank 0, [`Error::Followed`] once rank 0 has
@@ -154,16 +157,17 @@ impl Load {
         };
         let seen = Arc::clone(&cancelled);
         let notice = Notice::default();
-        let met = move |waited: Duration, what: &str| match seen.load(Ordering::Relaxed) {
+        let waiting: Poll = Arc::new(move |waited, what| match seen.load(Ordering::Relaxed) {
             true => Err(Error::Interrupted),
             false => {
                 notice.say(waited, what);
                 Ok(())
             }
-        };
+        });
+        let patience = load.ranks.patience;
         if let Some(meeting) = load.ranks.meeting.clone().filter(|meeting| meeting.rank > 0) {
             let run = move || {
-                let group: Arc<dyn Group> = Arc::new(Tcp::meet(&meeting, met)?);
+                let group: Arc<dyn Group> = Arc::new(Tcp::meet(&meeting, patience, waiting)?);
                 let followed = part(meeting.rank, Some(Arc::clone(&group)))
                     .and_then(|model| follow(model, Arc::clone(&group)));
                 followed.inspect_err(|error| group.fail(&error.to_string()))
@@ -179,7 +183,7 @@ impl Load {
                     });
                 }
                 (Some(meeting), _) => {
-                    let group = Tcp::meet(meeting, met)?;
+                    let group = Tcp::meet(meeting, patience, waiting)?;
                     HAVE_MET.store(true, Ordering::Relaxed);
                     Some(Arc::new(group))
                 }
@@ -189,7 +193,7 @@ impl Load {
                     let follow = move |group: Arc<dyn Group>| {
                         follow(part(group.rank(), Some(Arc::clone(&group)))?, group)
                     };
-                    Some(Arc::new(Threads::lead(world, PATIENCE, follow)?))
+                    Some(Arc::new(Threads::lead(world, patience, waiting, follow)?))
                 }
             };
             let made = part(0, group.clone()).and_then(|model| {
@@ -224,12 +228,16 @@ impl Load {
             None => MtpTensors::resolve(&checkpoint, config).ok(),
         };
         if let Some(group) = group.filter(|_| self.ranks.meeting.is_some()) {
-            agree(group, &self.things(&tensors, module.is_some()))?;
+            agree(group, &self.things(&tensors, module.as_ref()))?;
         }
         if let Some(quantization) = self.quantization {
             tensors = tensors.requantised(quantization);
         }
-        check_decoded(&tensors, self.dtype, room)?;
+        let need = match self.dummy {
+            true => Need::random(config, shard)?,
+            false => Need::decoded(&tensors, self.dtype, shard),
+        };
+        need.check(group, room)?;
         let mut ahead = (shard.is_whole()).then(|| ReadAhead::new(&tensors));
         let report = |done, total| {
             if let Some(ahead) = &mut ahead {
@@ -254,7 +262,7 @@ impl Load {
     }
 
     /// What must be the same on all ranks.
-    fn things(&self, tensors: &ModelTensors, has_mtp: bool) -> Vec<(String, String)> {
+    fn things(&self, tensors: &ModelTensors, module: Option<&MtpTensors>) -> Vec<(String, String)> {
         let config = serde_json::to_value(&self.config).ok();
         let fields = config.as_ref().and_then(|config| config.as_object()).into_iter().flatten();
         let mut things: Vec<_> =
@@ -269,23 +277,11 @@ impl Load {
             ("quantization", quantization),
             ("kv_cache_dtype", kv_cache_dtype.into()),
             ("state_dtype", state_dtype.into()),
-            ("mtp", has_mtp.to_string()),
-            ("checkpoint", tensors.digest()),
+            ("mtp", module.is_some().to_string()),
+            ("checkpoint", tensors.digest(module)),
         ];
         things.extend(others.map(|(name, value)| (name.to_string(), value)));
         things
-    }
-
-    /// Refuses random weights that are more than the machine has room for: unlike a file's they cannot be given back.
-    pub fn check_memory(&self) -> Result<()> {
-        let weights = Part::whole(&self.config).weights(Scheme::Bf16).map_or(0, |bytes| bytes.resident);
-        match available_memory() {
-            Some(free) if self.dummy && weights > free => Err(Error::OutOfMemory {
-                what: format!("random weights ({weights} bytes; the machine has {free} available)"),
-                advice: "take a smaller model, or a GPU".into(),
-            }),
-            _ => Ok(()),
-        }
     }
 
     #[cfg(feature = "cuda")]
@@ -327,13 +323,14 @@ impl Load {
     }
 }
 
-/// Says through Python's `logging`, now and then, what processes that meet wait for.
+/// Says through Python's `logging`, now and then, what ranks wait for while they meet and load.
 #[derive(Default)]
 struct Notice(AtomicU64);
 
 impl Notice {
     fn say(&self, waited: Duration, what: &str) {
-        let said = self.0.load(Ordering::Relaxed);
+        // What was said before belongs to another wait where that was longer.
+        let said = Some(self.0.load(Ordering::Relaxed)).filter(|&said| said <= waited.as_secs()).unwrap_or(0);
         if waited.as_secs() < if said == 0 { 10 } else { said + 60 } {
             return;
         }

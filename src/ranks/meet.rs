@@ -10,8 +10,13 @@ use super::lost;
 use super::tcp::{ENDED, EXCHANGE, FAILED, HEAD_LEN, head, next_kind, write};
 use crate::{Error, Result};
 
-/// What a rank says first, with its rank and the world's size: which program it is.
-const HELLO: &[u8; 16] = concat_version();
+/// What a rank says first: this, its rank, the number of ranks, and its version.
+const HELLO: &[u8; 8] = b"qwen35rs";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Bytes of a version, filled up with zeros.
+const VERSION_LEN: usize = 40;
+const _: () = assert!(VERSION.len() <= VERSION_LEN, "versions that differ look different");
+const HELLO_LEN: usize = 24 + VERSION_LEN;
 /// What a rank answers that has been told that it has a place.
 const HERE: u8 = 0x51;
 /// How often a rank that waits for another to come looks up, and tries again.
@@ -24,15 +29,6 @@ const ANSWER: Duration = Duration::from_secs(10);
 const MAX_ANSWER: u64 = 1 << 16;
 /// A host that says nothing for so long is asked whether it is there, and then at this interval, so many times.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(10), 3);
-
-const fn concat_version() -> &'static [u8; 16] {
-    // The layout of messages is that of this version alone.
-    const TEXT: &[u8] = concat!("qwen35rs ", env!("CARGO_PKG_VERSION"), "           ").as_bytes();
-    match TEXT.first_chunk() {
-        Some(chunk) => chunk,
-        None => b"qwen35rs        ",
-    }
-}
 
 /// Who meets where.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,7 +107,7 @@ impl Meeting {
         &self,
         patience: Duration,
         step: Duration,
-        poll: impl Fn(Duration, &str) -> Result<()>,
+        poll: &dyn Fn(Duration, &str) -> Result<()>,
     ) -> Result<Vec<TcpStream>> {
         let start = Instant::now();
         let wait = |what: &str| match start.elapsed() {
@@ -143,51 +139,88 @@ fn welcome(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<Vec<T
     let listener = listener.or_else(|_| TcpListener::bind(format!("0.0.0.0:{port}"))).map_err(cannot)?;
     listener.set_nonblocking(true).map_err(cannot)?;
     let mut peers: Vec<Option<TcpStream>> = (1..*world).map(|_| None).collect();
+    let mut sent_away = String::new();
     while let Some(missing) = peers.iter().position(Option::is_none) {
-        wait(&format!("rank {} of {world} has not come to {address}", missing + 1))?;
+        wait(&format!("rank {} of {world} has not come to {address}{sent_away}", missing + 1))?;
         match listener.accept() {
-            // Whoever else comes to this port is sent away.
-            Ok((stream, _)) => drop(greet(stream, &mut peers)),
+            Ok((stream, _)) => match greet(stream, &mut peers) {
+                Ok(()) => {}
+                Err(Away::Version(why)) => {
+                    // Those that have met hear it too.
+                    let met = peers.iter_mut().flatten();
+                    met.for_each(|peer| drop(write(peer, FAILED, &[why.as_bytes()])));
+                    return Err(unlike(why));
+                }
+                Err(Away::Other(why)) => sent_away = format!(" (who came was sent away: {why})"),
+            },
             Err(_) => std::thread::sleep(RETRY),
         }
     }
     Ok(peers.into_iter().flatten().collect())
 }
 
+/// Why one who has come has no place.
+enum Away {
+    /// A rank of another version: these never meet.
+    Version(String),
+    /// Not one of these ranks, or not now: the one who belongs here may still come.
+    Other(String),
+}
+
+impl From<std::io::Error> for Away {
+    fn from(error: std::io::Error) -> Self {
+        Self::Other(format!("it did not say in time who it is, {error}"))
+    }
+}
+
 /// Gives one who has come, and has not gone since, its place among the others, or tells it why it has none.
-fn greet(mut stream: TcpStream, peers: &mut [Option<TcpStream>]) -> std::io::Result<()> {
+fn greet(mut stream: TcpStream, peers: &mut [Option<TcpStream>]) -> std::result::Result<(), Away> {
     stream.set_nonblocking(false)?;
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(GREETING))?;
-    let hello: [u8; 32] = read_within(&mut stream, GREETING)?;
+    let hello: [u8; HELLO_LEN] = read_within(&mut stream, GREETING)?;
+    if hello[..8] != HELLO[..] {
+        return Err(Away::Other("it is no rank".into()));
+    }
     let number = |at: usize| {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&hello[at..at + 8]);
         u64::from_le_bytes(bytes)
     };
-    let (rank, of, world) = (number(16), number(24), peers.len() as u64 + 1);
-    let program = |hello: &[u8]| String::from_utf8_lossy(hello).trim().to_string();
+    let (rank, of, world) = (number(8), number(16), peers.len() as u64 + 1);
+    let version = String::from_utf8_lossy(&hello[24..]);
+    let version = version.trim_end_matches('\0');
     let place = usize::try_from(rank).ok().and_then(|rank| peers.get_mut(rank.checked_sub(1)?));
-    let why = match place {
-        _ if hello[..16] != HELLO[..] || of != world => format!(
-            "rank {rank} is of {} and of {of} ranks; rank 0 is of {} and of {world}",
-            program(&hello[..16]),
-            program(HELLO)
-        ),
+    let away = match place {
+        _ if version != VERSION => {
+            let version = version.escape_debug();
+            Away::Version(format!("rank {rank} is of qwen35rs {version}, rank 0 of qwen35rs {VERSION}"))
+        }
+        _ if of != world => Away::Other(format!("it is rank {rank} of {of} ranks, and rank 0 is of {world}")),
         // One that came before and has ended leaves its place.
         Some(place) if place.as_ref().is_none_or(has_ended) => {
             write(&mut stream, EXCHANGE, &[])?;
             // What it said may have waited here longer than it did.
             let [HERE] = read_within(&mut stream, GREETING)? else {
-                return Err(ErrorKind::InvalidData.into());
+                return Err(Away::Other("it is no rank".into()));
             };
+            // Who does not hear this has not met, and comes again.
+            write(&mut stream, EXCHANGE, &[])?;
             *place = Some(stream);
             return Ok(());
         }
-        Some(_) => format!("two processes say that they are rank {rank}"),
-        None => format!("a process says that it is rank {rank} of {world}, beside rank 0"),
+        Some(_) => Away::Other(format!("two processes say that they are rank {rank}")),
+        None => Away::Other(format!("a process says that it is rank {rank} of {world}, beside rank 0")),
     };
-    write(&mut stream, FAILED, &[why.as_bytes()])
+    let (Away::Version(why) | Away::Other(why)) = &away;
+    write(&mut stream, FAILED, &[why.as_bytes()])?;
+    Err(away)
+}
+
+/// The error of ranks that were not started as one.
+fn unlike(why: String) -> Error {
+    let advice = "start each rank once, all with the same qwen35rs and the same number of ranks";
+    Error::Ranks { what: why, advice: advice.into() }
 }
 
 /// Whether the other end of a connection is gone, or says that it ends; not where it has said something else before.
@@ -198,17 +231,11 @@ fn has_ended(stream: &TcpStream) -> bool {
 /// The connection to rank 0.
 fn visit(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<TcpStream> {
     let Meeting { rank, world, address, .. } = meeting;
-    let hello = [&HELLO[..], &(*rank as u64).to_le_bytes(), &(*world as u64).to_le_bytes()].concat();
+    let hello = hello(*rank, *world, VERSION);
     loop {
         let failed = match connect(address, &hello) {
             Ok((EXCHANGE, _, stream)) => return Ok(stream),
-            Ok((FAILED, why, _)) => {
-                return Err(Error::Ranks {
-                    what: String::from_utf8_lossy(&why).into_owned(),
-                    advice: "start each rank once, all with the same qwen35rs and the same number of ranks"
-                        .into(),
-                });
-            }
+            Ok((FAILED, why, _)) => return Err(unlike(String::from_utf8_lossy(&why).into_owned())),
             Ok(_) => "what listens there does not answer as a rank".to_string(),
             Err(e) => e.to_string(),
         };
@@ -217,6 +244,15 @@ fn visit(meeting: &Meeting, wait: impl Fn(&str) -> Result<()>) -> Result<TcpStre
     }
 }
 
+/// What rank `rank` of `world` says first.
+pub(super) fn hello(rank: usize, world: usize, version: &str) -> Vec<u8> {
+    let numbers = [rank as u64, world as u64].map(u64::to_le_bytes).concat();
+    let mut hello = [&HELLO[..], &numbers, version.as_bytes()].concat();
+    hello.resize(HELLO_LEN, 0);
+    hello
+}
+
+/// What is answered at `address`, and the connection: rank 0 has given this one its place where it is an exchange.
 fn connect(address: &str, hello: &[u8]) -> std::io::Result<(u8, Vec<u8>, TcpStream)> {
     let mut last = std::io::Error::from(ErrorKind::NotFound);
     for address in address.to_socket_addrs()? {
@@ -231,9 +267,10 @@ fn connect(address: &str, hello: &[u8]) -> std::io::Result<(u8, Vec<u8>, TcpStre
                     (&mut stream).take(len).read_to_end(&mut answer)?;
                 }
                 // What is longer, or ends before its end, is no answer.
-                let kind = if answer.len() as u64 == len { kind } else { 0 };
+                let mut kind = if answer.len() as u64 == len { kind } else { 0 };
                 if kind == EXCHANGE {
                     stream.write_all(&[HERE])?;
+                    (kind, _) = head(read_within(&mut stream, ANSWER)?);
                 }
                 return Ok((kind, answer, stream));
             }

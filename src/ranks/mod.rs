@@ -6,6 +6,7 @@ mod collectives;
 mod meet;
 mod tcp;
 mod threads;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,10 +15,11 @@ pub use collectives::Collectives;
 pub use meet::Meeting;
 pub use tcp::Tcp;
 pub use threads::Threads;
+pub use waiting::{Poll, patience};
 
 use crate::{Error, Result};
 
-/// How long ranks wait for each other in a step.
+/// How long ranks wait for each other in a step, unless the user says otherwise ([`patience`]).
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// CUDA devices that share a model at most.
@@ -32,10 +34,11 @@ pub trait Group: Send + Sync {
     fn world(&self) -> usize;
 
     /// Gives every rank what each gave, in the order of ranks. All call it, and it waits for all: no longer than a step
-    /// may take, or, `unhurried`, as long as all are there.
+    /// may take, or, `unhurried`, as long as those that have not come yet give signs of life.
     ///
     /// # Errors
-    /// [`Error::Ranks`] where a rank has ended, failed or kept the others waiting. No call succeeds afterwards.
+    /// [`Error::Ranks`] where a rank has ended, failed or kept the others waiting. No call succeeds afterwards. What the
+    /// [`Poll`] of an unhurried wait returned.
     fn exchange(&self, mine: &[u8], unhurried: bool) -> Result<Vec<Arc<[u8]>>>;
 
     /// Sends an order to every other rank. For rank 0.
@@ -77,6 +80,19 @@ pub fn least(group: &dyn Group, mine: Option<usize>) -> Result<Option<usize>> {
     let all = group.exchange(&bytes, true)?;
     let numbers = all.iter().filter_map(|bytes| Some(u64::from_le_bytes(bytes.as_ref().try_into().ok()?)));
     Ok(numbers.min().filter(|&n| n != u64::MAX).map(|n| n as usize))
+}
+
+/// What the ranks of this host have together, by what each has.
+///
+/// # Errors
+/// As [`Group::exchange`].
+pub fn sum_of_host(group: &dyn Group, host: &str, mine: u64) -> Result<u64> {
+    let all = group.exchange(&[&mine.to_le_bytes(), host.as_bytes()].concat(), true)?;
+    let here = all.iter().filter_map(|bytes| {
+        let (number, other) = bytes.split_first_chunk()?;
+        (other == host.as_bytes()).then(|| u64::from_le_bytes(*number))
+    });
+    Ok(here.fold(0, u64::saturating_add))
 }
 
 /// Sees that all ranks were started alike: each names its things, in the same order.

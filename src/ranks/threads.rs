@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::{Group, lost};
+use super::waiting::{Clock, PIECE};
+use super::{Group, Poll, lost};
 use crate::{Error, Result};
 
 /// One of them. Dropping rank 0's ends the others, and waits until they have; dropping another's before that is a failure
@@ -21,6 +22,7 @@ pub struct Threads {
 struct Shared {
     world: usize,
     patience: Duration,
+    poll: Poll,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -41,25 +43,26 @@ struct State {
 }
 
 impl Threads {
-    /// A handle for each of `world` ranks, which wait so long for each other in a step.
-    pub fn group(world: usize, patience: Duration) -> Vec<Threads> {
+    /// A handle for each of `world` ranks, which wait so long for each other in a step, and call `poll` in waits that may
+    /// be longer.
+    pub fn group(world: usize, patience: Duration, poll: Poll) -> Vec<Threads> {
         let state =
             State { given: vec![None; world], orders: vec![VecDeque::new(); world], ..State::default() };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        let shared = Arc::new(Shared { world, patience, state, changed });
+        let shared = Arc::new(Shared { world, patience, poll, state, changed });
         let handle = |rank| Threads { rank, shared: Arc::clone(&shared), others: Vec::new() };
         (0..world).map(handle).collect()
     }
 
-    /// Rank 0 of a group, each other of which runs `follow` on a thread; its error or panic fails all of them.
+    /// Rank 0 of a [group](Threads::group), each other of which runs `follow` on a thread; its error or panic fails all of them.
     ///
     /// # Errors
     /// [`Error::Internal`] where there is no thread to be had.
-    pub fn lead<F>(world: usize, patience: Duration, follow: F) -> Result<Threads>
+    pub fn lead<F>(world: usize, patience: Duration, poll: Poll, follow: F) -> Result<Threads>
     where
         F: Fn(Arc<dyn Group>) -> Result<()> + Send + Sync + 'static,
     {
-        let mut groups = Self::group(world, patience).into_iter();
+        let mut groups = Self::group(world, patience, poll).into_iter();
         let mut first = groups.next().ok_or_else(|| Error::Internal("a group of no ranks".into()))?;
         let follow = Arc::new(follow);
         for group in groups {
@@ -82,13 +85,14 @@ impl Threads {
     }
 
     /// Waits until `ready` gives something.
-    fn wait<T>(
-        &self,
-        mut state: MutexGuard<'_, State>,
-        patience: Option<Duration>,
+    fn wait<'a, T>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        wait: Wait,
         mut ready: impl FnMut(&mut State) -> Option<T>,
     ) -> Result<T> {
-        let start = Instant::now();
+        let Shared { patience, poll, changed, .. } = self.shared.as_ref();
+        let (mut clock, mut waited) = (Clock::start(), Duration::ZERO);
         loop {
             if let Some(value) = ready(&mut state) {
                 return Ok(value);
@@ -96,21 +100,38 @@ impl Threads {
             if let Some(why) = &state.failed {
                 return Err(lost(why.clone()));
             }
-            let changed = &self.shared.changed;
-            state = match patience.map(|patience| patience.saturating_sub(start.elapsed())) {
-                None => changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-                Some(Duration::ZERO) => {
-                    let missing = state.given.iter().position(Option::is_none).unwrap_or_default();
-                    let why =
-                        format!("rank {missing} kept the others waiting for {:?}", self.shared.patience);
-                    state.failed = Some(why.clone());
-                    changed.notify_all();
-                    return Err(lost(why));
-                }
-                Some(left) => changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
-            };
+            let missing = state.given.iter().position(Option::is_none).unwrap_or_default();
+            if wait == Wait::Step && waited > *patience {
+                let why = format!("rank {missing} kept the others waiting for {patience:?}");
+                state.failed = Some(why.clone());
+                changed.notify_all();
+                return Err(lost(why));
+            }
+            if wait == Wait::Order {
+                state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            state = changed.wait_timeout(state, PIECE).unwrap_or_else(PoisonError::into_inner).0;
+            waited = clock.tick();
+            if wait == Wait::Unhurried && waited >= PIECE {
+                // Whoever is called may wait itself, and the others are not to wait for that.
+                drop(state);
+                poll(waited, &format!("rank {missing} has not come so far"))?;
+                state = self.state();
+            }
         }
     }
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// An order: for ever, which is how long a model may have nothing to do.
+    Order,
+    /// Ranks in a step.
+    Step,
+    /// Ranks that may take long. One that is a thread of this process is no less alive than who waits.
+    Unhurried,
 }
 
 impl Group for Threads {
@@ -132,9 +153,9 @@ impl Group for Threads {
             state.rounds += 1;
             self.shared.changed.notify_all();
         }
-        let patience = if unhurried { None } else { Some(self.shared.patience) };
+        let wait = if unhurried { Wait::Unhurried } else { Wait::Step };
         // The next round cannot be complete before this rank has given for it.
-        self.wait(state, patience, |state| {
+        self.wait(state, wait, |state| {
             if state.rounds > round {
                 return Some(state.result.clone());
             }
@@ -155,7 +176,7 @@ impl Group for Threads {
     }
 
     fn receive(&self) -> Result<Option<Arc<[u8]>>> {
-        self.wait(self.state(), None, |state| match state.orders[self.rank].pop_front() {
+        self.wait(self.state(), Wait::Order, |state| match state.orders[self.rank].pop_front() {
             None if state.ended && state.failed.is_none() => Some(None),
             order => order.map(Some),
         })

@@ -1,14 +1,17 @@
 //! The engine's thread, with callers that come and go.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use super::{Event, Generation, Job, Service};
-use crate::Error;
+use crate::backend::cpu::Cpu;
 use crate::engine::Engine;
-use crate::engine::tests::{limits, model};
+use crate::engine::tests::{limits, model, model_on};
+use crate::ranks::Group;
 use crate::request::{SamplingParams, Wanted};
+use crate::{Error, Result};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -123,4 +126,55 @@ fn an_engine_that_cannot_be_made() {
         Err(Error::Internal(what)) => assert_eq!(what, "no such luck"),
         _ => panic!("made"),
     }
+}
+
+/// A rank alone that panics where it is to add up.
+struct Panics;
+
+impl Group for Panics {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world(&self) -> usize {
+        1
+    }
+
+    fn exchange(&self, mine: &[u8], unhurried: bool) -> Result<Vec<Arc<[u8]>>> {
+        assert!(unhurried, "no such luck");
+        Ok(vec![mine.into()])
+    }
+
+    fn send(&self, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn receive(&self) -> Result<Option<Arc<[u8]>>> {
+        Ok(None)
+    }
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn fail(&self, _: &str) {}
+
+    fn end(&self) {}
+}
+
+#[test]
+fn callers_hear_what_a_panic_in_a_step_said() {
+    let group: Arc<dyn Group> = Arc::new(Panics);
+    let make = move || {
+        let model = model_on("moe_bf16", Cpu::among(Arc::clone(&group)));
+        Ok((Engine::among(model, Some(group), &limits(), usize::MAX, vec![])?, ()))
+    };
+    let service = Service::start(make, || Ok(()), |wait| wait()).unwrap().0;
+    let mut under_way = service.submit(vec![job(0, 20)]).unwrap();
+    let told = |error: Error| {
+        assert!(error.to_string().contains("the engine's thread ended: no such luck"), "{error}")
+    };
+    told(under_way.wait(LONG).err().unwrap());
+    told(service.submit(vec![job(1, 20)]).err().unwrap());
+    told(service.report().err().unwrap());
 }

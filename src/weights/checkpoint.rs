@@ -11,8 +11,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use super::hash::Xxh64;
 use super::names::MTP_PREFIX;
-use super::quant::Encoded;
-use super::{ModelTensors, Tensor, gguf, safetensors};
+use super::{Tensor, gguf, safetensors};
 use crate::config::ModelConfig;
 use crate::gguf::Gguf;
 use crate::{Error, Result};
@@ -20,7 +19,7 @@ use crate::{Error, Result};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Bytes hashed at the start, in the middle and at the end of a tensor by a quick fingerprint.
-const SAMPLE_BYTES: usize = 4096;
+pub(super) const SAMPLE_BYTES: usize = 4096;
 
 /// Every tensor of a checkpoint, mapped from its files. Nothing is read until it is looked at.
 #[derive(Debug, Clone)]
@@ -253,36 +252,7 @@ impl Checkpoint {
     }
 }
 
-impl ModelTensors {
-    /// What tells models of one geometry apart for ranks that start together: as [`Checkpoint::fingerprint`] with
-    /// [`Depth::Quick`], of each layer's routed experts of the data of the first three matrices alone. Random tensors have
-    /// none.
-    pub fn digest(&self) -> String {
-        let mut hash = Xxh64::default();
-        let mut named = |tensor: &Tensor| {
-            let line = format!("{} {} {:?}\n", tensor.name, tensor.type_name(), tensor.shape);
-            hash.update(line.as_bytes());
-        };
-        let (mut sampled, mut experts) = (vec![&self.embed_tokens, &self.norm], Vec::new());
-        sampled.extend(&self.lm_head);
-        for layer in &self.layers {
-            sampled.extend(layer.rest());
-            experts.extend(layer.experts());
-            sampled.extend(layer.experts().into_iter().take(3));
-        }
-        sampled.iter().chain(&experts).for_each(|tensor| named(tensor));
-        let data = |tensor: &&Tensor| {
-            let parts = tensor.encoded().map_or_else(|| vec![*tensor], Encoded::parts);
-            let stored = parts.into_iter().filter(|part| part.random_elements().is_none());
-            stored.map(|part| hash_data(part.bytes().unwrap_or_default(), Depth::Quick)).collect::<Vec<_>>()
-        };
-        let hashes: Vec<Vec<u64>> = sampled.par_iter().map(data).collect();
-        hashes.iter().flatten().for_each(|x| hash.update(&x.to_le_bytes()));
-        format!("{:016x}", hash.finish())
-    }
-}
-
-fn hash_data(data: &[u8], depth: Depth) -> u64 {
+pub(super) fn hash_data(data: &[u8], depth: Depth) -> u64 {
     let mut hash = Xxh64::default();
     if depth == Depth::Full || data.len() <= 3 * SAMPLE_BYTES {
         hash.update(data);

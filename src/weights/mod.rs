@@ -2,6 +2,7 @@
 
 mod ahead;
 mod checkpoint;
+mod digest;
 mod dtype;
 mod elements;
 pub mod form;
@@ -165,8 +166,12 @@ pub struct MtpTensors {
 impl MtpTensors {
     /// Every tensor of the module.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        let rest = [&self.fc, &self.pre_fc_norm_embedding, &self.pre_fc_norm_hidden, &self.norm];
-        rest.into_iter().chain(self.layer.tensors())
+        self.rest().into_iter().chain(self.layer.tensors())
+    }
+
+    /// All but its layer's.
+    pub fn rest(&self) -> [&Tensor; 4] {
+        [&self.fc, &self.pre_fc_norm_embedding, &self.pre_fc_norm_hidden, &self.norm]
     }
 }
 

@@ -370,6 +370,26 @@ def test_the_check_of_an_engine_that_has_ended(monkeypatch):
         asyncio.run(replica.check_health())
 
 
+def test_replicas_are_no_ranks_of_what_started_ray(llm, monkeypatch):
+    # As `srun -N2 ray start` and torchrun leave it for every actor; the program itself may be such a process, too.
+    started = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+    }
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    actor = {"num_cpus": 1, "runtime_env": {"env_vars": started}}
+    shared = deploy("shared", tensor_parallel_size=2, deployment_config={"ray_actor_options": actor})
+    text = "What is 17 + 25?"
+    (want,) = llm.chat(user(text), GREEDY, enable_thinking=False)
+    assert joined(shared.chat.remote(user(text), GREEDY, enable_thinking=False))[0] == want.text
+    serve.delete("shared")
+
+
 def test_a_killed_replica_is_replaced(handle):
     streams = {}
     for i in range(20):

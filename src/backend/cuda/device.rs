@@ -35,7 +35,7 @@ fn not_there(what: impl Into<String>) -> Error {
 }
 
 /// How many devices the driver has.
-fn num_devices() -> Result<usize> {
+pub(super) fn num_devices() -> Result<usize> {
     // SAFETY: looks whether the library can be opened, and keeps nothing.
     if !unsafe { sys::is_culib_present() } {
         return Err(not_there("found no NVIDIA driver"));

@@ -74,7 +74,8 @@ impl Graph {
         // SAFETY: the graph lives until it is destroyed here; the graph that can be launched holds all it needs.
         let exec = unsafe {
             let _ = sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut num_nodes);
-            let exec = done.is_ok().then(|| result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)));
+            let exec =
+                done.is_ok().then(|| result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)));
             let _ = result::graph::destroy(graph);
             exec
         };

@@ -76,6 +76,11 @@ pub fn require(ordinal: usize) -> Result<()> {
     device::find(ordinal).map(drop)
 }
 
+/// Cards that this process sees; none where there is no driver that can be used.
+pub fn num_cards() -> usize {
+    device::num_devices().unwrap_or_default()
+}
+
 /// What a launcher's code means.
 fn launch_failed(name: &str, code: c_int) -> Error {
     // SAFETY: the runtime has a text for every code, which lives forever.

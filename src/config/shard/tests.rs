@@ -108,6 +108,8 @@ fn heads_that_several_ranks_read() {
     assert_eq!(kv(3, 1), [0..1, 0..1, 0..1]);
     let two = Shard { rank: 1, world: 2, expert_parallel: false };
     assert_eq!((two.head_rows(248_320), two.head_rows(7)), (124_160..248_320, 0..7));
+    // 124,039 logits each would divide, and could not be gathered.
+    assert_eq!((two.head_rows(248_078), two.head_rows(248_080)), (0..248_078, 124_040..248_080));
     assert_eq!(two.experts(256), 0..256);
     assert!(Shard::whole().is_whole() && !two.is_whole());
     assert_eq!((Shard::whole().head_rows(7), Shard::whole().experts(3)), (0..7, 0..3));

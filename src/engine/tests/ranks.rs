@@ -38,7 +38,7 @@ fn part(name: &str, shard: Shard, group: Arc<dyn Group>) -> Result<Model<Cpu>> {
 /// Rank 0 of so many, the others of which follow.
 fn lead(name: &str, world: usize, expert_parallel: bool) -> Threads {
     let own = name.to_string();
-    Threads::lead(world, Duration::from_secs(20), move |group| {
+    Threads::lead(world, Duration::from_secs(20), Arc::new(|_, _| Ok(())), move |group| {
         let shard = Shard { rank: group.rank(), world, expert_parallel };
         follow(part(&own, shard, Arc::clone(&group))?, group)
     })
@@ -100,7 +100,7 @@ fn ranks_say_what_one_says() {
 
 #[test]
 fn a_rank_that_ends_ends_the_engine() {
-    let first = Threads::lead(2, Duration::from_secs(20), |group| {
+    let first = Threads::lead(2, Duration::from_secs(20), Arc::new(|_, _| Ok(())), |group| {
         // It gets as far as the memory, and one order more.
         crate::ranks::least(group.as_ref(), None)?;
         group.receive()?;

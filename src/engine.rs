@@ -4,6 +4,7 @@ mod ahead;
 mod runner;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use rayon::prelude::*;
 
@@ -62,6 +63,8 @@ const KV_CACHE_BYTES: usize = 4 << 30;
 pub struct StepOutput {
     /// Whose it is.
     pub id: RequestId,
+    /// When it was made: callers may read it later.
+    pub at: Instant,
     /// The new token; `None` for a request that wanted logits.
     pub token: Option<u32>,
     /// Its log-probabilities, where asked for.
@@ -80,6 +83,7 @@ impl StepOutput {
     fn new(id: RequestId) -> Self {
         Self {
             id,
+            at: Instant::now(),
             token: None,
             logprobs: None,
             finish: None,

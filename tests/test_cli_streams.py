@@ -92,6 +92,11 @@ def test_other_commands_name_options_that_are_no_text(demo, tmp_path):
         assert (done.returncode, done.stderr.decode()) == (1, words)
 
 
+def test_a_model_whose_name_is_no_text():
+    done = subprocess.run([*SCRIPT, "plan", b"a\xff"], check=False, capture_output=True, timeout=20)
+    assert done.returncode == 1 and done.stderr.startswith(b"error: model: found a"), done.stderr
+
+
 def test_ids_of_thousands_of_digits(demo):
     result = CliRunner().invoke(app, ["generate", "-m", demo, "--token-ids", "9" * 5000])
     assert result.exit_code == 1

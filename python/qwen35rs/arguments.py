@@ -30,7 +30,7 @@ def whole(name: str, value: Any, allowed: str, least: int = 0, most: int = 2**63
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise refuse(name, value, f"{allowed}, an integer") from None
+        raise refuse(name, value, allowed) from None
     if not least <= number <= most:
         raise refuse(name, value, allowed)
     return number

@@ -144,19 +144,19 @@ class LLM:
                 raise arguments.refuse(name, place, "a path, a name on the Hugging Face hub, or None")
         arguments.number("gpu_memory_utilization", gpu_memory_utilization, "a number above 0, at most 1")
         tensor_parallel_size = arguments.whole(
-            "tensor_parallel_size", tensor_parallel_size, "1 to 1024", 1, 1024
+            "tensor_parallel_size", tensor_parallel_size, "1 to 1024, an integer", 1, 1024
         )
-        max_num_seqs = arguments.whole("max_num_seqs", max_num_seqs, "1 to 2^63 - 1")
+        max_num_seqs = arguments.whole("max_num_seqs", max_num_seqs, "1 to 2^63 - 1, an integer")
         max_num_batched_tokens = arguments.whole(
-            "max_num_batched_tokens", max_num_batched_tokens, "64 to 2^63 - 1"
+            "max_num_batched_tokens", max_num_batched_tokens, "64 to 2^63 - 1, an integer"
         )
-        seed = arguments.whole("seed", seed, "0 to 2^63 - 1")
+        seed = arguments.whole("seed", seed, "0 to 2^63 - 1, an integer")
         if max_model_len is not None:
             max_model_len = arguments.whole(
-                "max_model_len", max_model_len, "2 to the model's context, or None"
+                "max_model_len", max_model_len, "an integer from 2 to the model's context, or None"
             )
         if kv_cache_bytes is not None:
-            allowed = "the bytes of a page to 2^63 - 1, or None"
+            allowed = "an integer from the bytes of a page to 2^63 - 1, or None"
             kv_cache_bytes = arguments.whole("kv_cache_bytes", kv_cache_bytes, allowed)
         _core.check_devices(device, tensor_parallel_size, expert_parallel)
         if load_format == "dummy" and model is not None and not Path(model).is_dir():

@@ -24,7 +24,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::gguf::Gguf;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// What some exports write in place of `quantization_config`.
 const QUANT_FILE: &str = "hf_quant_config.json";
@@ -223,11 +223,11 @@ impl ModelConfig {
             return Self::from_gguf(&Gguf::open(&file)?);
         }
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| read_error(&path, e))?;
-        let mut value = parse_json(&text, &path)?;
+        let mut value = parse_json(&files::read_text(&path, files::SETTINGS)?, &path)?;
         let beside = dir.join(QUANT_FILE);
-        if value.get("quantization_config").is_none() && beside.exists() {
-            let text = std::fs::read_to_string(&beside).map_err(|e| read_error(&beside, e))?;
+        if value.get("quantization_config").is_none()
+            && let Some(text) = files::read_text_if_there(&beside, files::SETTINGS)?
+        {
             quant::with_file(&mut value, parse_json(&text, &beside)?, &beside)?;
         }
         Self::from_value(&value)
@@ -277,14 +277,6 @@ impl ModelConfig {
 
 fn parse_json(text: &str, origin: &Path) -> Result<Value> {
     serde_json::from_str(text).map_err(|e| Error::file(origin, format!("not JSON: {e}")))
-}
-
-/// The error of a text file that could not be read: bad UTF-8 is the file's fault, the rest the system's.
-fn read_error(path: &Path, source: std::io::Error) -> Error {
-    match source.kind() {
-        std::io::ErrorKind::InvalidData => Error::file(path, "not UTF-8"),
-        _ => Error::io_of_checkpoint(path, source),
-    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod runner;
 mod told;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use rayon::prelude::*;
 
@@ -65,6 +66,8 @@ const KV_CACHE_BYTES: usize = 4 << 30;
 pub struct StepOutput {
     /// Whose it is.
     pub id: RequestId,
+    /// When it was made: callers may read it later.
+    pub at: Instant,
     /// The new token; `None` for a request that wanted logits.
     pub token: Option<u32>,
     /// Its log-probabilities, where asked for.
@@ -83,6 +86,7 @@ impl StepOutput {
     fn new(id: RequestId) -> Self {
         Self {
             id,
+            at: Instant::now(),
             token: None,
             logprobs: None,
             finish: None,

@@ -16,6 +16,7 @@ pub mod cache;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod files;
 pub mod gguf;
 pub mod inspect;
 pub mod lend;

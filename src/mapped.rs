@@ -1,25 +1,19 @@
 //! Files mapped into memory, read-only: the one place that does it.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// Maps a regular file.
 ///
 /// # Errors
 /// `Io` if it cannot be opened or mapped, `File` if it is not a regular file.
 pub fn map(path: &Path) -> Result<Arc<Mmap>> {
-    // Asked before it is opened: opening a FIFO waits for a writer.
-    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-    if !meta.is_file() {
-        return Err(Error::file(path, "not a regular file"));
-    }
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let file = files::open(path, |e| Error::io(path, e))?;
     // SAFETY: the map is read-only, and checkpoints are not written to while they are in use. Should
     // another program shorten the file, reads past its new end raise SIGBUS; no memory is corrupted.
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;

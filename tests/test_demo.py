@@ -68,6 +68,19 @@ def test_it_writes_over_demos_only(tmp_path):
     assert files(path) == before
 
 
+def test_a_disk_that_is_full_names_the_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qwen35rs.demo._write_safetensors", full)
+    for _ in range(2):  # new, and there
+        with pytest.raises(OSError, match="No space left") as caught:
+            make_checkpoint(tmp_path / "d", vocab="bytes")
+        assert caught.value.filename == str(tmp_path / "d")
+        assert [path.name for path in tmp_path.rglob("*")] in ([], ["d"])
+        (tmp_path / "d").mkdir(exist_ok=True)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("layers,hidden,experts,top_k", [(1, 8, 1, 1), (5, 40, 3, 3), (4, 64, 8, 2)])
 def test_every_size_runs(tmp_path, dtype, layers, hidden, experts, top_k):

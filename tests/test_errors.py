@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 
 import numpy as np
@@ -65,7 +66,10 @@ def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm):
         ("temperature", -1.0, "temperature: found -1; allowed: a finite number >= 0"),
         ("temperature", math.nan, "temperature: found NaN"),
         ("temperature", math.inf, "temperature: found inf"),
+        ("temperature", 1e308, "temperature: found 1e308; allowed: a finite number >= 0, in float32"),
         ("top_p", 0.0, "top_p: found 0; allowed: 0 < top_p <= 1"),
+        ("top_p", 2**31, "top_p: found 2147483648; allowed: 0 < top_p <= 1"),
+        ("top_p", 1e-300, "top_p: found 1e-300; allowed: 0 < top_p <= 1, in float32"),
         ("top_p", 1.1, "top_p: found 1.1"),
         ("min_p", -0.1, "min_p: found -0.1; allowed: 0 <= min_p <= 1"),
         ("top_k", -2, "top_k: found -2; allowed: a number of tokens; 0 or -1 for all of them"),
@@ -86,6 +90,7 @@ def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm):
         ("ignore_eos", 3, "ignore_eos: found 3; allowed: bool"),
         ("stop_token_ids", [-1], "stop_token_ids: found -1; allowed: token ids"),
         ("logit_bias", {-1: 1.0}, "logit_bias: found -1; allowed: token ids"),
+        ("logit_bias", {1: 1e39}, "logit_bias: found 1e39; allowed: finite numbers, in float32"),
         ("logit_bias", {1: math.nan}, "logit_bias: found NaN; allowed: finite numbers"),
     ],
 )
@@ -108,6 +113,20 @@ def test_parameters_against_the_model(llm):
         SamplingParams(beams=3)
 
 
+def test_parameters_that_were_changed(llm):
+    params = SamplingParams()
+    params.stop_token_ids.append("x")
+    for call in (lambda: llm.generate("a", params), lambda: llm.stream("a", params)):
+        with pytest.raises(RequestError, match=r"stop_token_ids: found \['x'\]; allowed: list\[int\]"):
+            call()
+
+
+def test_thinking_is_on_or_off(llm):
+    for value in ("no", None, 0):
+        with pytest.raises(RequestError, match=f"enable_thinking: found {value!r}; allowed: True, False"):
+            llm.chat([{"role": "user", "content": "a"}], GREEDY, enable_thinking=value)
+
+
 def test_logits_that_cannot_be(llm):
     for ids, words in [
         ([], "prompt: found 0 tokens; allowed: 1 to 2048"),
@@ -128,7 +147,36 @@ def test_logits_that_cannot_be(llm):
         ({"device": "tpu"}, RequestError, 'device: found "tpu"; allowed: "auto", "cpu", "cuda", "cuda:N"'),
         ({"gpu_memory_utilization": 0}, RequestError, "gpu_memory_utilization: found 0; allowed: above 0"),
         ({"max_model_len": 0}, RequestError, "max_model_len: found 0; allowed: 2 to 2048"),
-        ({"max_model_len": -1}, RequestError, "max_model_len: found -1"),
+        (
+            {"max_model_len": -1},
+            RequestError,
+            "max_model_len: found -1; allowed: an integer from 2 to the model's",
+        ),
+        (
+            {"max_model_len": "1"},
+            RequestError,
+            "max_model_len: found '1'; allowed: an integer from 2 to the model's",
+        ),
+        (
+            {"max_num_seqs": None},
+            RequestError,
+            "max_num_seqs: found None; allowed: 1 to 2^63 - 1, an integer",
+        ),
+        ({"seed": 1.5}, RequestError, "seed: found 1.5; allowed: 0 to 2^63 - 1, an integer"),
+        ({"deterministic": 1}, RequestError, "deterministic: found 1; allowed: True, False"),
+        ({"enforce_eager": "no"}, RequestError, "enforce_eager: found 'no'; allowed: True, False"),
+        ({"mtp": 1}, RequestError, "mtp: found 1; allowed: True, False, None"),
+        ({"tokenizer": 5}, RequestError, "tokenizer: found 5; allowed: a path, a name on the"),
+        (
+            {"gpu_memory_utilization": "1"},
+            RequestError,
+            "gpu_memory_utilization: found '1'; allowed: a number",
+        ),
+        (
+            {"kv_cache_bytes": 10**5000},
+            RequestError,
+            "kv_cache_bytes: found an integer of thousands of digits",
+        ),
         ({"max_model_len": 4096}, RequestError, "max_model_len: found 4096; allowed: 2 to 2048, the context"),
         ({"max_num_seqs": 0}, RequestError, "max_num_seqs: found 0; allowed: at least 1"),
         (
@@ -165,7 +213,7 @@ def test_places_that_hold_no_checkpoint(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("option", "allowed"),
     [
-        ("device", "auto, cpu, cuda, cuda:N"),
+        ("device", "auto, cpu, cuda, cuda:N, cuda:N,M"),
         ("load_format", "auto, dummy"),
         ("dtype", "auto, float32, bfloat16, float16"),
         ("kv_cache_dtype", "auto, fp8"),
@@ -173,8 +221,10 @@ def test_places_that_hold_no_checkpoint(checkpoint, tmp_path):
     ],
 )
 def test_options_that_are_names(checkpoint, option, allowed):
-    for value in (None, 16):
-        with pytest.raises(RequestError, match=f"^{option}: found {value}; allowed: {allowed}$"):
+    for value in (None, 16, "\ud800"):
+        with pytest.raises(
+            RequestError, match=f"^{option}: found {re.escape(repr(value))}; allowed: {allowed}$"
+        ):
             LLM(checkpoint, **{option: value})
     with pytest.raises(RequestError, match="^quantization: found 4; allowed: None, int4, fp8, mixed$"):
         LLM(checkpoint, quantization=4)
@@ -192,6 +242,14 @@ def test_options_that_are_names(checkpoint, option, allowed):
         ),
         ("generation_config.json", b"[", ConfigError, "generation_config.json"),
         ("tokenizer.json", b"{}", ConfigError, "tokenizer.json"),
+        ("tokenizer.json", b"[]", ConfigError, "tokenizer.json: begins with '['; expected a JSON object"),
+        ("tokenizer.json", b'{"model": 1}', ConfigError, "invalid type: integer `1`, expected an object at"),
+        (
+            "tokenizer_config.json",
+            b"[]",
+            ConfigError,
+            "tokenizer_config.json: begins with '['; expected a JSON",
+        ),
         ("tokenizer.json", b"\xff", ConfigError, "tokenizer.json"),
         ("model.safetensors", b"", ConfigError, "model.safetensors: 0 bytes"),
         ("model.safetensors", b"\xff" * 64, ConfigError, "model.safetensors: a header of"),
@@ -218,14 +276,80 @@ def test_a_truncated_checkpoint(checkpoint, tmp_path):
         LLM(path)
 
 
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "hf_quant_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+]
+
+
+def without(checkpoint, path, file):
+    """A copy without a file; an index is looked for where there is no single file of weights."""
+    shutil.copytree(checkpoint, path)
+    for name in {file, "model.safetensors"} if file.endswith("index.json") else {file}:
+        (path / name).unlink(missing_ok=True)
+    return path / file
+
+
 @pytest.mark.timeout(20)
-def test_a_special_file_is_not_opened(checkpoint, tmp_path):
+@pytest.mark.parametrize("file", FILES)
+def test_a_special_file_is_not_opened(checkpoint, tmp_path, file):
+    path = tmp_path / "m"
+    os.mkfifo(without(checkpoint, path, file))
+    with pytest.raises(ConfigError, match=f"{file}: not a regular file"):
+        LLM(path).tokenizer.chat_template  # noqa: B018
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_link_to_nothing_is_named(checkpoint, tmp_path, file):
+    path = tmp_path / "m"
+    without(checkpoint, path, file).symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=f"{file}: a link to a file that does not exist"):
+        LLM(path).tokenizer.chat_template  # noqa: B018
+
+
+def test_a_file_of_settings_without_an_end(checkpoint, tmp_path):
+    path = tmp_path / "m"
+    with without(checkpoint, path, "generation_config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: longer than 16777216 bytes"):
+        LLM(path)
+
+
+def test_what_is_no_model(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "e.gguf").symlink_to(tmp_path / "nothing")
+    for path, words in {
+        tmp_path / "fifo": "is neither a directory nor a regular file",
+        tmp_path / "e.gguf": "is a link to nothing$",
+        "/dev/null": "is neither a directory nor a regular file",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=f"{path}: {words}"):
+            LLM(path)
+
+
+def test_a_link_to_nothing_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="a/b: is a link to nothing"):
+        LLM("a/b")
+
+
+def test_a_gguf_that_is_passed_over_is_named(checkpoint, tmp_path, caplog):
     path = tmp_path / "m"
     shutil.copytree(checkpoint, path)
-    (path / "model.safetensors").unlink()
-    os.mkfifo(path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"model\.safetensors: not a regular file"):
-        LLM(path)
+    (path / "other.gguf").touch()
+    (path / "mmproj.gguf").touch()
+    LLM(path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: reads its *.safetensors; for other.gguf give the path of the file"
+    ]
 
 
 @pytest.mark.parametrize(

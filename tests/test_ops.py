@@ -4,6 +4,8 @@ Shapes and hostile values come from hypothesis, the bulk of each array from a se
 are in `golden/reference.py` and have the same signatures.
 """
 
+import math
+
 import numpy as np
 import pytest
 from golden import ops_checks, reference
@@ -393,6 +395,25 @@ def test_shapes_that_do_not_fit_are_refused(call):
         (lambda ones: ops.rope(ones(2, 1, 8), [0, 1], rotary_dim=2**40), f"rotary_dim: found {2**40}"),
         (lambda ones: ops.rope(ones(2, 1, 8), [0, 1], theta=10**400), "theta: found 1000"),
         (lambda ones: ops.rope(ones(2, 1, 8), [0, 1], mrope_section=[1, 0.5, 0]), "mrope_section: found 0.5"),
+        (lambda ones: ops.rope(ones(2, 1, 8), [0, 1], mrope_section=(1, 0)), "mrope_section: found [1, 0]"),
+        (
+            lambda ones: ops.rope(ones(2, 1, 8), [0, 1], 8, mrope_section=(0, 4, 0)),
+            "mrope_section: found [0, 4",
+        ),
+        (
+            lambda ones: ops.rope(ones(2, 1, 8), [0, 1], mrope_section=1),
+            "mrope_section: found 1; allowed: a seq",
+        ),
+        (lambda ones: ops.rope(ones(2, 1, 8), [1, [2]]), "positions: found [1, [2]]; allowed: [num_tokens]"),
+        (lambda ones: ops.rope(ones(1, 1, 8), [2**32]), "positions: found shape [1] of int64; allowed"),
+        (
+            lambda ones: ops.gated_delta_rule(*[ones(1, 1, 1)] * 3, *[ones(1, 1)] * 2, qk_l2norm=1),
+            "qk_l2norm: found 1; allowed: True, False",
+        ),
+        (
+            lambda ones: ops.moe(ones(1, 1), ones(1, 1), ones(1, 2, 1), ones(1, 1, 1), 1, shared=0),
+            "shared: found 0; allowed: a sequence",
+        ),
         (
             lambda ones: ops.attention(ones(2, 1, 8), ones(2, 1, 8), ones(2, 1, 8), scale=[]),
             "scale: found []",
@@ -402,4 +423,36 @@ def test_shapes_that_do_not_fit_are_refused(call):
 def test_numbers_that_cannot_be_are_named(call, text):
     with pytest.raises(RequestError) as refused:
         call(lambda *shape: np.ones(shape, np.float32))
+    assert str(refused.value).startswith(text)
+
+
+@pytest.mark.parametrize("theta", [-1, 0, 1, math.nan, math.inf, 1e39])
+def test_bases_that_give_no_frequencies(theta):
+    with pytest.raises(RequestError) as refused:
+        ops.rope(np.ones((1, 1, 8), np.float32), [1], theta=theta)
+    assert str(refused.value) == f"theta: found {theta}; allowed: a number above 1 that float32 holds"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"factor": 0}, "yarn: factor: found 0; allowed: a number from 1, at most 65536"),
+        ({"factor": -1}, "yarn: factor: found -1"),
+        ({"factor": math.nan}, "yarn: factor: found nan"),
+        ({"factor": math.inf}, "yarn: factor: found inf"),
+        ({"factor": "x"}, "yarn: factor: found 'x'; allowed: a number"),
+        ({"truncate": 0}, "yarn: truncate: found 0; allowed: True, False"),
+        ({"original_max_position_embeddings": -1}, "yarn: original_max_position_embeddings: found -1"),
+        ({"original_max_position_embeddings": 0}, "yarn: original_max_position_embeddings: found 0"),
+        ({"beta_slow": 0}, "yarn: beta_slow: found 0; allowed: a number above 0, at most 1e+09"),
+        ({"beta_fast": 0.5}, "yarn: beta_fast: found 0.5; allowed: a number not below beta_slow, 1.0"),
+        ({"attention_factor": math.nan}, "yarn: attention_factor: found nan"),
+        ({"beta": 1}, "yarn: found keys ['attention_factor', 'beta'"),
+        (None, "yarn: found 5; allowed: a mapping with factor, "),
+    ],
+)
+def test_settings_of_yarn_that_cannot_be(changes, text):
+    yarn = 5 if changes is None else {"factor": 4, "original_max_position_embeddings": 64, **changes}
+    with pytest.raises(RequestError) as refused:
+        ops.rope(np.ones((1, 1, 8), np.float32), [1], yarn=yarn)
     assert str(refused.value).startswith(text)

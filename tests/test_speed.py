@@ -98,6 +98,28 @@ def test_as_many_steps_as_were_asked_for(config, batch, context, steps):
     assert step.num_steps == steps and step.seconds > 0
 
 
+def test_steps_that_are_seen_late_keep_their_times(config):
+    llm = LLM(config, load_format="dummy", device="cpu", max_model_len=200)
+    engine, seen = llm._engine, []
+
+    class Late:
+        """As where Python is held up while the engine runs."""
+
+        def __getattr__(self, name):
+            return getattr(engine, name)
+
+        def generate(self, *arguments):
+            deltas = engine.generate(*arguments)
+            time.sleep(0.5)
+            for delta in deltas:
+                seen.append(time.perf_counter())
+                yield delta
+
+    llm._engine = Late()
+    step = speed.decode(llm, 1, 32, 8)
+    assert step.seconds > 4 * np.median(np.diff(seen[:10]))
+
+
 def test_a_tokenizer_beside_a_configuration(tmp_path):
     demo.make_checkpoint(tmp_path, vocab="bytes")
     llm = LLM(tmp_path / "config.json", load_format="dummy", device="cpu")

@@ -6,8 +6,10 @@ attention), the tokenizer's rules, and with ``vocab="real"`` the family's 248,07
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,10 @@ class Demo:
 def is_demo(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory holds a checkpoint that `make_checkpoint` wrote."""
     try:
-        config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+        path = Path(directory, "config.json")
+        if not path.is_file():  # a FIFO would be waited for
+            return False
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and _KEY in config
@@ -84,7 +89,10 @@ def make_checkpoint(
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise RequestError(f"directory: found the file {path}; allowed: a new or empty directory")
-    if path.is_dir() and any(path.iterdir()) and not is_demo(path):
+    others = (
+        [file for file in path.iterdir() if not file.name.startswith(_partial(path))] if path.is_dir() else []
+    )
+    if others and not is_demo(path):
         raise RequestError(f"directory: found other files in {path}; allowed: a new or empty directory")
     ranks = vocabulary.real_ranks() if vocab == "real" else vocabulary.byte_ranks()
     changes: dict[str, Any] = {
@@ -109,13 +117,44 @@ def make_checkpoint(
         "top_p": 0.95,
         "max_new_tokens": max_new_tokens,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    # First, so that what is left of an interrupted run is known as ours and may be written again.
-    (path / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    vocabulary.write(path, ranks)
-    num_params, num_bytes = _write_safetensors(path / _WEIGHTS, text, dtype, seed)
+    with _written(path) as part:
+        _write_json(part / "config.json", described)
+        _write_json(part / "generation_config.json", generation)
+        vocabulary.write(part, ranks)
+        num_params, num_bytes = _write_safetensors(part / _WEIGHTS, text, dtype, seed)
     return Demo(path, vocab, num_params, num_bytes)
+
+
+def _partial(path: Path) -> str:
+    """What the names of folders begin with that are to become `path`: one stays where the process is killed."""
+    return f".{path.name}.partial-"
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `path` at the end; nothing is left of it where that does not come."""
+    is_new = not path.exists()
+    try:
+        beside = path.parent if is_new else path  # which may be another file system, or where somebody works
+        beside.mkdir(parents=True, exist_ok=True)
+        part = beside / f"{_partial(path)}{os.getpid()}"
+        part.mkdir(exist_ok=True)
+        try:
+            yield part
+            if is_new:
+                part.rename(path)
+            else:
+                # One by one: a checkpoint in use stays whole, since its file is mapped. The first says that all are ours.
+                for name in sorted(file.name for file in part.iterdir()):
+                    (part / name).replace(path / name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(
@@ -319,9 +358,7 @@ def _write_safetensors(path: Path, text: dict[str, Any], dtype: str, seed: int) 
     text_header = json.dumps(header).encode()
     text_header += b" " * (-len(text_header) % 8)
     rng = np.random.default_rng(seed)
-    # Written beside and moved into place: a checkpoint in use stays whole, since its file is mapped.
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text_header).to_bytes(8, "little") + text_header)
         for tensor in drawn:
             for start in range(0, tensor.size, 1 << 22):
@@ -329,5 +366,4 @@ def _write_safetensors(path: Path, text: dict[str, Any], dtype: str, seed: int) 
                 if tensor.quiet_from is not None:
                     values[max(tensor.quiet_from * tensor.shape[1] - start, 0) :] *= np.float32(0.1)
                 file.write(to_bytes(values, header[tensor.name]["dtype"]))
-    part.replace(path)
     return sum(tensor.size for tensor in drawn), 8 + len(text_header) + end

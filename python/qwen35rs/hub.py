@@ -39,13 +39,12 @@ def resolve(
     if name and (path.is_dir() or path.is_file() and is_gguf(path)):
         return path
     check_gguf(path)
-    if not isinstance(model, str) or path.exists() or not _is_hub_id(name):
-        what = "is a file" if path.is_file() else "does not exist"
+    if not isinstance(model, str) or os.path.lexists(path) or not _is_hub_id(name):
         size = (
             f'; of the size {name}, load_format="dummy" makes random weights' if _SIZE.fullmatch(name) else ""
         )
         raise FileNotFoundError(
-            f"{name or 'an empty name'}: {what}; give the directory of a checkpoint (with config.json and *.safetensors), "
+            f"{name or 'an empty name'}: {_what_is(path)}; give the directory of a checkpoint (with config.json and *.safetensors), "
             f"a GGUF file, or a name on the Hugging Face hub like Qwen/Qwen3.5-35B-A3B{size}"
         )
     import huggingface_hub
@@ -68,6 +67,23 @@ def resolve(
         ) from error
 
 
+def passed_over(path: Path) -> list[str]:
+    """Names of the GGUF models in a folder whose safetensors are taken."""
+    names = sorted(os.listdir(path)) if path.is_dir() else []
+    if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return []
+    return [n for n in names if is_gguf(Path(n)) and not n.startswith(("mmproj", "mtp-"))]
+
+
+def _what_is(path: Path) -> str:
+    """What there is in place of a model."""
+    if path.is_symlink() and not path.exists():
+        return "is a link to nothing"
+    if not path.exists():
+        return "does not exist"
+    return "is a file" if path.is_file() else "is neither a directory nor a regular file"
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a path's name is that of a GGUF file."""
     return path.suffix.lower() == ".gguf"
@@ -76,7 +92,8 @@ def is_gguf(path: Path) -> bool:
 def check_gguf(path: Path) -> None:
     """Raises FileNotFoundError for a GGUF file that is not there, or not called one."""
     if is_gguf(path) and not path.exists():
-        raise FileNotFoundError(f"{path}: does not exist; {_beside(path)}")
+        around = "" if path.is_symlink() else f"; {_beside(path)}"
+        raise FileNotFoundError(f"{path}: {_what_is(path)}{around}")
     if not is_gguf(path) and _begins_as_gguf(path):
         raise FileNotFoundError(
             f"{path}: is a GGUF file under another name; give it one that ends in .gguf (a link will do)"

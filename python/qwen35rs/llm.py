@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import operator
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +14,9 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from . import _core, hub
+from . import _core, arguments, hub
 from ._core import ConfigError, DeviceTensor, RequestError
+from .arguments import short
 from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer
@@ -124,44 +125,53 @@ class LLM:
         progress: bool | None = None,
     ) -> None:
         names = {
-            "device": (device, "auto, cpu, cuda, cuda:N"),
+            "device": (device, "auto, cpu, cuda, cuda:N, cuda:N,M"),
             "load_format": (load_format, "auto, dummy"),
             "dtype": (dtype, "auto, float32, bfloat16, float16"),
             "quantization": ("" if quantization is None else quantization, "None, int4, fp8, mixed"),
             "kv_cache_dtype": (kv_cache_dtype, "auto, fp8"),
             "state_dtype": (state_dtype, "float32, float16"),
         }
-        for option, (found, allowed) in names.items():
-            if not isinstance(found, str):
-                raise RequestError(f"{option}: found {_short(found)}; allowed: {allowed}")
-        is_number = hasattr(tensor_parallel_size, "__index__") and not isinstance(tensor_parallel_size, bool)
-        if not is_number or not 1 <= operator.index(tensor_parallel_size) <= 1024:
-            raise RequestError(
-                f"tensor_parallel_size: found {_short(tensor_parallel_size)}; allowed: 1 to 1024, an integer"
+        for name, (found, allowed) in names.items():
+            arguments.named(name, found, allowed)
+        flags = {"deterministic": deterministic, "enforce_eager": enforce_eager}
+        for name, flag in {**flags, "expert_parallel": expert_parallel}.items():
+            arguments.flag(name, flag)
+        for name, choice in {"mtp": mtp, "progress": progress}.items():
+            arguments.flag(name, choice, or_none=True)
+        for name, place in {"model": model, "tokenizer": tokenizer}.items():
+            if place is not None and not isinstance(place, (str, os.PathLike)):
+                raise arguments.refuse(name, place, "a path, a name on the Hugging Face hub, or None")
+        arguments.number("gpu_memory_utilization", gpu_memory_utilization, "a number above 0, at most 1")
+        tensor_parallel_size = arguments.whole(
+            "tensor_parallel_size", tensor_parallel_size, "1 to 1024, an integer", 1, 1024
+        )
+        max_num_seqs = arguments.whole("max_num_seqs", max_num_seqs, "1 to 2^63 - 1, an integer")
+        max_num_batched_tokens = arguments.whole(
+            "max_num_batched_tokens", max_num_batched_tokens, "64 to 2^63 - 1, an integer"
+        )
+        seed = arguments.whole("seed", seed, "0 to 2^63 - 1, an integer")
+        if max_model_len is not None:
+            max_model_len = arguments.whole(
+                "max_model_len", max_model_len, "an integer from 2 to the model's context, or None"
             )
-        if not isinstance(expert_parallel, bool):
-            raise RequestError(f"expert_parallel: found {_short(expert_parallel)}; allowed: True, False")
-        tensor_parallel_size = operator.index(tensor_parallel_size)
+        if kv_cache_bytes is not None:
+            allowed = "an integer from the bytes of a page to 2^63 - 1, or None"
+            kv_cache_bytes = arguments.whole("kv_cache_bytes", kv_cache_bytes, allowed)
         _core.check_devices(device, tensor_parallel_size, expert_parallel)
         if load_format == "dummy" and model is not None and not Path(model).is_dir():
             path = Path(model)
         else:
             path = hub.resolve(model, revision=revision, token=token)
+        if ggufs := hub.passed_over(path):
+            logging.getLogger("qwen35rs").warning(
+                "%s: reads its *.safetensors; for %s give the path of the file", path, ", ".join(ggufs)
+            )
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None:
             self._tokenizer = Tokenizer.from_pretrained(tokenizer, revision=revision, token=token)
         elif (place := _core.find_tokenizer(path)) is not None:
             self._tokenizer = Tokenizer.from_pretrained(place)
-        limits = {
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "kv_cache_bytes": kv_cache_bytes,
-            "seed": seed,
-        }
-        for name, value in limits.items():
-            if value is not None and not 0 <= value < 2**63:
-                raise RequestError(f"{name}: found {value}; allowed: 0 to 2^63 - 1")
         with _LoadBar(path, progress) as bar:
             self._engine = _core.Engine(
                 path,
@@ -274,7 +284,7 @@ class LLM:
         """
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
             raise RequestError(
-                f"messages: found {_short(messages)}; allowed: a list of messages, or of such lists"
+                f"messages: found {short(messages)}; allowed: a list of messages, or of such lists"
             )
         several = len(messages) > 0 and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
@@ -342,6 +352,7 @@ class LLM:
         kwargs: Mapping[str, Any] | None,
     ) -> str:
         variables = {"enable_thinking": enable_thinking, **(kwargs or {})}
+        arguments.flag("add_generation_prompt", add_generation_prompt)
         for name in ("messages", "tools", "add_generation_prompt", "tokenize"):
             if name in variables:
                 allowed = "other variables of the template"
@@ -367,7 +378,7 @@ class LLM:
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, (Sequence, np.ndarray)):
             raise RequestError(
-                f"prompt: found {_short(prompt)}; allowed: text, a flat sequence of token ids, or a mapping of either"
+                f"prompt: found {short(prompt)}; allowed: text, a flat sequence of token ids, or a mapping of either"
             )
         return None, _ids("prompt", prompt)
 
@@ -383,7 +394,7 @@ class LLM:
         flat = [completion for output in outputs for completion in output.outputs]
         texts: list[list[str]] = [[] for _ in flat]
         with _RequestBar(len(flat), progress) as bar:
-            for delta in self._engine.generate([ids for _, ids in requests], params):
+            for delta in self._submit([ids for _, ids in requests], params):
                 completion = flat[delta.index]
                 texts[delta.index].append(delta.text)
                 completion.token_ids.append(delta.token_id)
@@ -398,7 +409,15 @@ class LLM:
 
     def _stream(self, request: tuple[str | None, list[int]], params: SamplingParams) -> DeltaStream:
         # Submitted here and not at the first `next`, so that a bad request is refused at the call.
-        return DeltaStream(self, self._engine.generate([request[1]], [params]))
+        return DeltaStream(self, self._submit([request[1]], [params]))
+
+    def _submit(self, ids: list[list[int]], params: list[SamplingParams]) -> _core.Generation:
+        try:
+            return self._engine.generate(ids, params)
+        except TypeError:  # lists in them may have changed since they were checked
+            for one in params:
+                one.check()
+            raise
 
     def _logprobs(self, delta: _core.Delta) -> dict[int, Logprob]:
         assert delta.logprobs is not None
@@ -439,7 +458,7 @@ def _refuse_media(messages: Any) -> None:
         for part in content if isinstance(content, (list, tuple)) else ():
             if isinstance(part, Mapping) and (part.get("type") in media or not media.isdisjoint(part)):
                 raise RequestError(
-                    f"messages[{i}]: found {_short(part)}; allowed: text (no vision in this version)"
+                    f"messages[{i}]: found {short(part)}; allowed: text (no vision in this version)"
                 )
 
 
@@ -448,7 +467,7 @@ def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
         raise RequestError(
-            f"prompts: found {_short(prompts)}; allowed: a prompt or several, text or token ids"
+            f"prompts: found {short(prompts)}; allowed: a prompt or several, text or token ids"
         )
     several = list(prompts)
     if several and all(isinstance(p, (int, np.integer)) for p in several):
@@ -458,9 +477,9 @@ def _prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 
 def _ids(name: str, ids: Any) -> list[int]:
     if isinstance(ids, (bytes, bytearray)):
-        raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
+        raise RequestError(f"{name}: found {short(ids)}; allowed: a flat sequence of token ids")
     if isinstance(ids, (list, tuple)) and any(isinstance(i, bool) for i in ids):
-        raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
+        raise RequestError(f"{name}: found {short(ids)}; allowed: a flat sequence of token ids")
     try:
         array = np.asarray(ids)
     except ValueError:
@@ -470,17 +489,12 @@ def _ids(name: str, ids: Any) -> list[int]:
     if array.ndim == 1 and array.dtype.kind in "Of" and all(isinstance(i, (int, np.integer)) for i in ids):
         array = array.astype(object)  # integers of more than 64 bits
     elif array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RequestError(f"{name}: found {_short(ids)}; allowed: a flat sequence of token ids")
+        raise RequestError(f"{name}: found {short(ids)}; allowed: a flat sequence of token ids")
     if array.min() < 0 or array.max() >= 2**32:
         bad = next(int(i) for i in ids if not 0 <= i < 2**32)
         raise RequestError(f"{name}: found {bad}; allowed: token ids, 0 to {2**32 - 1}")
     ids_list: list[int] = array.tolist()
     return ids_list
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
@@ -491,7 +505,7 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, num: int) ->
     several = list(params) if isinstance(params, Sequence) else [params]
     for one in several:
         if not isinstance(one, SamplingParams):
-            raise RequestError(f"sampling_params: found {_short(one)}; allowed: SamplingParams")
+            raise RequestError(f"sampling_params: found {short(one)}; allowed: SamplingParams")
     if len(several) != num:
         raise RequestError(
             f"sampling_params: found {len(several)}; allowed: one, or one for each of {num} prompts"
@@ -509,7 +523,8 @@ class _LoadBar:
     SIZE = 1 << 30
 
     def __init__(self, path: Path, show: bool | None) -> None:
-        size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+        # A link to nothing is for the core to refuse.
+        size = sum(f.stat().st_size for f in path.glob("*.safetensors") if f.is_file())
         self._show = show if show is not None else size > self.SIZE
         self._bar: Any = None
 

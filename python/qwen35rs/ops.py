@@ -12,13 +12,12 @@ DeviceTensor (any ``from_dlpack`` takes it without a copy). Their memory is give
 stream; to use one on another stream, make that stream wait, and keep the tensor until it has run. These ops
 cannot be captured in a graph.
 
-Every function raises RequestError, naming the argument, what was found and what is allowed; CudaError where
-the device fails.
+Every function raises RequestError for what it cannot take, naming the argument, what was found and what is
+allowed; CudaError where the device fails.
 """
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ import numpy.typing as npt
 
 from . import _core
 from ._core import DeviceTensor, RequestError
+from .arguments import flag, refuse, whole
 
 __all__ = [
     "DeviceTensor",
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float32]
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any = None) -> Any:
@@ -110,25 +111,37 @@ def rope(
     half = _whole("rotary_dim", rotary_dim) // 2
     if mrope_section is None:
         mrope_section = (11, 11, 10) if half == 32 else (half, 0, 0)
-    sections = [_whole("mrope_section", section) for section in mrope_section]
+    sections = [_whole("mrope_section", section) for section in _listed("mrope_section", mrope_section)]
+    # The last of H sits at frequency 3h - 2, the last of W at 3w - 1.
+    if len(sections) != 3 or 3 * sections[1] >= half + 2 or 3 * sections[2] >= half + 1:
+        allowed = (
+            f"three numbers that sum to rotary_dim / 2 = {half} and can be interleaved as T H W T H W ..."
+        )
+        raise refuse("mrope_section", sections, allowed)
+    base = _number("theta", theta)
+    if not 1.0 < base <= _MOST_FLOAT32:
+        raise refuse("theta", theta, "a number above 1 that float32 holds")
     full = None if yarn is None else _yarn(yarn)
-    rotation = (rotary_dim, _number("theta", theta), sections, full)
+    rotation = (rotary_dim, base, sections, full)
     if _cuda_device(positions) is not None:
         cuda = _cuda({"x": x, "positions": positions})
         assert cuda is not None
         return _like(x, cuda.rope(x, None, positions, rotation))
-    where = np.asarray(positions)
+    try:
+        where = np.asarray(positions)
+    except ValueError:  # rows of several lengths
+        raise refuse("positions", positions, "[num_tokens] or [3, num_tokens] of integers from 0") from None
     if where.ndim == 1:
         where = np.stack([where] * 3)
     if (
         where.ndim != 2
         or where.shape[0] != 3
         or where.dtype.kind not in "iu"
-        or (where.size and where.min() < 0)
+        or (where.size and not 0 <= where.min() <= where.max() < 2**32)
     ):
         raise RequestError(
             f"positions: found shape {list(np.shape(positions))} of {where.dtype}; "
-            "allowed: [num_tokens] or [3, num_tokens] of integers from 0"
+            "allowed: [num_tokens] or [3, num_tokens] of integers from 0, below 2^32"
         )
     on_host = where.T.tolist()
     if cuda:
@@ -215,6 +228,7 @@ def gated_delta_rule(
     """
     if mode not in ("chunked", "recurrent"):
         raise RequestError(f"mode: found {mode!r}; allowed: 'chunked', 'recurrent'")
+    flag("qk_l2norm", qk_l2norm)
     scale = None if scale is None else _number("scale", scale)
     if cuda := _cuda({"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}):
         o, after = cuda.gated_delta_rule(q, k, v, g, beta, state, mode == "chunked", qk_l2norm, scale)
@@ -269,6 +283,7 @@ def moe(x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence
     top_k = _whole("top_k", top_k)
     named: dict[str, Any] = {}
     if shared is not None:
+        shared = _listed("shared", shared)
         if len(shared) != 4:
             raise RequestError(
                 f"shared: found {len(shared)} arrays; allowed: gate_proj, up_proj, down_proj, gate"
@@ -288,35 +303,54 @@ def moe(x: Any, gate: Any, gate_up: Any, down: Any, top_k: int, shared: Sequence
 
 
 def _yarn(yarn: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of YaRN."""
-    defaults = {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "attention_factor": 0.1 * float(np.log(max(yarn.get("factor", 1.0), 1.0))) + 1.0,
-        "truncate": True,
-    }
+    """All settings of YaRN, within the limits of a checkpoint's configuration."""
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True}
+    needed = ["factor", "original_max_position_embeddings", *defaults]
+    if not isinstance(yarn, Mapping):
+        raise refuse("yarn", yarn, f"a mapping with {', '.join(needed)}")
     full = {**defaults, **yarn}
-    needed = {"factor", "original_max_position_embeddings", *defaults}
-    if set(full) != needed:
-        raise RequestError(f"yarn: found keys {sorted(full)}; allowed: {sorted(needed)}")
+    if set(full) != set(needed):
+        raise RequestError(f"yarn: found keys {sorted(map(str, full))}; allowed: {sorted(needed)}")
+    flag("yarn: truncate", full["truncate"])
+    limits = {"factor": (1.0, 65536.0), "beta_fast": (0.0, 1e9), "beta_slow": (0.0, 1e9)}
+    for key, (least, most) in limits.items():
+        found = _number(f"yarn: {key}", full[key])
+        if not least <= found <= most or not found:
+            above = "from 1" if least else "above 0"
+            raise refuse(f"yarn: {key}", full[key], f"a number {above}, at most {most:g}")
+        full[key] = found
+    if full["beta_fast"] < full["beta_slow"]:
+        raise refuse(
+            "yarn: beta_fast", full["beta_fast"], f"a number not below beta_slow, {full['beta_slow']}"
+        )
+    if full["attention_factor"] is None:
+        full["attention_factor"] = 0.1 * float(np.log(full["factor"])) + 1.0
+    scale = full["attention_factor"] = _number("yarn: attention_factor", full["attention_factor"])
+    if not 0.0 < scale <= 65536.0:
+        raise refuse("yarn: attention_factor", scale, "a number above 0, at most 65536")
+    key = "original_max_position_embeddings"
+    full[key] = _whole(f"yarn: {key}", full[key])
+    if full[key] == 0:
+        raise refuse(f"yarn: {key}", 0, "1 to 2^31 - 1")
     return full
 
 
 def _whole(name: str, value: Any) -> int:
+    return whole(name, value, "whole numbers from 0, below 2^31", most=2**31 - 1)
+
+
+def _listed(name: str, value: Any) -> list[Any]:
     try:
-        number = operator.index(value)
+        return list(value)
     except TypeError:
-        raise RequestError(f"{name}: found {value!r}; allowed: whole numbers") from None
-    if not 0 <= number < 1 << 31:
-        raise RequestError(f"{name}: found {number}; allowed: whole numbers from 0, below 2^31")
-    return number
+        raise refuse(name, value, "a sequence") from None
 
 
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise RequestError(f"{name}: found {value!r}; allowed: a number") from None
+        raise refuse(name, value, "a number") from None
 
 
 def _cuda_device(value: Any) -> int | None:

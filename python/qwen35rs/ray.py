@@ -24,7 +24,8 @@ from dataclasses import asdict
 from typing import Any, TypedDict
 
 from ._core import RequestError, check_devices
-from .llm import LLM, DeltaStream, Message, Prompt, _short
+from .arguments import short
+from .llm import LLM, DeltaStream, Message, Prompt
 from .outputs import Delta
 from .sampling import SamplingParams
 
@@ -97,7 +98,7 @@ def build_app(
     actor = dict(config.pop("ray_actor_options", None) or {})
     if "num_gpus" in actor:
         raise RequestError(
-            f"ray_actor_options: found num_gpus = {_short(actor['num_gpus'])}; allowed: gpus_per_replica"
+            f"ray_actor_options: found num_gpus = {short(actor['num_gpus'])}; allowed: gpus_per_replica"
         )
     seats = llm_options.get("max_num_seqs", inspect.signature(LLM).parameters["max_num_seqs"].default)
     chosen = {
@@ -179,7 +180,7 @@ class LLMReplica:
     @staticmethod
     def _check(conversation_id: object) -> None:
         if conversation_id is not None and not (isinstance(conversation_id, str) and conversation_id):
-            raise RequestError(f"conversation_id: found {_short(conversation_id)}; allowed: text, or None")
+            raise RequestError(f"conversation_id: found {short(conversation_id)}; allowed: text, or None")
 
     async def _stream(self, start: Callable[[], DeltaStream]) -> AsyncGenerator[ReplicaDelta, None]:
         loop = asyncio.get_running_loop()
@@ -278,7 +279,7 @@ def _place(device: object, ranks: int, gpus: object) -> tuple[str, float]:
         device = os.environ.get("QWEN35RS_DEVICE") or "auto"
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(
-            f"device: found {_short(device)}; allowed: auto, cpu, cuda (Ray decides which GPUs a replica gets)"
+            f"device: found {short(device)}; allowed: auto, cpu, cuda (Ray decides which GPUs a replica gets)"
         )
     if gpus is None and device == "auto":
         if not ray.is_initialized():
@@ -293,11 +294,11 @@ def _place(device: object, ranks: int, gpus: object) -> tuple[str, float]:
         words = " or ".join(map(str, allowed)) + (
             ", or a share of one GPU" if ranks == 1 and device != "cpu" else ""
         )
-        raise RequestError(f"gpus_per_replica: found {_short(gpus)}; allowed: {words}")
+        raise RequestError(f"gpus_per_replica: found {short(gpus)}; allowed: {words}")
     return ("cuda" if gpus else "cpu"), gpus
 
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"{name}: found {_short(value)}; allowed: at least 1")
+        raise RequestError(f"{name}: found {short(value)}; allowed: at least 1")
     return value

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from . import _core
+from .arguments import refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,13 @@ class SamplingParams:
             object.__setattr__(self, "stop", [])
         if self.stop_token_ids is None:
             object.__setattr__(self, "stop_token_ids", [])
+        self.check()
+
+    def check(self) -> None:
+        """Sees that some model could serve it, as making one does: the lists in it may have changed since.
+
+        Raises RequestError, naming the field, the value and what is allowed.
+        """
         try:
             _core.check_sampling_params(self)
         except TypeError as error:
@@ -77,9 +85,9 @@ class SamplingParams:
             if field is None:
                 raise
             value = getattr(self, name)
-            allowed = field.type
+            allowed = str(field.type)
             if isinstance(error.__cause__, OverflowError):
                 allowed = "integers of 64 bits"
             elif isinstance(error.__cause__, UnicodeEncodeError):
                 allowed = "text without lone surrogates"
-            raise _core.RequestError(f"{name}: found {value!r:.80}; allowed: {allowed}") from None
+            raise refuse(name, value, allowed) from None

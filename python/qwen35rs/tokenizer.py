@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from . import _core, hub
 from ._core import RequestError
+from .arguments import flag
 
 
 class Tokenizer:
@@ -176,6 +177,7 @@ class Tokenizer:
 
         Raises RequestError for a conversation that the template refuses, naming the message.
         """
+        flag("enable_thinking", enable_thinking)
         try:
             text = self._chat().render(
                 _json("messages", messages),

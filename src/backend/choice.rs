@@ -115,7 +115,11 @@ impl Device {
             }
             _ => None,
         }
-        .ok_or_else(|| Error::request(field, format!("{name:?}"), r#""auto", "cpu", "cuda", "cuda:N""#))
+        .ok_or_else(|| {
+            // The variable names one device, an argument also those of several ranks.
+            let lists = if field == VARIABLE { "" } else { r#", "cuda:N,M""# };
+            Error::request(field, format!("{name:?}"), format!(r#""auto", "cpu", "cuda", "cuda:N"{lists}"#))
+        })
     }
 }
 
@@ -196,7 +200,7 @@ mod tests {
         assert_eq!(parse("cuda:7"), Ok(Device::Cuda(7)));
         assert_eq!(Device::Cuda(7).to_string(), "cuda:7");
         for name in ["", "gpu", "cuda:", "cuda:-1", "cuda:1x", "cuda:99999999999999999999", "cpu:0"] {
-            let allowed = r#""auto", "cpu", "cuda", "cuda:N""#;
+            let allowed = r#""auto", "cpu", "cuda", "cuda:N", "cuda:N,M""#;
             assert_eq!(parse(name), Err(format!("device: found {name:?}; allowed: {allowed}")));
         }
     }

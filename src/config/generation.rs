@@ -5,10 +5,10 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::ModelConfig;
 use super::fields::Fields;
-use super::{ModelConfig, read_error};
 use crate::gguf::Gguf;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// What a checkpoint says about generation. Absent keys stay `None`, and the caller's defaults apply.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -123,13 +123,12 @@ impl GenerationConfig {
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let found = crate::gguf::find(dir)?;
         let path = found.as_deref().and_then(Path::parent).unwrap_or(dir).join("generation_config.json");
-        if let Some(file) = found.filter(|_| !path.exists()) {
+        if let Some(file) = found.filter(|_| !files::is_there(&path)) {
             return super::gguf::generation_config(&Gguf::open(&file)?);
         }
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::from_json(&text, &path),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(e) => Err(read_error(&path, e)),
+        match files::read_text_if_there(&path, files::SETTINGS)? {
+            Some(text) => Self::from_json(&text, &path),
+            None => Ok(Self::default()),
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use numpy::{PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
@@ -47,13 +47,13 @@ pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 /// The fields of `qwen35rs.SamplingParams`; `None` where the checkpoint's `generation_config.json` decides.
 #[derive(FromPyObject)]
 struct PySamplingParams {
-    temperature: Option<f32>,
-    top_p: Option<f32>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
     top_k: Option<i64>,
-    min_p: Option<f32>,
-    presence_penalty: Option<f32>,
-    frequency_penalty: Option<f32>,
-    repetition_penalty: Option<f32>,
+    min_p: Option<f64>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    repetition_penalty: Option<f64>,
     max_tokens: Option<i64>,
     min_tokens: i64,
     stop: Vec<String>,
@@ -64,7 +64,7 @@ struct PySamplingParams {
     seed: Option<i64>,
     logprobs: Option<i64>,
     n: i64,
-    logit_bias: Option<HashMap<i64, f32>>,
+    logit_bias: Option<HashMap<i64, f64>>,
 }
 
 impl PySamplingParams {
@@ -85,9 +85,9 @@ impl PySamplingParams {
             return Err(Error::request("stop", "an empty string", "strings of at least one character"));
         }
         let greedy = defaults.do_sample == Some(false);
-        let temperature = if greedy { Some(0.0) } else { defaults.temperature.map(|x| x as f32) };
-        let or = |own: Option<f32>, default: Option<f64>, neutral: f32| {
-            own.or(default.map(|x| x as f32)).unwrap_or(neutral)
+        let temperature = if greedy { Some(0.0) } else { defaults.temperature };
+        let or = |own: Option<f64>, default: Option<f64>, neutral: f32| {
+            own.or(default).map_or(neutral, |x| x as f32)
         };
         let top_k = match self.top_k {
             None => defaults.top_k.unwrap_or(0),
@@ -101,12 +101,12 @@ impl PySamplingParams {
                 .logit_bias
                 .iter()
                 .flatten()
-                .map(|(&token, &bias)| Ok((id("logit_bias", token)?, bias)))
+                .map(|(&token, &bias)| Ok((id("logit_bias", token)?, bias as f32)))
                 .collect::<Result<_>>()?,
             repetition_penalty: or(self.repetition_penalty, defaults.repetition_penalty, 1.0),
             frequency_penalty: or(self.frequency_penalty, defaults.frequency_penalty, 0.0),
             presence_penalty: or(self.presence_penalty, defaults.presence_penalty, 0.0),
-            temperature: self.temperature.or(temperature).unwrap_or(1.0),
+            temperature: or(self.temperature, temperature, 1.0),
             top_k,
             top_p: or(self.top_p, defaults.top_p, 1.0),
             min_p: or(self.min_p, defaults.min_p, 0.0),
@@ -121,8 +121,31 @@ impl PySamplingParams {
                 .collect::<Result<_>>()?,
             ignore_eos: self.ignore_eos,
         };
-        params.check(vocab)?;
+        params.check(vocab).map_err(|error| self.as_given(error))?;
         Ok(params)
+    }
+
+    /// An error with the number that the caller gave, where the check saw it rounded to float32.
+    fn as_given(&self, error: Error) -> Error {
+        let Error::Request { field, found, mut allowed } = error else { return error };
+        let given = match field.as_str() {
+            "temperature" => self.temperature,
+            "top_p" => self.top_p,
+            "min_p" => self.min_p,
+            "presence_penalty" => self.presence_penalty,
+            "frequency_penalty" => self.frequency_penalty,
+            "repetition_penalty" => self.repetition_penalty,
+            "logit_bias" => {
+                self.logit_bias.iter().flatten().map(|(_, x)| *x).find(|x| !(*x as f32).is_finite())
+            }
+            _ => None,
+        };
+        let Some(x) = given else { return Error::Request { field, found, allowed } };
+        if x.is_finite() && x != 0.0 && !(x as f32).is_normal() {
+            allowed.push_str(", in float32");
+        }
+        let in_full = x == 0.0 || !x.is_finite() || (1e-5..1e16).contains(&x.abs());
+        Error::request(field, if in_full { x.to_string() } else { format!("{x:e}") }, allowed)
     }
 }
 
@@ -331,7 +354,8 @@ impl PyEngine {
                 }
             }
             let stops = jobs.iter().map(|j| stops_of(j, &self.eos_token_ids)).collect();
-            Ok(Under { generation: self.service.submit(jobs)?, texts, stops })
+            let started = Instant::now();
+            Ok(Under { generation: self.service.submit(jobs)?, started, texts, stops })
         })?;
         Ok(PyGeneration { inner: Mutex::new(generation), closed: AtomicBool::new(false) })
     }
@@ -428,6 +452,8 @@ struct PyGeneration {
 
 struct Under {
     generation: Generation,
+    /// When they were submitted.
+    started: Instant,
     texts: Vec<Option<RequestText>>,
     /// Tokens that end each request, whose text is not shown.
     stops: Vec<Vec<u32>>,
@@ -447,6 +473,8 @@ struct PyDelta {
     logprobs: Option<(f32, usize, Vec<(u32, f32)>)>,
     /// `stop`, `length`, or `None` while the request goes on.
     finish_reason: Option<&'static str>,
+    /// When its step ended, in seconds from the submission of the requests.
+    seconds: f64,
 }
 
 #[pymethods]
@@ -518,6 +546,7 @@ impl Under {
                 FinishReason::Stop => "stop",
                 FinishReason::Length => "length",
             }),
+            seconds: output.at.duration_since(self.started).as_secs_f64(),
         })
     }
 }

@@ -22,7 +22,7 @@ use crate::tokenizer::chat::ChatTemplate;
 use crate::weights::Checkpoint;
 use crate::weights::Depth;
 use crate::weights::quant::Quantization;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<PyChatTemplate>()?;
@@ -180,8 +180,7 @@ pub(super) fn model_config(model: &Path) -> Result<ModelConfig> {
     if model.is_dir() || model.is_file() && gguf::find(model)?.is_some() {
         ModelConfig::from_dir(model)
     } else if model.is_file() {
-        let text = std::fs::read_to_string(model).map_err(|e| Error::io(model, e))?;
-        ModelConfig::from_json(&text, model)
+        ModelConfig::from_json(&files::read_text(model, files::SETTINGS)?, model)
     } else {
         plan::family_config(&model.to_string_lossy()).map_err(|error| match error {
             Error::Request { field, found, allowed } => {
@@ -205,7 +204,7 @@ fn is_stored(model: &Path, config: &ModelConfig) -> Result<bool> {
 #[allow(clippy::too_many_arguments)]
 fn plan_model(
     py: Python<'_>,
-    model: &str,
+    model: PathBuf,
     gpus: Vec<String>,
     cards: Vec<usize>,
     schemes: Vec<String>,
@@ -219,7 +218,7 @@ fn plan_model(
     all_reduce_us: Option<f64>,
 ) -> PyResult<String> {
     let make = || {
-        let config = model_config(Path::new(model))?;
+        let config = model_config(&model)?;
         let named: Vec<_> = gpus.iter().map(|name| Ok((name, plan::gpu(name)?))).collect::<Result<_>>()?;
         let gpus = match named.is_empty() {
             true => plan::GPUS.to_vec(),
@@ -234,10 +233,10 @@ fn plan_model(
         let schemes: Vec<_> = schemes.iter().map(|name| Scheme::from_name(name)).collect::<Result<_>>()?;
         let weights = |scheme: Scheme, part: &Part| match scheme {
             Scheme::Stored => {
-                let path = Path::new(model);
+                let path = model.as_path();
                 let is_gguf = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
                 if !path.is_dir() && !is_gguf {
-                    let found = format!("stored, of {model}");
+                    let found = format!("stored, of {}", model.display());
                     return Err(Error::request("scheme", found, "that of a checkpoint with its weights"));
                 }
                 plan::stored(path, &config, part).map(Some)
@@ -256,7 +255,7 @@ fn plan_model(
             ..PlanOptions::default()
         };
         let plan = plan::plan(&config, &gpus, &cards, &schemes, &weights, &options)?;
-        let stored = is_stored(Path::new(model), &config)?;
+        let stored = is_stored(&model, &config)?;
         json(&ModelPlan { config, stored, cards: named, plan })
     };
     py.detach(make).map_err(to_py)
@@ -270,7 +269,7 @@ fn plan_model(
 #[allow(clippy::too_many_arguments, unused_variables)]
 fn plan_memory(
     py: Python<'_>,
-    model: &str,
+    model: PathBuf,
     gpu: &str,
     quantization: Option<&str>,
     mtp: bool,
@@ -286,9 +285,9 @@ fn plan_memory(
     #[cfg(feature = "cuda")]
     return py
         .detach(|| {
-            let config = model_config(Path::new(model))?;
-            let checkpoint = match is_stored(Path::new(model), &config)? {
-                true => Checkpoint::open(Path::new(model))?,
+            let config = model_config(&model)?;
+            let checkpoint = match is_stored(&model, &config)? {
+                true => Checkpoint::open(&model)?,
                 false => Checkpoint::random(),
             };
             let limits = EngineLimits {

@@ -14,7 +14,7 @@ use serde_json::{Map, Value as Json};
 
 use super::gguf;
 use crate::gguf::Gguf;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// The family's template as published with Qwen3.5-4B, -9B and -35B-A3B (Apache-2.0, see NOTICE).
 const QWEN3_5: &str = include_str!("qwen3_5.jinja");
@@ -42,18 +42,19 @@ impl ChatTemplate {
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let file = crate::gguf::find(dir)?;
         let dir = match &file {
-            Some(file) if !file.with_file_name("tokenizer.json").exists() => return Self::from_gguf(file),
+            Some(file) if !files::is_there(&file.with_file_name("tokenizer.json")) => {
+                return Self::from_gguf(file);
+            }
             Some(file) => file.parent().unwrap_or(dir),
             None => dir,
         };
         let config_path = dir.join("tokenizer_config.json");
-        let config = match read_if_there(&config_path)? {
-            Some(text) => serde_json::from_str::<Json>(&text)
-                .map_err(|e| Error::file(&config_path, format!("not JSON: {e}")))?,
+        let config = match files::read_text_if_there(&config_path, files::SETTINGS)? {
+            Some(text) => files::object(&config_path, &text)?,
             None => Json::Null,
         };
         let own_path = dir.join("chat_template.jinja");
-        let (source, path) = match read_if_there(&own_path)? {
+        let (source, path) = match files::read_text_if_there(&own_path, files::SETTINGS)? {
             Some(text) => (Some(text), own_path),
             None => (template_entry(&config, &config_path)?, config_path),
         };
@@ -146,15 +147,6 @@ impl ChatTemplate {
 impl std::fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ChatTemplate").field("bytes", &self.source.len()).finish_non_exhaustive()
-    }
-}
-
-fn read_if_there(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) if e.kind() == std::io::ErrorKind::InvalidData => Err(Error::file(path, "not UTF-8")),
-        Err(e) => Err(Error::io(path, e)),
     }
 }
 

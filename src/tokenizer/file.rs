@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::AddedToken;
 use super::vocab::push_bytes_of;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// The pattern of Qwen3.5, in which marks join words.
 const PATTERN: &str = concat!(
@@ -28,6 +28,7 @@ const PATTERN_QWEN2: &str = concat!(
 
 /// `tokenizer.json`. Truncation and padding are settings of a call, not of a tokenizer, and are not read.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 pub(super) struct TokenizerFile {
     #[serde(default)]
     pub(super) added_tokens: Vec<AddedToken>,
@@ -44,6 +45,7 @@ pub(super) struct TokenizerFile {
 
 /// The `model` of `tokenizer.json`.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 pub(super) struct Model {
     #[serde(rename = "type", default)]
     kind: Value,
@@ -179,9 +181,7 @@ fn refused(component: &str, found: &Value, allowed: &str) -> Error {
 
 /// Reads a JSON file into `T`; a missing file is [`Error::Io`], a malformed one [`Error::File`].
 pub(super) fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io_of_checkpoint(path, e))?;
-    let text = std::str::from_utf8(&bytes).map_err(|e| Error::file(path, e.to_string()))?;
-    serde_json::from_str(text).map_err(|e| Error::file(path, e.to_string()))
+    files::object(path, &files::read_text(path, files::TABLE)?)
 }
 
 impl<'de> Deserialize<'de> for VocabEntries {
@@ -347,6 +347,7 @@ impl<'de> Visitor<'de> for PushMerge<'_> {
 
 /// The part of `tokenizer_config.json` that matters here.
 #[derive(Deserialize, Default)]
+#[serde(expecting = "an object")]
 pub(super) struct TokenizerConfig {
     #[serde(default)]
     pub(super) added_tokens_decoder: HashMap<String, ConfigToken>,
@@ -358,6 +359,7 @@ pub(super) struct TokenizerConfig {
 
 /// An entry of `added_tokens_decoder`; flags that are missing are off.
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 pub(super) struct ConfigToken {
     pub(super) content: String,
     #[serde(default)]
@@ -374,7 +376,7 @@ pub(super) struct ConfigToken {
 
 /// A token's text, alone or with its flags.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string, or an object with a content")]
 pub(super) enum TokenName {
     /// `"<|im_end|>"`
     Text(String),

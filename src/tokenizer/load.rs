@@ -15,10 +15,11 @@ use super::nfc::nfc;
 use super::pieces::PieceEncoder;
 use super::vocab::{ID_BITS, Vocab};
 use crate::gguf::Gguf;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// A token that is looked for in the text before anything else.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(expecting = "an object")]
 pub struct AddedToken {
     /// Its id.
     pub id: u32,
@@ -51,7 +52,7 @@ impl Tokenizer {
         let directory = directory.as_ref();
         let Some(file) = crate::gguf::find(directory)? else { return beside(directory) };
         let gguf = Gguf::open(&file)?;
-        match file.parent().filter(|folder| folder.join(TOKENIZER).exists()) {
+        match file.parent().filter(|folder| files::is_there(&folder.join(TOKENIZER))) {
             Some(folder) => {
                 let tokenizer = beside(folder)?;
                 gguf::check_tokens(&gguf, &tokenizer, &folder.join(TOKENIZER))?;
@@ -77,11 +78,11 @@ impl Tokenizer {
 /// As for [`Gguf::open`].
 pub fn find_tokenizer(path: &Path) -> Result<Option<PathBuf>> {
     if let Some(file) = crate::gguf::find(path)? {
-        let has = file.with_file_name(TOKENIZER).exists() || gguf::has_tokens(&Gguf::open(&file)?);
+        let has = files::is_there(&file.with_file_name(TOKENIZER)) || gguf::has_tokens(&Gguf::open(&file)?);
         return Ok(has.then_some(file));
     }
     let folder = if path.is_file() { path.parent().unwrap_or(path) } else { path };
-    Ok(folder.join(TOKENIZER).exists().then(|| folder.to_path_buf()))
+    Ok(files::is_there(&folder.join(TOKENIZER)).then(|| folder.to_path_buf()))
 }
 
 const TOKENIZER: &str = "tokenizer.json";
@@ -98,7 +99,7 @@ pub(super) struct Parts {
 
 fn beside(folder: &Path) -> Result<Tokenizer> {
     let path = folder.join("tokenizer_config.json");
-    let config = if path.exists() { read(&path)? } else { TokenizerConfig::default() };
+    let config = if files::is_there(&path) { read(&path)? } else { TokenizerConfig::default() };
     load(&folder.join(TOKENIZER), config)
 }
 

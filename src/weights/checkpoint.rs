@@ -14,7 +14,7 @@ use super::names::MTP_PREFIX;
 use super::{Tensor, gguf, safetensors};
 use crate::config::ModelConfig;
 use crate::gguf::Gguf;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -66,10 +66,10 @@ impl Checkpoint {
             return Self::open_single(dir, dir.to_path_buf());
         }
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
-        if single.exists() {
+        if files::is_there(&single) {
             return Self::open_single(dir, single);
         }
-        if index.exists() {
+        if files::is_there(&index) {
             return Self::open_shards(dir, &index);
         }
         let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
@@ -267,9 +267,7 @@ pub(super) fn hash_data(data: &[u8], depth: Depth) -> u64 {
 
 /// The index's map from tensor to shard.
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    let index: Index = serde_json::from_slice(&bytes)
-        .map_err(|e| Error::file(path, format!("not an index of tensors: {e}")))?;
+    let index: Index = files::object(path, &files::read_text(path, files::TABLE)?)?;
     for (name, shard) in &index.weight_map.0 {
         // One plain name: neither a path out of the directory nor one below it.
         let plain = Path::new(shard).file_name().is_some_and(|f| f == shard.as_str());
@@ -283,6 +281,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object")]
 struct Index {
     weight_map: WeightMap,
 }

@@ -157,7 +157,7 @@ fn check_coverage(tensors: &[TensorInfo], start: usize, end: usize, path: &Path)
 struct Header(Vec<(String, Entry)>);
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object")]
 struct Entry {
     dtype: String,
     shape: Vec<u64>,

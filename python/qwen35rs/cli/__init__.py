@@ -15,7 +15,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .quantize import quantize
-from .terminal import INTERRUPTED
+from .terminal import INTERRUPTED, PIPE_CLOSED, drop_output
 from .tokenize import tokenize
 
 app = typer.Typer(
@@ -72,8 +72,13 @@ def main() -> None:
         app(prog_name="qwen35rs")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except SystemExit as exit:
+        # The help is printed by libraries, which leave like that where its reader has left.
+        if isinstance(exit.__context__, BrokenPipeError):
+            drop_output()
+            sys.exit(PIPE_CLOSED)
+        raise
     except OSError as error:  # what is printed cannot be written: a full disk
-        # Nothing is left to be written at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        drop_output()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -119,6 +119,11 @@ class _Session:
             except Qwen35Error as error:
                 error_line(error)
                 good = False
+            except KeyboardInterrupt:  # before its answer began, or behind it
+                if not self.talks:
+                    raise
+                write("\n")
+                note("(stopped)")
 
     def _command(self, line: str) -> bool:
         """Whether a line is no message; does what it says. Raises RequestError for an unknown command."""
@@ -155,6 +160,11 @@ class _Session:
                 write("\n")
                 note("(Ctrl-D or /exit ends)")
                 return ""
+            except UnicodeDecodeError as error:
+                raise RequestError(
+                    f"message: found bytes that are not {error.encoding} at byte {error.start}; allowed: text in the "
+                    "encoding of the terminal, which PYTHONIOENCODING or the locale names"
+                ) from None
         data = options.stdin_bytes().readline()
         return options.read_text("stdin", data).rstrip("\r\n") if data else None
 

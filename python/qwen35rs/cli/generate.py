@@ -42,9 +42,11 @@ def generate(
     ] = None,
     model: Model = None,
     file: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--file", "-f", help="File with a prompt on each line ('-' for stdin); blank lines are skipped."
+            "--file",
+            "-f",
+            help="File with a prompt on each line ('-' for stdin); blank lines are skipped. May be repeated.",
         ),
     ] = None,
     token_ids: Annotated[
@@ -141,17 +143,11 @@ def generate(
         note(run.summary())
 
 
-def _read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
+def _read_prompts(prompts: Sequence[str] | None, files: Sequence[str] | None) -> list[str]:
     if prompts:
         return [options.check_text(f"prompt {i}", text) for i, text in enumerate(prompts, 1)]
-    if file is not None:
-        data = options.stdin_bytes().read() if file == "-" else Path(file).read_bytes()
-        # Only line feeds separate: other separators of unicode may be part of a prompt.
-        lines = [line.rstrip("\r") for line in options.read_text(file, data).split("\n")]
-        found = [line for line in lines if line.strip()]
-        if not found:
-            raise RequestError(f"{file}: found no prompt; allowed: a prompt on each line")
-        return found
+    if files:
+        return [prompt for file in files for prompt in _read_lines(file)]
     if sys.stdin is None or sys.stdin.isatty():
         raise RequestError(
             'prompt: found none; allowed: arguments, --file, --token-ids "1 2 3", or text on stdin'
@@ -160,6 +156,16 @@ def _read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     if not text:
         raise RequestError("prompt: found nothing on stdin; allowed: a text")
     return [text]
+
+
+def _read_lines(file: str) -> list[str]:
+    data = options.stdin_bytes().read() if file == "-" else Path(file).read_bytes()
+    # Only line feeds separate: other separators of unicode may be part of a prompt.
+    lines = [line.rstrip("\r") for line in options.read_text(file, data).split("\n")]
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise RequestError(f"{file}: found no prompt; allowed: a prompt on each line")
+    return found
 
 
 def _as_message(llm: LLM, text: str, no_thinking: bool) -> str:

@@ -118,11 +118,7 @@ def sampling(stop: list[str] | None, **fields: object) -> SamplingParams:
     from ..sampling import SamplingParams
 
     stop = [check_text("stop", text) for text in stop or []]
-    try:
-        return SamplingParams(stop=stop, **fields)  # type: ignore[arg-type]
-    except (OverflowError, TypeError) as error:  # what the core's integers do not hold
-        reason = str(error.__cause__ or error)
-        raise RequestError(f"sampling options: found a number that is too large ({reason})") from None
+    return SamplingParams(stop=stop, **fields)  # type: ignore[arg-type]
 
 
 def parse_ids(text: str) -> list[int]:
@@ -131,6 +127,8 @@ def parse_ids(text: str) -> list[int]:
     for word in text.replace(",", " ").split():
         if not (word.isascii() and word.isdigit()):
             raise RequestError(f'token_ids: found {word!r}; allowed: whole numbers, as in "1 2 3"')
+        if len(word) > 20:  # more digits than Python turns into a number, at some length
+            raise RequestError(f"token_ids: found a number of {len(word)} digits; allowed: token ids")
         ids.append(int(word))
     return ids
 

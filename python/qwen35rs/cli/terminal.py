@@ -38,13 +38,13 @@ def guarded(command: _Command) -> _Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _check_names(kwargs)
             command(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # The reader left. What python flushes at exit must go somewhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()  # the reader left
             raise typer.Exit(PIPE_CLOSED) from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
@@ -53,6 +53,28 @@ def guarded(command: _Command) -> _Command:
             raise typer.Exit(FAILED) from None
 
     return run  # type: ignore[return-value]
+
+
+def drop_output() -> None:
+    """Where stdout cannot be written to: what Python flushes at its end must go somewhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+#: Paths, which may be any bytes, and texts, which are checked where they are read.
+_ANY_BYTES = {"model", "file", "directory", "out", "prompts", "text", "system", "stop"}
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    """Refuses options that the core cannot take, by name: text that is not UTF-8, integers of more than 64 bits."""
+    from ..arguments import refuse
+    from .options import check_text
+
+    for name, value in options.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise refuse(name, value, "integers of 64 bits")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and name not in _ANY_BYTES:
+                check_text(name, text)
 
 
 def error_line(error: Exception) -> None:
@@ -92,7 +114,7 @@ def write(text: str, style: str = "") -> None:
         return
     if sys.stdout.isatty():
         text = text.translate(_PICTURES)
-        if style and "NO_COLOR" not in os.environ:
+        if style and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
             text = f"{style}{text}{RESET}"
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))

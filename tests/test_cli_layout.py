@@ -173,9 +173,8 @@ def test_the_layout_of_gguf(kind, tmp_path):
     alone, shared = (
         held(path, "--gpu", "4090", "--tensor-parallel-size", n)["memory"]["weights"] for n in (1, 2)
     )
-    # In memory matrices so small are filled up to tiles.
-    assert one < alone < 1.25 * one
-    assert 0 <= (shared - alone) - (two - one) < 0.1 * alone
+    # Beside the matrices a card holds small things that are not counted.
+    assert one < alone < 1.01 * one and two < shared < 1.01 * two
 
 
 def held(*args):

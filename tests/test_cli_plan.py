@@ -52,11 +52,11 @@ def test_plan_of_what_is_quantised_already(demo, tmp_path):
     for scheme in ("fp8", "int4", "mixed"):
         out = tmp_path / scheme
         _core.quantize_checkpoint(demo, out, scheme=scheme, group_size=32, progress=None)
-        found = as_json("inspect", out)
         stored = sizes(out)
         assert list(stored) == list(sizes(out, "--gpu", "h100")) == ["stored"]
-        # f32 and norms aside, what is in the file.
-        assert stored["stored"] == pytest.approx(found["tensor_bytes"], rel=0.01)
+        # What a card holds, small things aside: matrices as small as some of these are bf16 there.
+        held = as_json("plan", out, "--gpu", "h100", "--memory")["memory"]["h100"]["memory"]["weights"]
+        assert stored["stored"] < held < 1.02 * stored["stored"]
         assert stored["stored"] < plain["bf16"] and sizes(out, "--scheme", "bf16") == {"bf16": plain["bf16"]}
         row = as_json("plan", out, "--gpu", "h100", "--cards", 1)["rows"][0]
         assert row["weights_gib_per_card"] == pytest.approx(stored["stored"] / 2**30)

@@ -193,3 +193,25 @@ def test_logits_stay_on_the_device(num):
     del llm
     gc.collect()
     assert torch.equal(logits.cpu().view(torch.int32), expected.view(torch.int32))
+
+
+def test_a_thread_that_waits_for_the_whole_device():
+    """It ends every recording that is under way; the step is then run as it is."""
+    prompts, params = ids(PROMPTS[:8]), SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    llm, eager = (LLM(device="cuda", deterministic=True, enforce_eager=eager) for eager in (False, True))
+    want = [out.outputs[0].token_ids for out in eager.generate(prompts, params)]
+    done = threading.Event()
+
+    def wait():
+        while not done.is_set():
+            torch.cuda.synchronize()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    try:
+        for n in range(1, 9):  # a shape each
+            found = [out.outputs[0].token_ids for out in llm.generate(prompts[:n], params)]
+            assert found == want[:n]
+    finally:
+        done.set()
+        waiting.join()

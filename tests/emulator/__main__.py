@@ -4,7 +4,8 @@
 
 Builds the extension and the kernels' PTX for sm_80 (with nvcc, as build.rs finds it) and a library that stands for the
 driver and the run time and runs that PTX on the CPU; then runs pytest on them. Unless the arguments for pytest have a
-mark (`-m`), `-m gpu tests/gpu/test_net.py -k goldens` is before them. Everything it makes is in target/emulator.
+mark (`-m`), those are the emulator's own tests and the goldens of tests/gpu/test_net.py. Everything it makes is in
+target/emulator.
 
 Every access to memory is checked against what was allocated, memory starts as NaN, and asynchronous copies are done as
 late as they may be. What it cannot: kernels for Hopper alone (wgmma, TMA, clusters) are not run; cuBLASLt and NCCL are
@@ -24,7 +25,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "target" / "emulator"
 LIBRARY = OUT / "libcuda.so.1"
-GOLDENS = ["-m", "gpu", "tests/gpu/test_net.py", "-k", "goldens"]
+GOLDENS = [
+    *("-m", "gpu", "-k", "goldens or test_instructions"),
+    *("tests/emulator/test_instructions.py", "tests/gpu/test_net.py"),
+]
 # No contraction: what a kernel adds after a product is rounded twice, as PTX says.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]

@@ -55,6 +55,11 @@ std::shared_ptr<const Kernel> find_kernel(const std::string &name) {
     return assemble(name);
 }
 
+void read_ptx(const std::string &path) {
+    std::lock_guard<std::mutex> held(library.lock);
+    add(path);
+}
+
 int assemble_all() {
     std::lock_guard<std::mutex> held(library.lock);
     if (!library.read) read_all();

@@ -169,6 +169,8 @@ struct Block {
 
 // kernels.cpp: the kernel of that name in the PTX of EMULATOR_PTX.
 std::shared_ptr<const Kernel> find_kernel(const std::string &name);
+// Adds those of one more file.
+void read_ptx(const std::string &path);
 // Sees that each can be read. How many there are.
 int assemble_all();
 

@@ -140,5 +140,13 @@ API Code cudaGetDriverEntryPointByVersion(const char *, void **function, unsigne
 API Code cudaGetLastError() { return SUCCESS; }
 API const char *cudaGetErrorString(int) { return "an error of the emulated run time"; }
 
-// Sees that all kernels can be read; how many there are.
+// ------------------------------------------------------------------------------------------- the emulator's own tests
+
 API int emulator_assemble_all() { return assemble_all(); }
+API void emulator_read_ptx(const char *path) { read_ptx(path); }
+// A warp of a kernel of two addresses.
+API void emulator_launch(const char *name, void *given, void *taken) {
+    const auto kernel = find_kernel(name);
+    void *arguments[] = {&given, &taken};
+    run_grid(*kernel, {1, 1, 1}, {LANES, 1, 1}, 0, gather(*kernel, arguments));
+}

@@ -137,7 +137,7 @@ def main():
     parser = argparse.ArgumentParser(
         prog="tests/emulator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cards", type=int, default=1)
+    parser.add_argument("--cards", type=int, default=1, choices=range(1, 9), metavar="N")
     parser.add_argument("--capability", type=int, default=80, help="80 to 89")
     parser.add_argument(
         "--shared", type=int, default=166912, metavar="BYTES", help="shared memory a block may have"

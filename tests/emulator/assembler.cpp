@@ -218,7 +218,8 @@ void Assembler::declare_registers(const std::string &type, const std::string &na
 
 void Assembler::declare(const std::string &text) {
     static const std::regex registers("\\.reg\\s+\\.(\\w+)\\s+([^;]*)");
-    static const std::regex local("\\.(param|local)\\s+(?:\\.align\\s+(\\d+)\\s+)?\\.(\\w+)\\s+([\\w$]+)(?:\\[(\\d+)\\])?");
+    static const std::regex local(
+        "\\.(param|local)\\s+(?:\\.align\\s+(\\d+)\\s+)?\\.(\\w+)\\s+([\\w$]+)(?:\\[(\\d+)\\])?");
     std::smatch m;
     std::string name, initial;
     Variable v;

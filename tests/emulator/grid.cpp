@@ -45,7 +45,9 @@ void start_warp(Warp &warp, Block &block, const Kernel &kernel, int index, Dim g
     warp.local.assign(kernel.local_bytes * LANES, 0xff);
     for (int lane = 0; lane < LANES; lane++) {
         if (index * LANES + lane < static_cast<int>(size.size())) warp.live |= 1u << lane;
-        for (const auto &[number, at] : kernel.special) put<u32>(warp, at, lane, special_value(number, warp, grid, size, lane));
+        for (const auto &[number, at] : kernel.special) {
+            put<u32>(warp, at, lane, special_value(number, warp, grid, size, lane));
+        }
         for (const Kernel::Base &base : kernel.bases) {
             u64 start = kernel.dynamic_at();
             if (base.space == PARAMETERS) start = reinterpret_cast<u64>(block.parameters->data());

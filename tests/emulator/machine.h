@@ -164,8 +164,8 @@ struct Block {
 };
 
 // Ends the process: what is wrong, and where.
-[[noreturn]] __attribute__((format(printf, 3, 4))) void fail(const Warp *warp, const Instruction *in, const char *format,
-                                                             ...);
+[[noreturn]] __attribute__((format(printf, 3, 4)))
+void fail(const Warp *warp, const Instruction *in, const char *format, ...);
 
 // kernels.cpp: the kernel of that name in the PTX of EMULATOR_PTX.
 std::shared_ptr<const Kernel> find_kernel(const std::string &name);

@@ -47,11 +47,12 @@ void place(Variable &variable, const std::string &initial) {
     memset(variable.address, 0, variable.size);
     static const std::regex number("0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|-?\\w+");
     u8 *to = static_cast<u8 *>(variable.address);
-    for (std::sregex_iterator it(initial.begin(), initial.end(), number), end; it != end; ++it, to += variable.element) {
+    for (std::sregex_iterator it(initial.begin(), initial.end(), number), end; it != end; ++it) {
         const std::string v = it->str();
         const bool bits = v[0] == '0' && strchr("fFdD", v[1]) != nullptr && v[1] != 0;
         const u64 value = bits ? strtoull(v.c_str() + 2, nullptr, 16) : strtoull(v.c_str(), nullptr, 0);
         memcpy(to, &value, variable.element);
+        to += variable.element;
     }
 }
 
@@ -94,7 +95,8 @@ size_t type_size(const std::string &type) {
 
 std::vector<Parameter> parameters(const std::string &text) {
     static const std::regex pattern(
-        "\\.param\\s+(?:\\.align\\s+(\\d+)\\s+)?\\.(\\w+)\\s+(?:\\.ptr\\s+(?:\\.[a-z]\\w*\\s+)*(?:\\.align\\s+\\d+\\s+)?)?"
+        "\\.param\\s+(?:\\.align\\s+(\\d+)\\s+)?\\.(\\w+)\\s+"
+        "(?:\\.ptr\\s+(?:\\.[a-z]\\w*\\s+)*(?:\\.align\\s+\\d+\\s+)?)?"
         "([\\w$]+)(?:\\[(\\d+)\\])?");
     std::vector<Parameter> found;
     for (std::sregex_iterator it(text.begin(), text.end(), pattern), end; it != end; ++it) {

@@ -11,9 +11,6 @@ namespace {
 
 typedef std::unordered_map<std::string, Operation> Table;
 
-template <class T>
-constexpr int SIZE = sizeof(T) == 8 ? 8 : 4;
-
 template <const auto &f, class D, class... A, size_t... i>
 inline void apply(Warp &warp, const Instruction &in, u32 mask, std::index_sequence<i...>) {
     each_lane(mask, [&](int lane) {
@@ -24,14 +21,14 @@ inline void apply(Warp &warp, const Instruction &in, u32 mask, std::index_sequen
 // A function of types A that gives D.
 template <const auto &f, class D, class... A>
 Operation each() {
-    return {{SIZE<D>, SIZE<A>...}, [](Warp &warp, const Instruction &in, u32 mask) {
+    return {{STRIDE<D>, STRIDE<A>...}, [](Warp &warp, const Instruction &in, u32 mask) {
                 apply<f, D, A...>(warp, in, mask, std::index_sequence_for<A...>());
             }};
 }
 
 template <const auto &f, class T>
 Operation compare() {
-    return {{0, SIZE<T>, SIZE<T>}, [](Warp &warp, const Instruction &in, u32 mask) {
+    return {{0, STRIDE<T>, STRIDE<T>}, [](Warp &warp, const Instruction &in, u32 mask) {
                 u32 found = 0;
                 for (int lane = 0; lane < LANES; lane++) {
                     const bool yes = f(get<T>(warp, in.at[1], lane), get<T>(warp, in.at[2], lane));
@@ -43,7 +40,7 @@ Operation compare() {
 
 template <class T>
 Operation select() {
-    return {{SIZE<T>, SIZE<T>, SIZE<T>, 0}, [](Warp &warp, const Instruction &in, u32 mask) {
+    return {{STRIDE<T>, STRIDE<T>, STRIDE<T>, 0}, [](Warp &warp, const Instruction &in, u32 mask) {
                 const u32 first = bits(warp, in.at[3]);
                 each_lane(mask, [&](int lane) {
                     put<T>(warp, in.at[0], lane, get<T>(warp, in.at[first >> lane & 1 ? 1 : 2], lane));

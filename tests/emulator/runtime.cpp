@@ -79,8 +79,8 @@ API void **__cudaRegisterFatBinary(void *) {
 }
 API void __cudaRegisterFatBinaryEnd(void **) {}
 API void __cudaUnregisterFatBinary(void **) {}
-API void __cudaRegisterFunction(void **, const void *host, char *, const char *name, int, void *, void *, void *, void *,
-                                int *) {
+API void __cudaRegisterFunction(void **, const void *host, char *, const char *name, int, void *, void *, void *,
+                                void *, int *) {
     std::lock_guard<std::mutex> held(lock);
     functions[host].name = name;
 }

@@ -3,8 +3,11 @@
 import ctypes
 import os
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,7 +251,8 @@ def test_tensor_cores(tmp_path):
     body = """
     mov.b32 %f, %c;
     .reg .f32 %r<4>;
-    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r0, %r1, %r2, %r3}, {%a, %a, %a, %a}, {%b, %b}, {%f, %f, %f, %f};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {%r0, %r1, %r2, %r3}, {%a, %a, %a, %a}, {%b, %b}, {%f, %f, %f, %f};
     mov.b32 %d, %r0;
     mov.b32 %e, %r3;
     """
@@ -258,3 +262,21 @@ def test_tensor_cores(tmp_path):
     columns = 2 * (np.arange(LANES) % 4)
     assert np.array_equal(d.view(np.float32), 16 * (columns + 1) + 0.5)
     assert np.array_equal(e.view(np.float32), 16 * (columns + 2) + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("ld.global.u32 %d, [%from+512];", "lane 0: 4 bytes at"),
+        ("mov.u32 %t0, room; ld.shared.u32 %d, [%t0+510];", "not aligned to 4"),
+        ("setp.ne.u32 %p, %lane, 0; @%p bar.sync 0;", "a barrier for lanes"),
+        ("sinh.b32 %d, %a;", "unknown instruction: sinh.b32 %d, %a"),
+    ],
+)
+def test_what_may_not_be_ends_the_process(tmp_path, body, said):
+    """With the instruction, and the line where it stands."""
+    code = "import pathlib, sys, test_instructions as t; t.run(pathlib.Path(sys.argv[1]), sys.argv[2], 0)"
+    command = [sys.executable, "-c", code, str(tmp_path), body]
+    done = subprocess.run(command, check=False, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode < 0 and said in done.stderr, done.stderr
+    assert body.split(";")[-2].strip().split("@")[0] in done.stderr and ".ptx:" in done.stderr

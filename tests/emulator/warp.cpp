@@ -1,7 +1,7 @@
 // Warps: lanes that go different ways and meet again.
 //
-// Lanes at one place are a group. Of several groups the one at the lowest place goes first, an instruction at a time, so
-// that lanes meet where their ways join.
+// Lanes at one place are a group. Of several groups the one at the lowest place goes first, an instruction at a time,
+// so that lanes meet where their ways join.
 #include "lanes.h"
 
 namespace {
@@ -37,8 +37,8 @@ void let_meet(Warp &warp) {
     for (Group &group : warp.groups) group.at++, group.waits = false;
 }
 
-// The group that goes next: the one at the lowest place, and seldom the one at the highest, for lanes that wait for each
-// other in loops.
+// The group that goes next: the one at the lowest place, and seldom the one at the highest, for lanes that wait for
+// each other in loops.
 size_t choose(Warp &warp) {
     constexpr u32 SELDOM = 1000;
     const bool highest = ++warp.choices % SELDOM == 0;

@@ -39,10 +39,10 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The folders of marks that are not asked for, as in `pytest -m gpu`, are left alone: they import torch or Ray. Where they
-    are asked for, they fail without what they need."""
+    """The folders of marks that are not asked for, as in `pytest -m gpu`, are left alone: they import torch or Ray, or need
+    the emulator. Where they are asked for, they fail without what they need."""
     name, asked = collection_path.name, config.getoption("markexpr")
-    if name in ("gpu", "parity", "ray") and (name not in asked or f"not {name}" in asked):
+    if name in ("emulator", "gpu", "parity", "ray") and (name not in asked or f"not {name}" in asked):
         return True
     return None
 

@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 OUT = ROOT / "target" / "emulator"
 LIBRARY = OUT / "libcuda.so.1"
 GOLDENS = [
-    *("-m", "gpu", "-k", "goldens or test_instructions"),
+    *("-m", "gpu or emulator", "-k", "goldens or test_instructions"),
     *("tests/emulator/test_instructions.py", "tests/gpu/test_net.py"),
 ]
 # No contraction: what a kernel adds after a product is rounded twice, as PTX says.
@@ -138,7 +138,7 @@ def main():
         prog="tests/emulator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cards", type=int, default=1, choices=range(1, 9), metavar="N")
-    parser.add_argument("--capability", type=int, default=80, help="80 to 89")
+    parser.add_argument("--capability", type=int, default=80, choices=range(80, 90), metavar="80 to 89")
     parser.add_argument(
         "--shared", type=int, default=166912, metavar="BYTES", help="shared memory a block may have"
     )

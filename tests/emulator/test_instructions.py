@@ -12,10 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif("EMULATOR_PTX" not in os.environ, reason="python tests/emulator runs these"),
-]
+pytestmark = pytest.mark.emulator
 
 # Each lane has a, b and c, and gives d and e; p and q are predicates, f and g floats.
 KERNEL = """

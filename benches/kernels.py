@@ -26,6 +26,7 @@ from kernels_packed import (
     packed_experts_many,
     packed_linears,
     packed_many,
+    packed_rows_in_graphs,
     packed_tails,
 )
 from launch import (
@@ -410,6 +411,7 @@ def main() -> None:
         linears,
         chains,
         packed_linears,
+        packed_rows_in_graphs,
         packed_tails,
         packed_many,
         packed_chains,

@@ -73,6 +73,33 @@ def packed_linears(table: Table) -> None:
             del kept
 
 
+def packed_rows_in_graphs(table: Table) -> None:
+    """One row by one matrix after the other, past L2, from a graph: without what a launch and two events cost, which is
+    5 us of `packed_linears`, and with weights on their way before the kernel ahead has ended, as in a step."""
+    shapes = ((20608, 3072), (3072, 8192), (17408, 3072), (12352, 2048), (2048, 4096), (9216, 2048))
+    for name, kind, group in (("int4 g128", 1, 128), ("fp8 blocks", 3, 128), ("fp8 rows", 4, 128)):
+        for rows, k in shapes:
+            each = packed(kind, rows, k, group)[1]
+            count = -(-(400 << 20) // each)
+            matrices = [packed(kind, rows, k, group) for _ in range(count)]
+            x, out = random(1, k), torch.empty(1, rows, device="cuda", dtype=BF16)
+
+            def run(every=matrices, x=x, o=out) -> None:
+                for struct, _, _ in every:
+                    call("q35_packed_linear", 1, struct, x, o, 0, struct.rows)
+
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            table.add(
+                f"packed linear {name} 1 x {k} -> {rows}, {count} in a graph",
+                graph.replay,
+                num_bytes=count * (each + 2 * (x.numel() + out.numel())),
+            )
+            del matrices, graph
+
+
 def packed_tails(table: Table) -> None:
     """The delta layers' projections: packed rows, and rows of bf16 behind them, in one kernel and in two."""
     for name, kind in (("int4 g128", 1), ("fp8 blocks", 3)):

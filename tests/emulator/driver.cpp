@@ -113,10 +113,6 @@ API Code cuDeviceGetUuid_v2(char *id, int device) {
     memset(id, device + 1, 16);
     return SUCCESS;
 }
-API Code cuDeviceTotalMem_v2(size_t *size, int) {
-    *size = CARD_BYTES;
-    return SUCCESS;
-}
 API Code cuDeviceGetAttribute(int *value, int attribute, int) {
     *value = card_attribute(attribute);
     return SUCCESS;

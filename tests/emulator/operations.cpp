@@ -76,6 +76,18 @@ constexpr auto at_most = [](auto a, auto b) { return a <= b; };
 constexpr auto above = [](auto a, auto b) { return a > b; };
 constexpr auto at_least = [](auto a, auto b) { return a >= b; };
 
+// U: T's bits. `unequal` is given, since a float that is NaN is neither equal nor unequal.
+template <class T, class U, const auto &unequal>
+void comparisons(Table &t, const std::string &type) {
+    t["selp." + type] = select<U>();
+    t["setp.eq." + type] = compare<equal, T>();
+    t["setp.ne." + type] = compare<unequal, T>();
+    t["setp.lt." + type] = compare<below, T>();
+    t["setp.le." + type] = compare<at_most, T>();
+    t["setp.gt." + type] = compare<above, T>();
+    t["setp.ge." + type] = compare<at_least, T>();
+}
+
 // -------------------------------------------------------------------------------------------------------- integers
 
 constexpr auto differ = [](auto a, auto b) { return a != b; };
@@ -113,13 +125,7 @@ void integers(Table &t, const std::string &type) {
     t["rem." + type] = each<rest, T, T, T>();
     t["shl." + type] = each<left, U, U, u32>();
     t["shr." + type] = each<right, T, T, u32>();
-    t["selp." + type] = select<U>();
-    t["setp.eq." + type] = compare<equal, T>();
-    t["setp.ne." + type] = compare<differ, T>();
-    t["setp.lt." + type] = compare<below, T>();
-    t["setp.le." + type] = compare<at_most, T>();
-    t["setp.gt." + type] = compare<above, T>();
-    t["setp.ge." + type] = compare<at_least, T>();
+    comparisons<T, U, differ>(t, type);
 }
 
 constexpr auto wide_product = [](s64 a, s64 b) { return a * b; };
@@ -205,13 +211,7 @@ void floats(Table &t, const std::string &type) {
     t["sqrt.rn." + type] = each<root, T, T>();
     t["neg." + type] = each<minus, T, T>();
     t["abs." + type] = each<magnitude, T, T>();
-    t["selp." + type] = select<U>();
-    t["setp.eq." + type] = compare<equal, T>();
-    t["setp.ne." + type] = compare<apart, T>();
-    t["setp.lt." + type] = compare<below, T>();
-    t["setp.le." + type] = compare<at_most, T>();
-    t["setp.gt." + type] = compare<above, T>();
-    t["setp.ge." + type] = compare<at_least, T>();
+    comparisons<T, U, apart>(t, type);
     t["setp.equ." + type] = compare<not_apart, T>();
     t["setp.neu." + type] = compare<not_equal, T>();
     t["setp.ltu." + type] = compare<not_at_least, T>();

@@ -76,8 +76,8 @@ int card_attribute(int attribute) {
         case 8: return SHARED_UNASKED;
         case 10: return LANES;
         case 16: return 8;  // multiprocessors
-        case 75: return capability() / 10;
-        case 76: return capability() % 10;
+        case 75: return 8;   // the compute capability of the PTX, 8.0
+        case 76: return 0;
         case 97: return shared_limit();
         case 115: return 1;  // pools of memory
         default: fail(nullptr, nullptr, "attribute %d of a device", attribute);

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from qwen35rs import LLM, _core, hub, tasks
-from qwen35rs.bench import measure
+from qwen35rs.bench import measure, prompt_of
 
 NAMES = [name for name in tasks.SUITE if name != "recall, long"]
 
@@ -25,14 +25,7 @@ def documents(llm, split, number, seed):
     """Questions with their answers, task after task in turns."""
     drawn = [islice(tasks.items(name, split=split, seed=seed), number) for name in NAMES]
     for item in (item for row in zip_longest(*drawn) for item in row):
-        prompt = llm.tokenizer.apply_chat_template(
-            item.messages,
-            tools=item.tools,
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=item.thinking,
-        )
-        yield prompt + item.completion + "\n"
+        yield prompt_of(llm, item) + item.completion + "\n"
 
 
 def log_probabilities(llm, ids):

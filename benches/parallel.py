@@ -10,6 +10,7 @@ sums: those over ranks alone (benches/all_reduce.py). JSON with the cards, the d
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -149,7 +150,7 @@ def main():
     found = {
         "cards": say("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "commit": os.environ.get("COMMIT") or say("git", "rev-parse", "--short", "HEAD"),
-        "command": " ".join(["python", "benches/parallel.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benches/parallel.py", *sys.argv[1:]]),
     }
 
     def keep():

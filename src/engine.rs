@@ -66,7 +66,7 @@ const KV_CACHE_BYTES: usize = 4 << 30;
 pub struct StepOutput {
     /// Whose it is.
     pub id: RequestId,
-    /// When it was made: callers may read it later.
+    /// When its step ended: callers may read it later.
     pub at: Instant,
     /// The new token; `None` for a request that wanted logits.
     pub token: Option<u32>,
@@ -83,10 +83,10 @@ pub struct StepOutput {
 }
 
 impl StepOutput {
-    fn new(id: RequestId) -> Self {
+    fn new(id: RequestId, at: Instant) -> Self {
         Self {
             id,
-            at: Instant::now(),
+            at,
             token: None,
             logprobs: None,
             finish: None,
@@ -371,9 +371,7 @@ impl<B: Backend> Engine<B> {
         match self.run(&step, &|| poll(&step.requests)) {
             Ok(rows) => {
                 self.scheduler.commit(&step);
-                let outputs = rows.into_iter().filter_map(|row| self.commit(row)).collect();
-                debug_assert_eq!(self.scheduler.check_integrity(), Ok(()));
-                Ok(outputs)
+                Ok(self.commit_all(rows))
             }
             Err(error) => Err(self.give_up((step.requests, error))),
         }
@@ -462,11 +460,19 @@ impl<B: Backend> Engine<B> {
         Ok(rows)
     }
 
+    /// Gives the requests of a step what it made for them.
+    fn commit_all(&mut self, rows: Vec<(RequestId, Row)>) -> Vec<StepOutput> {
+        let now = Instant::now();
+        let outputs = rows.into_iter().filter_map(|row| self.commit(row, now)).collect();
+        debug_assert_eq!(self.scheduler.check_integrity(), Ok(()));
+        outputs
+    }
+
     /// Gives a request its token (or its rows of logits), and ends it where it is done.
-    fn commit(&mut self, (id, row): (RequestId, Row)) -> Option<StepOutput> {
+    fn commit(&mut self, (id, row): (RequestId, Row), now: Instant) -> Option<StepOutput> {
         let vocab = self.model().config().vocab;
         let request = self.scheduler.running_mut(id)?;
-        let mut output = StepOutput::new(id);
+        let mut output = StepOutput::new(id, now);
         match row {
             Row::Logits(row) => {
                 if request.logits.is_empty() {

@@ -13,6 +13,7 @@ import quantised as q
 import tiny
 from golden.cases import Golden
 from qwen35rs import LLM, Qwen35Error, RequestError, _core, hub, tasks
+from qwen35rs.bench import prompt_of
 from qwen35rs.cli import app
 from test_quantised import pair
 from test_quantize import DENSE, convert, source_matrix, tensors
@@ -26,14 +27,7 @@ def documents(split, number):
     llm = LLM(device="cpu")
     for name in NAMES:
         for item in islice(tasks.items(name, split=split, seed=11), number):
-            prompt = llm.tokenizer.apply_chat_template(
-                item.messages,
-                tools=item.tools,
-                add_generation_prompt=True,
-                tokenize=False,
-                enable_thinking=item.thinking,
-            )
-            yield prompt + item.completion + "\n"
+            yield prompt_of(llm, item) + item.completion + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -349,6 +349,7 @@ def test_errors_are_one_line(demo, tmp_path):
         (["plan", "nothing-like-it"], "model: found nothing-like-it; allowed: Qwen3.5-0.8B, "),
         (["plan", ""], "model: found an empty name; allowed: "),
         (["plan", "9b", "--context", "0"], "context: found 0"),
+        (["plan", "9b", "--context", "9" * 20], "99; allowed: numbers from 1 to 2^63 - 1"),
         (["plan", "9b", "--context", "262145"], "context: found 262145"),
         (["demo", DATA], "other files"),
         (["demo", __file__], "found the file"),

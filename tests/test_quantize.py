@@ -1,6 +1,7 @@
 """Quantising at load and in a file: the numbers against numpy, the command, what is refused, and what it costs in accuracy."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -297,9 +298,11 @@ def test_the_configuration_tells_forms_apart(tmp_path):
 
     def groups(name, scheme, kept):
         one, _, _ = pair(tmp_path / name / scheme, hub.EMBEDDED, name, kept=kept)
-        convert(tmp_path / name / f"{scheme} out", scheme, source=one)
-        config = json.loads((tmp_path / name / f"{scheme} out" / "config.json").read_text())
-        found = list(config["quantization_config"]["config_groups"].values())
+        out = tmp_path / name / f"{scheme} out"
+        convert(out, scheme, source=one)
+        said = json.loads((out / "config.json").read_text())["quantization_config"]
+        found = list(said["config_groups"].values())
+        claims_are_true(found, said["ignore"], tensors(out))
         keys = ("num_bits", "symmetric", "strategy", "group_size")
         return [(tuple(g["weights"].get(key) for key in keys), g["targets"]) for g in found]
 
@@ -312,6 +315,29 @@ def test_the_configuration_tells_forms_apart(tmp_path):
     assert new == (4, True, "group", 32) and old == (4, False, "group", 8)
     assert experts not in usual + named and len(usual) == 3 + 9 * 3 and len(named) == 9 * 3 * 15
     assert all(".experts.3." in target for target in usual if not target.startswith("re:"))
+
+
+def claims_are_true(groups, ignored, found):
+    """As other programs read it: each module that is quantised is of one group, which says what its tensors are."""
+    for name, entry in found.items():
+        module, _, part = name.rpartition(".")
+        if part != "weight_packed" and entry[0] != "F8_E4M3":
+            continue
+        own = [
+            group["weights"]
+            for group in groups
+            if any(
+                target in ("Linear", module) or target[:3] == "re:" and re.match(target[3:], module)
+                for target in group["targets"]
+            )
+        ]
+        assert len(own) == 1 and module not in ignored, module
+        (weights,) = own
+        assert weights["num_bits"] == (4 if part == "weight_packed" else 8), module
+        assert weights["symmetric"] == (f"{module}.weight_zero_point" not in found), module
+        if part == "weight_packed":
+            num_groups, (_, columns) = found[f"{module}.weight_scale"][1][1], entry[1]
+            assert num_groups * (weights["group_size"] or 8 * columns) == 8 * columns, module
 
 
 def test_other_four_bits_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden.cases import CASES, Golden
 from qwen35rs import LLM, SamplingParams, hub, tasks
+from qwen35rs.bench import prompt_of
 from widened import widen
 
 WORLDS = (2, 3, 4, 8)
@@ -62,16 +63,7 @@ def test_four_ranks_answer_what_one_answers(expert_parallel, tmp_path):
 
     def answers(llm):
         items = [item for name in NAMES for item in islice(tasks.items(name), 2)]
-        prompts = [
-            llm.tokenizer.apply_chat_template(
-                item.messages,
-                tools=item.tools,
-                add_generation_prompt=True,
-                tokenize=False,
-                enable_thinking=item.thinking,
-            )
-            for item in items
-        ]
+        prompts = [prompt_of(llm, item) for item in items]
         return [list(result.outputs[0].token_ids) for result in llm.generate(prompts, params)]
 
     one = answers(LLM(hub.EMBEDDED, device="cpu"))

@@ -85,7 +85,7 @@ def measure(
 
 def _measure(llm: LLM, name: str, num_items: int, seed: int) -> TaskResult:
     items = list(islice(tasks.items(name, seed=seed), num_items))
-    prompts = [_prompt(llm, item) for item in items]
+    prompts = [prompt_of(llm, item) for item in items]
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     # Special tokens are no part of an answer's text; a turn that does not end is no answer.
     answers = [result.outputs[0] for result in llm.generate(prompts, params)]
@@ -101,7 +101,8 @@ def _measure(llm: LLM, name: str, num_items: int, seed: int) -> TaskResult:
     return TaskResult(name, num_items, sum(right), float(np.exp(np.concatenate(loss).mean())), agreement)
 
 
-def _prompt(llm: LLM, item: tasks.Item) -> str:
+def prompt_of(llm: LLM, item: tasks.Item) -> str:
+    """A question, in the chat template."""
     text: Any = llm.tokenizer.apply_chat_template(
         item.messages,
         tools=item.tools,

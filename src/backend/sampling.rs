@@ -31,12 +31,24 @@ pub struct Sampling {
 impl Sampling {
     /// Whether another row is sampled in the same way, with a random number of its own.
     pub fn is_alike(&self, other: &Sampling) -> bool {
-        // What is long last.
-        let numbers = |s: &Sampling| {
-            let floats = [s.temperature, s.top_p, s.min_p, s.repetition_penalty];
-            (floats, [s.frequency_penalty, s.presence_penalty], s.top_k, s.logprobs)
-        };
-        numbers(self) == numbers(other) && self.edits == other.edits
+        // Each field is named, so that a new one is not forgotten; what is long comes last.
+        fn settings(row: &Sampling) -> impl PartialEq {
+            let Sampling {
+                uniform: _,
+                temperature,
+                top_p,
+                min_p,
+                top_k,
+                logprobs,
+                repetition_penalty,
+                frequency_penalty,
+                presence_penalty,
+                edits,
+            } = row;
+            let penalties = (repetition_penalty, frequency_penalty, presence_penalty);
+            (temperature, top_p, min_p, top_k, logprobs, penalties, edits)
+        }
+        settings(self) == settings(other)
     }
 }
 

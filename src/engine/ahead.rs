@@ -47,8 +47,7 @@ impl<B: Backend> Engine<B> {
         let sampled = self.runner.sampled()?;
         let places = flight.step.logit_owners.iter().zip(&flight.places);
         let rows: Vec<_> = places.zip(sampled).map(|((&id, &at), token)| (id, Row::of(at, token))).collect();
-        let outputs = rows.into_iter().filter_map(|row| self.commit(row)).collect();
-        debug_assert_eq!(self.scheduler.check_integrity(), Ok(()));
+        let outputs = self.commit_all(rows);
         match next {
             Ok(next) => {
                 self.flight = next;

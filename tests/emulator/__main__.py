@@ -1,6 +1,6 @@
 """The tests that need a GPU, without one: the CUDA backend and its kernels on an emulated card.
 
-    python tests/emulator [--cards N] [--capability 80] [--shared BYTES] [--order N] [--report FILE] [pytest arguments]
+    python tests/emulator [--cards N] [--shared BYTES] [--order N] [--report FILE] [pytest arguments]
 
 Builds the extension and the kernels' PTX for sm_80 (with nvcc, as build.rs finds it) and a library that stands for the
 driver and the run time and runs that PTX on the CPU; then runs pytest on them. Unless the arguments for pytest have a
@@ -128,7 +128,7 @@ def build_library():
 
 def settings(args, ptx):
     """What the library is told (settings.h)."""
-    told = {"CARDS": args.cards, "CAPABILITY": args.capability, "SHARED": args.shared, "ORDER": args.order}
+    told = {"CARDS": args.cards, "SHARED": args.shared, "ORDER": args.order}
     told |= {"PTX": ptx, "REPORT": os.path.abspath(args.report) if args.report else None}
     return {f"EMULATOR_{name}": str(value) for name, value in told.items() if value is not None}
 
@@ -138,7 +138,6 @@ def main():
         prog="tests/emulator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cards", type=int, default=1, choices=range(1, 9), metavar="N")
-    parser.add_argument("--capability", type=int, default=80, choices=range(80, 90), metavar="80 to 89")
     parser.add_argument(
         "--shared", type=int, default=166912, metavar="BYTES", help="shared memory a block may have"
     )

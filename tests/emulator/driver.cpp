@@ -76,8 +76,8 @@ int card_attribute(int attribute) {
         case 8: return SHARED_UNASKED;
         case 10: return LANES;
         case 16: return 8;  // multiprocessors
-        case 75: return capability() / 10;
-        case 76: return capability() % 10;
+        case 75: return 8;   // the compute capability of the PTX, 8.0
+        case 76: return 0;
         case 97: return shared_limit();
         case 115: return 1;  // pools of memory
         default: fail(nullptr, nullptr, "attribute %d of a device", attribute);
@@ -111,10 +111,6 @@ API Code cuDeviceGetName(char *name, int size, int) {
 }
 API Code cuDeviceGetUuid_v2(char *id, int device) {
     memset(id, device + 1, 16);
-    return SUCCESS;
-}
-API Code cuDeviceTotalMem_v2(size_t *size, int) {
-    *size = CARD_BYTES;
     return SUCCESS;
 }
 API Code cuDeviceGetAttribute(int *value, int attribute, int) {

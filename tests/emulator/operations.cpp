@@ -76,6 +76,18 @@ constexpr auto at_most = [](auto a, auto b) { return a <= b; };
 constexpr auto above = [](auto a, auto b) { return a > b; };
 constexpr auto at_least = [](auto a, auto b) { return a >= b; };
 
+// U: T's bits. `unequal` is given, since a float that is NaN is neither equal nor unequal.
+template <class T, class U, const auto &unequal>
+void comparisons(Table &t, const std::string &type) {
+    t["selp." + type] = select<U>();
+    t["setp.eq." + type] = compare<equal, T>();
+    t["setp.ne." + type] = compare<unequal, T>();
+    t["setp.lt." + type] = compare<below, T>();
+    t["setp.le." + type] = compare<at_most, T>();
+    t["setp.gt." + type] = compare<above, T>();
+    t["setp.ge." + type] = compare<at_least, T>();
+}
+
 // -------------------------------------------------------------------------------------------------------- integers
 
 constexpr auto differ = [](auto a, auto b) { return a != b; };
@@ -113,13 +125,7 @@ void integers(Table &t, const std::string &type) {
     t["rem." + type] = each<rest, T, T, T>();
     t["shl." + type] = each<left, U, U, u32>();
     t["shr." + type] = each<right, T, T, u32>();
-    t["selp." + type] = select<U>();
-    t["setp.eq." + type] = compare<equal, T>();
-    t["setp.ne." + type] = compare<differ, T>();
-    t["setp.lt." + type] = compare<below, T>();
-    t["setp.le." + type] = compare<at_most, T>();
-    t["setp.gt." + type] = compare<above, T>();
-    t["setp.ge." + type] = compare<at_least, T>();
+    comparisons<T, U, differ>(t, type);
 }
 
 constexpr auto wide_product = [](s64 a, s64 b) { return a * b; };
@@ -205,13 +211,7 @@ void floats(Table &t, const std::string &type) {
     t["sqrt.rn." + type] = each<root, T, T>();
     t["neg." + type] = each<minus, T, T>();
     t["abs." + type] = each<magnitude, T, T>();
-    t["selp." + type] = select<U>();
-    t["setp.eq." + type] = compare<equal, T>();
-    t["setp.ne." + type] = compare<apart, T>();
-    t["setp.lt." + type] = compare<below, T>();
-    t["setp.le." + type] = compare<at_most, T>();
-    t["setp.gt." + type] = compare<above, T>();
-    t["setp.ge." + type] = compare<at_least, T>();
+    comparisons<T, U, apart>(t, type);
     t["setp.equ." + type] = compare<not_apart, T>();
     t["setp.neu." + type] = compare<not_equal, T>();
     t["setp.ltu." + type] = compare<not_at_least, T>();
@@ -236,10 +236,6 @@ constexpr auto power = [](f32 a) { return exp2f(a); };
 constexpr auto flushed_power = [](f32 a) { return flush(exp2f(flush(a))); };
 constexpr auto flushed_inverse = [](auto a) { return flush(1 / flush(a)); };
 constexpr auto inverse_root = [](f32 a) { return 1 / sqrt(static_cast<f64>(a)); };
-constexpr auto logarithm = [](f32 a) { return log2f(a); };
-constexpr auto flushed_logarithm = [](f32 a) { return log2f(flush(a)); };
-constexpr auto sine = [](f32 a) { return sinf(a); };
-constexpr auto cosine = [](f32 a) { return cosf(a); };
 
 // Half floats that are two to a register; NaN where one is.
 template <bool SMALLER>
@@ -272,11 +268,6 @@ void functions(Table &t) {
     t["rcp.approx.ftz.f32"] = each<flushed_inverse, f32, f32>();
     t["rcp.approx.ftz.f64"] = each<inverse, f64, f64>();
     t["rsqrt.approx.f32"] = each<inverse_root, f32, f32>();
-    t["sqrt.approx.f32"] = each<root, f32, f32>();
-    t["lg2.approx.f32"] = each<logarithm, f32, f32>();
-    t["lg2.approx.ftz.f32"] = each<flushed_logarithm, f32, f32>();
-    t["sin.approx.f32"] = each<sine, f32, f32>();
-    t["cos.approx.f32"] = each<cosine, f32, f32>();
 }
 
 // ----------------------------------------------------------------------------------------------------- conversions
@@ -319,7 +310,6 @@ constexpr auto rounded_up = [](auto a) { return ceil(a); };
 constexpr auto rounded_down = [](auto a) { return floor(a); };
 constexpr auto rounded_to_zero = [](auto a) { return trunc(a); };
 constexpr auto as_bf16 = [](f32 a) { return to_bf16(a); };
-constexpr auto of_bf16 = [](u16 a) { return from_bf16(a); };
 constexpr auto as_f16 = [](f32 a) { return to_f16(a); };
 constexpr auto of_f16 = [](u16 a) { return from_f16(a); };
 constexpr auto two_bf16 = [](f32 high, f32 low) { return static_cast<u32>(to_bf16(high)) << 16 | to_bf16(low); };
@@ -352,7 +342,6 @@ void conversions(Table &t) {
     t["cvt.rpi.f64.f64"] = each<rounded_up, f64, f64>();
     t["cvt.rmi.f64.f64"] = each<rounded_down, f64, f64>();
     t["cvt.rn.bf16.f32"] = each<as_bf16, u16, f32>();
-    t["cvt.f32.bf16"] = each<of_bf16, f32, u16>();
     t["cvt.rn.f16.f32"] = each<as_f16, u16, f32>();
     t["cvt.f32.f16"] = each<of_f16, f32, u16>();
     t["cvt.rn.bf16x2.f32"] = each<two_bf16, u32, f32, f32>();

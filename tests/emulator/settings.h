@@ -10,7 +10,6 @@ inline int setting(const char *name, int otherwise) {
 }
 
 inline int num_cards() { return setting("EMULATOR_CARDS", 1); }
-inline int capability() { return setting("EMULATOR_CAPABILITY", 80); }
 // The most that a block may have; 101376 on compute capability 8.6, 8.9 and 12.0.
 inline int shared_limit() { return setting("EMULATOR_SHARED", 166912); }
 // In which order blocks and warps run: 0 as they come, -1 backwards, else a random one. No result may depend on it.

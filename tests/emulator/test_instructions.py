@@ -243,22 +243,44 @@ def test_lanes_part_and_meet(tmp_path):
 
 
 def test_tensor_cores(tmp_path):
-    """Small whole numbers: a and c are the same for all lanes' registers, b differs by lane."""
-    one = 0x3F803F80  # two bf16 ones
+    """Small whole numbers, so that every sum is exact; where each lane's lie is PTX's figure of m16n8k16 in bf16."""
+    rng, group, pair = np.random.default_rng(15), np.arange(LANES) // 4, 2 * (np.arange(LANES) % 4)
+    low, high = ((bits(rng.integers(-9, 10, LANES)) >> 16) for _ in range(2))
+    one, other, half = high << 16 | low, low << 16 | high, 0x3F003F00  # the last: two of 0.5
+    sums = rng.integers(-9, 10, LANES).astype(np.float32)
     body = """
-    mov.b32 %f, %c;
     .reg .f32 %r<4>;
+    mov.b32 %f, %c;
+    neg.f32 %g, %f;
+    mov.b32 %t0, 0x3F003F00;
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
-        {%r0, %r1, %r2, %r3}, {%a, %a, %a, %a}, {%b, %b}, {%f, %f, %f, %f};
-    mov.b32 %d, %r0;
-    mov.b32 %e, %r3;
+        {{%r0, %r1, %r2, %r3}}, {{%a, %b, %t0, %a}}, {{%b, %a}}, {{%f, %g, %f, %f}};
+    mov.b32 %d, %r{};
+    mov.b32 %e, %r{};
     """
-    column = np.arange(LANES) // 4  # of B, whose numbers are those of its lanes
-    b = bits(column + 1.0) >> 16
-    d, e = run(tmp_path, body, one, b << 16 | b, bits(0.5))
-    columns = 2 * (np.arange(LANES) % 4)
-    assert np.array_equal(d.view(np.float32), 16 * (columns + 1) + 0.5)
-    assert np.array_equal(e.view(np.float32), 16 * (columns + 2) + 0.5)
+    found = [
+        x.view(np.float32)
+        for i in (0, 2)
+        for x in run(tmp_path, body.format(i, i + 1), one, other, bits(sums))
+    ]
+    a, b, c = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    for i, words in enumerate([one, other, half, one]):  # rows 0, 8, 0, 8 on; columns 0, 0, 8, 8 on
+        for j in range(2):
+            a[group + 8 * (i % 2), pair + 8 * (i // 2) + j] = bf16(words, j)
+    for i, words in enumerate([other, one]):
+        for j in range(2):
+            b[pair + 8 * i + j, group] = bf16(words, j)
+    places = [(group + 8 * (i // 2), pair + i % 2) for i in range(4)]
+    for place, sign in zip(places, (1, -1, 1, 1), strict=True):
+        c[place] = sign * sums
+    want = a @ b + c
+    for got, place in zip(found, places, strict=True):
+        assert np.array_equal(got, want[place])
+
+
+def bf16(words, i):
+    """The i-th number of each word."""
+    return (np.broadcast_to(words, LANES).astype(np.uint32) >> 16 * i << 16).view(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -276,4 +298,7 @@ def test_what_may_not_be_ends_the_process(tmp_path, body, said):
     command = [sys.executable, "-c", code, str(tmp_path), body]
     done = subprocess.run(command, check=False, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode < 0 and said in done.stderr, done.stderr
-    assert body.split(";")[-2].strip().split("@")[0] in done.stderr and ".ptx:" in done.stderr
+    line = KERNEL[: KERNEL.index("{body}")].count("\n") + 1
+    last = body.split(";")[-2].rpartition("@%p")[2].strip()
+    (where,) = [text for text in done.stderr.splitlines() if f".ptx:{line}: " in text]
+    assert where.endswith(last), where

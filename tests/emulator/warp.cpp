@@ -70,13 +70,9 @@ void open_barrier(Block &block, int which) {
     barrier = Barrier();
 }
 
-// Each of these returns whether the group goes straight on.
+// Each of these is for some lanes of a group at least, and returns whether the group goes straight on.
 
 bool meet_lanes(Warp &warp, Group &group, const Instruction &in, u32 mask) {
-    if (mask == 0) {
-        group.at++;
-        return true;
-    }
     u32 members = in.members != NONE ? get<u32>(warp, in.members, first_lane(mask)) : ALL_LANES;
     if (mask & ~members) fail(&warp, &in, "lanes %08x are not all among %08x", mask, members);
     members &= warp.live;
@@ -91,10 +87,6 @@ bool meet_lanes(Warp &warp, Group &group, const Instruction &in, u32 mask) {
 }
 
 bool meet_warps(Warp &warp, Group &group, const Instruction &in, u32 mask) {
-    if (mask == 0) {
-        group.at++;
-        return true;
-    }
     if (mask != warp.live) {
         if (warp.groups.size() == 1) fail(&warp, &in, "a barrier for lanes %08x of %08x", mask, warp.live);
         group.waits = true;
@@ -120,8 +112,8 @@ bool meet_warps(Warp &warp, Group &group, const Instruction &in, u32 mask) {
 
 bool branch(Warp &warp, size_t which, const Instruction &in, u32 mask) {
     Group &group = warp.groups[which];
-    if (mask == 0 || mask == group.mask) {
-        group.at = mask != 0 ? in.target : group.at + 1;
+    if (mask == group.mask) {
+        group.at = in.target;
         return true;
     }
     split(warp, which, mask, in.target, group.at + 1);
@@ -145,10 +137,6 @@ bool call(Warp &warp, Group &group, const Instruction &in, u32 mask) {
 // Lanes may have come from different calls.
 bool return_from(Warp &warp, size_t which, const Instruction &in, u32 mask) {
     Group &group = warp.groups[which];
-    if (mask == 0) {
-        group.at++;
-        return true;
-    }
     const s32 back = get<s32>(warp, in.at[0], first_lane(mask));
     u32 same = 0;
     each_lane(mask, [&](int lane) { same |= static_cast<u32>(get<s32>(warp, in.at[0], lane) == back) << lane; });
@@ -169,10 +157,6 @@ void carry_out_copies(Warp &warp, u32 mask) {
 
 bool leave(Warp &warp, size_t which, const Instruction &, u32 mask) {
     Group &group = warp.groups[which];
-    if (mask == 0) {
-        group.at++;
-        return true;
-    }
     if (mask != group.mask) split(warp, which, mask, group.at, group.at + 1);
     carry_out_copies(warp, mask);
     warp.live &= ~mask;
@@ -191,10 +175,7 @@ bool control(Warp &warp, size_t which, const Instruction &in, u32 mask) {
         case RETURN: return return_from(warp, which, in, mask);
         case EXIT: return leave(warp, which, in, mask);
         case PAUSE: group.at++; return false;
-        default:
-            if (mask != 0) fail(&warp, &in, "a trap, by lanes %08x", mask);
-            group.at++;
-            return true;
+        default: fail(&warp, &in, "a trap, by lanes %08x", mask);
     }
 }
 
@@ -219,8 +200,10 @@ void run_warp(Warp &warp, long turn) {
             const Instruction &in = code[group.at];
             u32 mask = group.mask;
             if (in.guard != NONE) mask &= in.unless ? ~bits(warp, in.guard) : bits(warp, in.guard);
-            if (in.kind == PLAIN) {
-                if (mask != 0) in.run(warp, in, mask);
+            if (mask == 0) {
+                group.at++;
+            } else if (in.kind == PLAIN) {
+                in.run(warp, in, mask);
                 group.at++;
             } else {
                 on = control(warp, which, in, mask);

@@ -171,8 +171,8 @@ def plan(
     for number in cards or []:
         if not 1 <= number <= MOST_CARDS:
             raise _core.RequestError(f"cards: found {number}; allowed: 1 to {MOST_CARDS}")
-    if context is not None and context < 1:
-        raise _core.RequestError(f"context: found {context}; allowed: 1 or more")
+    if context is not None and not 1 <= context < 2**63:
+        raise _core.RequestError(f"context: found {context}; allowed: numbers from 1 to 2^63 - 1")
     planned = ask([], [], [], 1)
     quantised = planned["config"]["quantization"]
     if context is None:

@@ -49,7 +49,7 @@ def guarded(command: _Command) -> _Command:
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("typer", "click"):
                 raise  # exits and usage errors
-            error_line(_too_large(kwargs) or error if isinstance(error, OverflowError) else error)
+            error_line(error)
             raise typer.Exit(FAILED) from None
 
     return run  # type: ignore[return-value]
@@ -72,16 +72,6 @@ def _check_names(options: dict[str, Any]) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and name not in _ANY_BYTES:
                 check_text(name, text)
-
-
-def _too_large(options: dict[str, Any]) -> Exception | None:
-    """The refusal of an option that the core could not take, which a command has not looked at itself."""
-    from ..arguments import refuse
-
-    for name, value in options.items():
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return refuse(name, value, "integers of 64 bits")
-    return None
 
 
 def error_line(error: Exception) -> None:

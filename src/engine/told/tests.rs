@@ -94,6 +94,28 @@ fn rows_that_are_sampled_alike_say_so_once() {
 }
 
 #[test]
+fn rows_are_alike_only_if_every_setting_is() {
+    let row = settings(0.25, 0.7, vec![]);
+    let others: [fn(&mut Sampling); 9] = [
+        |row| row.temperature = 0.8,
+        |row| row.top_p = 0.9,
+        |row| row.min_p = 0.1,
+        |row| row.top_k = 21,
+        |row| row.logprobs = Some(0),
+        |row| row.repetition_penalty = 1.1,
+        |row| row.frequency_penalty = 0.1,
+        |row| row.presence_penalty = 0.1,
+        |row| row.edits.push(Edit::default()),
+    ];
+    for (i, change) in others.into_iter().enumerate() {
+        let mut other = row.clone();
+        change(&mut other);
+        let rows = [row.clone(), other];
+        assert_eq!(sampling(over_the_wire(&shorten_sampling(&rows))).unwrap(), rows, "{i}");
+    }
+}
+
+#[test]
 fn pages_that_were_not_told_are_an_error() {
     let mut first = Told::default();
     let long = batch(&[(1, vec![4, 5, 6], 150, 1)], true, false);

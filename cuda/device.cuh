@@ -48,8 +48,9 @@ static inline Card this_card() {
 // one before it in the stream still runs. Until `wait_for_inputs` it may read weights alone (which no kernel writes), or
 // the batch and what an earlier step left (delta_decode: a step begins with copies, which wait for all before them), and
 // write nothing; every thread that is not gone calls it, and no block ends before it has. `let_next_start`, called by
-// every block as early as its own registers and shared memory allow, lets the next kernel's blocks in as room appears;
-// where it is not called they come when the last block ends. On older cards all of it is an ordinary launch.
+// every block, lets the next kernel's blocks in as room appears: as early as registers and shared memory allow, or later
+// where what those blocks ask the memory for would delay this kernel. Where it is not called they come when the last block
+// ends. On older cards all of it is an ordinary launch.
 static inline bool has_dependent_launch() {
     static int known[64];  // by device: 0 not asked yet, 1 no, 2 yes
     int device = 0, major = 0;

@@ -9,7 +9,10 @@ constexpr int FEW = 16;
 constexpr int WARPS = 8;             // that share a row tile: a team
 constexpr int X_PITCH = UNIT_K + 8;  // of a row's elements of a unit: a matrix load hits all banks
 constexpr int SUM_PITCH = 20;        // of the 16 sums of a row: a warp's stores hit all banks
-constexpr int L2_AHEAD = 32 << 10;   // bytes of its weights that a team asks into L2 beside those under way
+// Bytes of its weights that a team asks into L2 beside those under way. Where the next kernel's blocks are on the same
+// multiprocessor they ask too: more of it only delays the kernel that still runs.
+template <bool ALONE>
+constexpr int L2_AHEAD = ALONE ? 32 << 10 : 8 << 10;
 
 // Units under way of a warp, in registers. SMALL: a third of a multiprocessor's registers is for two warps of four.
 template <int OF, int STEPS, bool SMALL>
@@ -67,10 +70,11 @@ __device__ __forceinline__ void team_barrier(int team) {
 template <int OF, int STEPS, bool BOTH, int TILES, int TEAMS>
 __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1 : STEPS <= 2 ? 2 : 3)
     packed_kernel(int n, q35_packed w, Tail tail, int slab, const bf16 *x, void *out, int wide, int stride) {
+    constexpr bool APART = TILES * TEAMS == 1;  // beside blocks of the next kernel, which come when x is here, not before
     using S = Source<OF, STEPS, WARPS>;
     using Scales = std::conditional_t<IS_GGUF<OF>, GgufUnitScales<OF>, UnitScales<OF, STEPS>>;
     constexpr bool INT4 = OF == INT4_CODES, FP4 = OF == FP4_CODES, GGUF = IS_GGUF<OF>;
-    constexpr int N = BOTH ? 2 : 1, D = DEPTH<OF, STEPS, TEAMS * TILES == 1>, TEAM = 32 * WARPS;
+    constexpr int N = BOTH ? 2 : 1, D = DEPTH<OF, STEPS, APART>, TEAM = 32 * WARPS;
     constexpr int SUM_STEPS = GGUF ? 2 : STEPS, SUM_GROUPS = HAS_SUMS<OF> ? 8 / SUM_STEPS : 0;
     constexpr int X_SUMS = SUM_GROUPS * 8 * N;  // of a unit
     static_assert(TILES == 1 || TEAMS == 1, "a slab is one team's");
@@ -194,9 +198,10 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
             }
         };
         load(0);
-        let_next_start();
+        if (!APART) let_next_start();
         wait_for_inputs();
         if (TILES == 1) keep_x(0);
+        if (APART) let_next_start();
         float acc[N][4] = {};
 #pragma unroll 1
         for (int unit = 0, kept = 0; unit < units; unit++, kept++) {
@@ -248,7 +253,7 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
         const int t = s % TILES, unit = s / TILES;
         if (s < items && first_tile + t * step < num_tiles) source.load(held[s], next[t], unit, unit);
     }
-    if (lane < L2_AHEAD / WARPS / (2 * S::TILE) && units > 0) {
+    if (lane < L2_AHEAD<!APART> / WARPS / (2 * S::TILE) && units > 0) {
         const int i = min(units, AHEAD) + lane, ahead = i / units * step, unit = i % units;
         if (first_tile + ahead < num_tiles) {
             Cursor at = next[0];
@@ -257,9 +262,10 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
             ask_for(at.codes - 16 * lane, unit == source.short_unit ? S::TILE : 2 * S::TILE);
         }
     }
-    let_next_start();
+    if (!APART) let_next_start();
     wait_for_inputs();
     if (TILES == 1) keep_x(0);
+    if (APART) let_next_start();
 
     const Picks picks(lane, w.kind);
     const uint32_t bias = gguf_bias(minima);
@@ -393,8 +399,10 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     const int tail_blocks = ceil_div(ceil_div(tail_rows, PACKED_ROWS), teams);
     const int most = (apart ? 2 : 1) * card.count, half = ceil_div(most, 2);
     const int left = most - tail_blocks > half ? most - tail_blocks : half;
+    // Apart, every block that has room: fewer, with as many row tiles each, settle on fewer multiprocessors.
     const int tiles = w.rows / PACKED_ROWS, rounds = ceil_div(tiles, left * teams);
-    const int blocks = tail_blocks + ceil_div(ceil_div(tiles, rounds), teams);
+    const int even = ceil_div(ceil_div(tiles, rounds), teams);
+    const int blocks = tail_blocks + (!apart ? even : tiles < left ? tiles : left);
     // Of a multiprocessor's memory; the rest is L1, which holds what is under way to registers. A quarter leaves room
     // for the next kernel's blocks.
     const int least = (apart ? 3 : 1) * (shared + 1024) * 100 / (card.shared + 1024) + 1;

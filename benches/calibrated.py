@@ -18,12 +18,10 @@ import numpy as np
 from qwen35rs import LLM, _core, hub, tasks
 from qwen35rs.bench import measure, prompt_of
 
-NAMES = [name for name in tasks.SUITE if name != "recall, long"]
-
 
 def documents(llm, split, number, seed):
     """Questions with their answers, task after task in turns."""
-    drawn = [islice(tasks.items(name, split=split, seed=seed), number) for name in NAMES]
+    drawn = [islice(tasks.items(name, split=split, seed=seed), number) for name in tasks.SHORT]
     for item in (item for row in zip_longest(*drawn) for item in row):
         yield prompt_of(llm, item) + item.completion + "\n"
 
@@ -104,7 +102,7 @@ def main():
                 "mixed, 32768 tokens",
             ]
             print(f"\n{'':26}" + "".join(f"{name:>22}" for name in kept))
-            for task in NAMES:
+            for task in tasks.SHORT:
                 found = [measure(models[name], task, num_items=options.tasks)[0] for name in kept]
                 cells = "".join(f"{f'{r.accuracy:.1%}  {r.perplexity:.4f}':>22}" for r in found)
                 print(f"{task:26}{cells}", flush=True)

@@ -104,7 +104,7 @@ def main():
             for llm in models.values()
         ]
         print(f"{'error of logits':26}" + "".join(f"{error:>17.2%}" for error in errors), flush=True)
-        for task in options.task or [name for name in tasks.SUITE if name != "recall, long"]:
+        for task in options.task or tasks.SHORT:
             found = [measure(llm, task, num_items=options.n)[0] for llm in models.values()]
             cells = "".join(f"{f'{r.accuracy:.1%}  {r.perplexity:.4f}':>17}" for r in found)
             print(f"{task:26}{cells}", flush=True)

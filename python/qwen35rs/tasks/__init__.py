@@ -17,7 +17,7 @@ from functools import partial
 from . import arithmetic, recall, smalltalk, structured, textops, toolcalls
 from .item import SPLITS, Item, Reply, parse, split_of
 
-__all__ = ["SPLITS", "SUITE", "Item", "Reply", "items", "parse", "split_of"]
+__all__ = ["SHORT", "SPLITS", "SUITE", "Item", "Reply", "items", "parse", "split_of"]
 
 _THREE = tuple((a, b) for a in (1, 2, 3) for b in (1, 2, 3) if max(a, b) == 3)
 
@@ -38,6 +38,9 @@ SUITE: dict[str, Callable[[random.Random, str], Item]] = {
 }
 """What is measured, by name. Arithmetic is of one and two digits, each pair of lengths as likely; recall is to 1,024
 and to 4,096 tokens of prompt."""
+
+SHORT = [task for task in SUITE if task != "recall, long"]
+"""Those whose prompts stay below 1,100 tokens, for what has no time for longer ones."""
 
 
 def items(task: str, *, split: str = "test", seed: int = 0) -> Iterator[Item]:

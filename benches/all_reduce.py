@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 from kernel_table import random
+from origin import origin
 
 from ranks import Ranks
 
@@ -163,8 +164,7 @@ def main() -> None:
             shown = f"{name} {n} x {args.width}"
             print(f"{shown:<34} {row['us']:9.1f} us {row['gb_per_s']:7.1f} GB/s", flush=True)
     if args.json:
-        found = {
-            "card": torch.cuda.get_device_name(),
+        found = origin() | {
             "where": where,
             "world": args.world,
             "rows": rows,

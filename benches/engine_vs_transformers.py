@@ -17,13 +17,14 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from origin import origin
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benches" / "results" / "cpu" / "engine_vs_transformers.json"
@@ -333,14 +334,6 @@ def version(package: str) -> str:
         return "not installed: found on the path"
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
@@ -441,14 +434,7 @@ def main():
         for worker in workers.values():
             worker.close()
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], check=False, cwd=ROOT, capture_output=True, text=True
-    )
-    result = {
-        "command": "python benches/engine_vs_transformers.py " + " ".join(sys.argv[1:]),
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu_name(),
+    result = origin() | {
         "threads": args.threads,
         "load_average_before": round(load, 2),
         "read_bandwidth_gb_per_s_by_threads": bandwidth,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+from origin import origin
 from synthetic_checkpoint import text_config
 
 EXPERTS = ("grouped_mm", "batched_mm")
@@ -121,7 +122,7 @@ def main():
     if args.only:
         print("FOUND " + json.dumps({"ours": ours, "theirs": theirs}[args.only](args)))
         return
-    found = {}
+    found = origin()
     for which in ("ours", "theirs"):
         command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -41,6 +41,7 @@ from launch import (
     call,
     structs,
 )
+from origin import origin
 
 from ranks import Ranks
 
@@ -426,8 +427,7 @@ def main() -> None:
         part(table)
         torch.cuda.empty_cache()
     if args.json:
-        found: dict[str, Any] = {
-            "card": torch.cuda.get_device_name(),
+        found: dict[str, Any] = origin() | {
             "copy_tb_per_s": table.bandwidth / 1e12,
             "bf16_tflops": table.rate / 1e12,
             "rows": table.rows,

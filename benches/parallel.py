@@ -9,12 +9,12 @@ sums: those over ranks alone (benches/all_reduce.py). JSON with the cards, the d
 
 import argparse
 import json
-import os
-import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("parity", "tasks", "speed", "sums")
@@ -46,14 +46,6 @@ rows = {"decode": [decode(llm, size, 1024).facts(floors) for size in batches]}
 rows["prefill"] = [prefill(llm, size).facts(floors) for size in prompts]
 print(json.dumps(facts | rows))
 """
-
-
-def say(*command):
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
-    except FileNotFoundError:  # the tasks run without a GPU too
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def measure(name):
@@ -147,11 +139,7 @@ def main():
     parser.add_argument("--questions", type=int, default=64, help="of each task (default: 64)")
     parser.add_argument("--device", default="cuda", help="of the tasks (default: cuda)")
     args = parser.parse_args()
-    found = {
-        "cards": say("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
-        "commit": os.environ.get("COMMIT") or say("git", "rev-parse", "--short", "HEAD"),
-        "command": shlex.join(["python", "benches/parallel.py", *sys.argv[1:]]),
-    }
+    found = origin()
 
     def keep():
         if args.output:

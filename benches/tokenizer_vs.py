@@ -21,7 +21,6 @@ import importlib.metadata
 import importlib.resources
 import json
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "tests")]
 
 from corpus import corpus
+from origin import origin
 from qwen35rs import vocabulary
 
 SLICE = 3_000_000  # bytes for the slow ones
@@ -227,22 +227,7 @@ def main():
     os.sched_setaffinity(0, every_core)
     batch = batches(directory, min(args.megabytes, 100) * 1_000_000)
     print("batch", batch)
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "",
-    )
-    report = {
-        "command": "python benches/tokenizer_vs.py " + " ".join(sys.argv[1:]),
-        "commit": git.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": f"{cpu or platform.processor()}, {os.cpu_count()} logical cores",
+    report = origin() | {
         "load_average": os.getloadavg()[0],
         "corpus_bytes": sizes,
         "one_thread_list_of_int": results,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
-from kernel_table import BF16, F32, Clock, Table, random, weights
+from kernel_table import BF16, F32, Clock, Table, random, recorded, weights
 from kernels_packed import (
     packed_chains,
     packed_experts,
@@ -106,13 +106,9 @@ def chains(table: Table) -> None:
                     # The rows are not those of y, but as many numbers of it.
                     call("q35_linear", n, second.shape[1], len(second), y, second, d, len(second))
 
-            run()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
             table.add(
                 f"norm, linear, linear {name}, {n} rows, {num_layers} layers",
-                graph.replay,
+                recorded(run),
                 num_bytes=num_layers
                 * (2 * hidden * (projected + inner) + 2 * n * (6 * hidden + 2 * projected)),
             )
@@ -167,19 +163,14 @@ def experts(table: Table) -> None:
                 for delta, struct in zip(de, st, strict=True):
                     call("q35_norm_moe", n, d, struct, delta, r, g, 1e-6, h, s, o)
 
-            step()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
+            replay = recorded(step)
             # What the layers hit, from the x of each.
             num_bytes = 0
             for delta, router, struct in zip(deltas, routers, structs, strict=True):
                 call("q35_norm_moe", n, dims, struct, delta, residual, norm, 1e-6, normed, space, out)
                 hit = (normed.float() @ router.float().T).topk(8).indices.unique().numel()
                 num_bytes += 2 * 3 * hidden * (hit * width + shared) + 2 * 256 * hidden + 14 * n * hidden
-            table.add(
-                f"norm moe {name} {n} tokens, {layers} layers in a graph", graph.replay, num_bytes=num_bytes
-            )
+            table.add(f"norm moe {name} {n} tokens, {layers} layers in a graph", replay, num_bytes=num_bytes)
         del parts
 
 
@@ -361,12 +352,8 @@ def samplers(table: Table) -> None:
             plain = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.1, "num_logprobs": -1}
             rows = structs([Sampling(uniform=(i + 0.5) / n, **(plain | changed)) for i in range(n)])
             arguments = (n, vocab, num_tokens, logits, rows, edits, space, out, tokens)
-            call("q35_sample", *arguments)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call("q35_sample", *arguments)
-            table.add(f"sample {n} x {vocab}, {what}", graph.replay, num_bytes=4 * n * vocab)
+            sample = recorded(lambda a=arguments: call("q35_sample", *a))
+            table.add(f"sample {n} x {vocab}, {what}", sample, num_bytes=4 * n * vocab)
 
 
 def collectives(table: Table) -> None:

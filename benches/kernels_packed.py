@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_table import BF16, F32, Table, random, weights
+from kernel_table import BF16, F32, Table, random, recorded, weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 from launch import MoeDims, PackedMatrix, PackedMoe, call
@@ -88,16 +88,12 @@ def packed_rows_in_graphs(table: Table) -> None:
                 for struct, _, _ in every:
                     call("q35_packed_linear", 1, struct, x, o, 0, struct.rows)
 
-            run()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
             table.add(
                 f"packed linear {name} 1 x {k} -> {rows}, {count} in a graph",
-                graph.replay,
+                recorded(run),
                 num_bytes=count * (each + 2 * (x.numel() + out.numel())),
             )
-            del matrices, graph
+            del matrices, run
 
 
 def packed_tails(table: Table) -> None:
@@ -171,13 +167,9 @@ def packed_chains(table: Table) -> None:
                         # The rows are not those of y, but as many numbers of it.
                         call("q35_packed_linear", n, second[0], y, d, 0, second[0].rows)
 
-                run()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    run()
                 table.add(
                     f"norm, packed linear, packed linear {form} {name}, {n} rows, {num_layers} layers",
-                    graph.replay,
+                    recorded(run),
                     num_bytes=sum(a[1] + b[1] for a, b in layers)
                     + num_layers * 2 * n * (6 * hidden + 2 * projected),
                 )
@@ -240,10 +232,7 @@ def packed_experts(table: Table) -> None:
                     for delta, struct in zip(de, st, strict=True):
                         call("q35_packed_norm_moe", n, d, struct, delta, r, g, 1e-6, h, s, o)
 
-                step()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
+                replay = recorded(step)
                 # What the layers hit, from the x of each.
                 num_bytes = 0.0
                 for delta, router, struct in zip(deltas, routers, structs, strict=True):
@@ -253,7 +242,7 @@ def packed_experts(table: Table) -> None:
                     num_bytes += 2 * num_experts * hidden + 14 * n * hidden
                 table.add(
                     f"norm moe {what} {name} {n} tokens, {layers} layers in a graph",
-                    graph.replay,
+                    replay,
                     num_bytes=num_bytes,
                 )
             del kept_up, kept_down

@@ -9,10 +9,10 @@ constexpr int FEW = 16;
 constexpr int WARPS = 8;             // that share a row tile: a team
 constexpr int X_PITCH = UNIT_K + 8;  // of a row's elements of a unit: a matrix load hits all banks
 constexpr int SUM_PITCH = 20;        // of the 16 sums of a row: a warp's stores hit all banks
-// Bytes of its weights that a team asks into L2 beside those under way. Where the next kernel's blocks are on the same
-// multiprocessor they ask too: more of it only delays the kernel that still runs.
-template <bool ALONE>
-constexpr int L2_AHEAD = ALONE ? 32 << 10 : 8 << 10;
+// Bytes of its weights that a team asks into L2 beside those under way. APART: where the next kernel's blocks are on the
+// same multiprocessor they ask too, and more of it only delays the kernel that still runs.
+template <bool APART>
+constexpr int L2_AHEAD = APART ? 8 << 10 : 32 << 10;
 
 // Units under way of a warp, in registers. SMALL: a third of a multiprocessor's registers is for two warps of four.
 template <int OF, int STEPS, bool SMALL>
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(32 * WARPS * TEAMS, TEAMS > 1 || TILES > 1 ? 1
         const int t = s % TILES, unit = s / TILES;
         if (s < items && first_tile + t * step < num_tiles) source.load(held[s], next[t], unit, unit);
     }
-    if (lane < L2_AHEAD<!APART> / WARPS / (2 * S::TILE) && units > 0) {
+    if (lane < L2_AHEAD<APART> / WARPS / (2 * S::TILE) && units > 0) {
         const int i = min(units, AHEAD) + lane, ahead = i / units * step, unit = i % units;
         if (first_tile + ahead < num_tiles) {
             Cursor at = next[0];
@@ -399,10 +399,11 @@ cudaError_t few_rows(cudaStream_t stream, int n, const q35_packed &w, const bf16
     const int tail_blocks = ceil_div(ceil_div(tail_rows, PACKED_ROWS), teams);
     const int most = (apart ? 2 : 1) * card.count, half = ceil_div(most, 2);
     const int left = most - tail_blocks > half ? most - tail_blocks : half;
-    // Apart, every block that has room: fewer, with as many row tiles each, settle on fewer multiprocessors.
     const int tiles = w.rows / PACKED_ROWS, rounds = ceil_div(tiles, left * teams);
-    const int even = ceil_div(ceil_div(tiles, rounds), teams);
-    const int blocks = tail_blocks + (!apart ? even : tiles < left ? tiles : left);
+    int blocks = ceil_div(ceil_div(tiles, rounds), teams);  // with as many row tiles each
+    // Apart, so few settle on fewer multiprocessors still: every block that has room.
+    if (apart) blocks = tiles < left ? tiles : left;
+    blocks += tail_blocks;
     // Of a multiprocessor's memory; the rest is L1, which holds what is under way to registers. A quarter leaves room
     // for the next kernel's blocks.
     const int least = (apart ? 3 : 1) * (shared + 1024) * 100 / (card.shared + 1024) + 1;

@@ -218,4 +218,5 @@ def test_a_thread_that_waits_for_the_whole_device():
     finally:
         done.set()
         waiting.join()
+    assert refused, "no recording was met"
     assert all("capturing" in why for why in refused), refused[:3]

@@ -298,7 +298,7 @@ def test_fp8_of_bf16(rows, k):
 # -------------------------------------------------------------------------------------------------------------- linear
 
 
-# Multiples of 128 along k go through the ring of packed_ring.cu: with warps that have none of it, and several tiles a warp.
+# Fewer units along k than warps, halves of units, fewer row tiles than multiprocessors, several row tiles a block.
 SMALL = [(16, 64), (48, 192), (16, 320), (2080, 1088), (112, 3072), (48, 128), (9632, 1152)]
 
 

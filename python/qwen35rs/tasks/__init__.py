@@ -40,7 +40,7 @@ SUITE: dict[str, Callable[[random.Random, str], Item]] = {
 and to 4,096 tokens of prompt."""
 
 SHORT = [task for task in SUITE if task != "recall, long"]
-"""Those whose prompts stay below 1,100 tokens, for what has no time for longer ones."""
+"""All but the one with prompts of thousands of tokens, for what has no time for it."""
 
 
 def items(task: str, *, split: str = "test", seed: int = 0) -> Iterator[Item]:

@@ -7,7 +7,7 @@ driver and the run time and runs that PTX on the CPU; then runs pytest on them. 
 mark (`-m`), those are the emulator's own tests and the goldens of tests/gpu/test_net.py. Everything it makes is in
 target/emulator.
 
-Every access to memory is checked against what was allocated, memory starts as NaN, and asynchronous copies are done as
+Every access of a kernel is checked against what was allocated, memory starts as NaN, and asynchronous copies are done as
 late as they may be. What it cannot: kernels for Hopper alone (wgmma, TMA, clusters) are not run; cuBLASLt and NCCL are
 not there; times mean nothing; what only weakly ordered memory shows is not seen. Needs cargo, nvcc and g++.
 """

@@ -51,11 +51,13 @@ def ask():
     try:
         llm.generate("a", SamplingParams(max_tokens=8000, ignore_eos=True))
     except RankError as error:
-        print(error, flush=True)
+        told.append(error)
+told = []
 print("ready", flush=True)
 threads = [threading.Thread(target=ask) for _ in range(3)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
+[print(error, flush=True) for error in told]  # by one thread: lines of several may come into each other
 """
 
 

@@ -35,6 +35,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
     } while (!done);
 }
 
+// So many bytes, a multiple of 16, that arrive at the barrier.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // Of THREADS threads (whole warps); number 0 is that of __syncthreads.
 template <int NUMBER, int THREADS>
 __device__ __forceinline__ void named_barrier() {

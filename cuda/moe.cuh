@@ -163,10 +163,11 @@ __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1
 __device__ __forceinline__ int in_tile_order(int i) { return (i & ~31) | (i % 4 * 8 + i % 32 / 4); }
 __device__ __forceinline__ int from_tile_order(int i) { return (i & ~31) | (i % 8 * 4 + i % 32 / 8); }
 
-// What few_logits made of the residual, written by the kernel after it: now nobody reads the old one any more.
-__device__ __forceinline__ void write_residual(const Plan &p, const Norm &norm, int block, int blocks) {
+// What few_logits made of the residual, written by the kernel after it: now nobody reads the old one any more. Its
+// `count` threads are numbered from 0.
+__device__ __forceinline__ void write_residual(const Plan &p, const Norm &norm, int thread, int count) {
     if (norm.delta == nullptr) return;
-    for (int i = block * blockDim.x + threadIdx.x; i < p.n * (p.hidden / 8); i += blocks * blockDim.x) {
+    for (int i = thread; i < p.n * (p.hidden / 8); i += count) {
         float y[8];
         if (norm.fresh != nullptr) {
             load8(norm.fresh + 8 * i, y);
@@ -179,7 +180,7 @@ __device__ __forceinline__ void write_residual(const Plan &p, const Norm &norm, 
         }
         store8(norm.residual + 8 * i, y);
     }
-    if (norm.turns != nullptr && block == 0 && threadIdx.x == 0) *norm.turns = turn_after(*norm.turns);
+    if (norm.turns != nullptr && thread == 0) *norm.turns = turn_after(*norm.turns);
 }
 
 // The `i`-th token of a mask, or 0.

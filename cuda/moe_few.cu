@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(32 * UP_WARPS, 3)
         }
         __syncthreads();
     }
-    write_residual(p, norm, gridDim.x - 1 - blockIdx.x, gridDim.x);  // most by the blocks with the fewest tiles
+    // Most by the blocks with the fewest tiles.
+    write_residual(p, norm, (gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }
 
 // What few_down keeps in shared memory: the list, then a scale and a place for each assignment, the scales of the

@@ -3,10 +3,7 @@
 //
 // A sum goes by k tiles of 64 (in groups of 32 by halves of one): of exact products on tensor cores in f32, then times
 // their scale, then added to the row's sum. What packed_down reads before it waits is as in few_down.
-#include <numeric>
-
-#include "moe.cuh"
-#include "moe_packed.cuh"
+#include "moe_packed_one.cuh"
 
 namespace {
 
@@ -180,7 +177,7 @@ __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         num_hit = hits[0].w;
     }
     by_form<MORE>(gate_up, [&](auto of) { run(of, gate_up, false, false, block, num_hit * expert_tiles); });
-    write_residual(p, norm, block, blocks);
+    write_residual(p, norm, block * blockDim.x + threadIdx.x, blocks * blockDim.x);
 }
 
 // `down` of the experts hit and their weighted sum. A block has a row tile of the output; its warps share out the
@@ -311,17 +308,14 @@ int down_bytes(int n, const Plan &p) {
     return slots * 16 + (2 * assignments + n + (assignments + n) * DOWN_PITCH) * 4;
 }
 
-// A step near the golden section of a round, that comes by every block.
-int spread_of(int blocks) {
-    int step = blocks * 618 / 1000;
-    while (std::gcd(step, blocks) != 1) step++;
-    return step;
-}
-
 // N: eights of tokens. Of GGUF's forms there are kernels of one token and of two eights.
 template <int N, int MORE>
 int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x,
                    bf16 *out) {
+    if constexpr (N == 1 && MORE == NO_MORE) {
+        const int code = launch_one(stream, p, m, norm, x, out);
+        if (code != cudaErrorNotSupported) return code;
+    }
     // One wave of blocks, fewer where there are fewer tiles.
     const int sms = num_sms(), most_blocks = UP_BLOCKS * sms;
     const int64_t most = p.shared_width / TILE_ROWS + int64_t(p.slots) * (p.width / TILE_ROWS);

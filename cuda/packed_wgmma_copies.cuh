@@ -98,13 +98,6 @@ __device__ __forceinline__ int row_tile_at(const Task &t, const Item &item, int 
     return own + i < (t.first_feature + t.cols) / 16 ? item.expert * t.row_tiles + own + i : -1;
 }
 
-// So many bytes, a multiple of 16, that arrive at the barrier.
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, int bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
 // Has L2 fetch what lies there.
 __device__ __forceinline__ void ask_l2_for(const void *from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)) : "memory");

@@ -275,6 +275,39 @@ def alone_and_among_others(dims, formats):
             assert same_bits(piece, torch.cat(rows[:n]))
 
 
+@pytest.mark.parametrize("formats", [[INT4] * 4, [FP8] * 4], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(256, 256, 8, 128, 128), (256, 300, 6, 128, 0), (192, 9, 9, 64, 64)], ids=str
+)
+def test_a_single_token_is_routed_as_among_others(dims, formats):
+    """Among ties, NaN and infinite logits: one token finds its experts in another way than several."""
+
+    def all_equal(router):
+        router[:] = router[0]
+
+    def in_pairs(router):
+        router[1::2] = router[: len(router) - 1 : 2]
+
+    def with_nan(router):
+        router[::3] = float("nan")
+
+    def with_infinities(router):
+        router[::4] *= float("inf")
+
+    def only_nan(router):
+        router[:] = float("nan")
+
+    for change in (all_equal, in_pairs, with_nan, with_infinities, only_nan):
+        block = Block(dims, formats)
+        change(block.router)
+        delta, residual, w = norm_inputs(8, dims[0])
+        among = block.run(delta, residual, w)
+        for t in range(8):
+            alone = block.run(delta[t : t + 1], residual[t : t + 1], w)
+            for one, all_rows in zip(alone, among, strict=True):
+                assert same_bits(one, all_rows[t : t + 1]), change.__name__
+
+
 @pytest.mark.parametrize("n", [1, 4, 16])
 @pytest.mark.parametrize("form", [INT4, FP8, NVFP4, Q4_K, Q6_K], ids=str)
 def test_layer_after_layer(form, n):

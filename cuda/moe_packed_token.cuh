@@ -1,0 +1,157 @@
+// What the kernels of moe_packed_one.cu are made of: routing by a warp, a row tile of 4-bit weights and a token in shared
+// memory, and their product.
+#pragma once
+#include "hopper.cuh"
+#include "moe_packed_one.cuh"
+
+constexpr float ZERO = 24.0f;                 // int4_fragment's 16, and the zero point
+constexpr int TOKEN_PITCH = 2 * TILE_K + 16;  // of a k tile of the token: those of eight tiles hit all banks
+constexpr int FAST_EXPERTS = 256;             // 8 logits a lane
+
+// The token in shared memory, and its sums.
+__host__ __device__ constexpr int token_bytes(int k) {
+    return (k / TILE_K * (TOKEN_PITCH + int(sizeof(float))) + 15) / 16 * 16;
+}
+
+__device__ __forceinline__ uint4 kept16(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ uint32_t kept2(uint32_t at) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ float kept_float(uint32_t at) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
+    return v;
+}
+
+// A row tile in shared memory: its codes, then its scales.
+struct Kept {
+    int codes, bytes;
+    __host__ __device__ Kept(const Packed &m) : codes(m.row_tile_bytes), bytes(m.row_tile_bytes + m.groups * 32) {}
+};
+__device__ __forceinline__ void copy_row_tile(uint32_t to, const Packed &m, int row_tile, uint32_t barrier) {
+    bulk_copy(to, m.codes + int64_t(row_tile) * m.row_tile_bytes, m.row_tile_bytes, barrier);
+    const uint16_t *const scales = static_cast<const uint16_t *>(m.scales) + int64_t(row_tile) * m.groups * 16;
+    bulk_copy(to + m.row_tile_bytes, scales, m.groups * 32, barrier);
+}
+
+// Eights of the token's elements, `first` and every `step`th, to shared memory. Loads first, so that they wait together.
+__device__ __forceinline__ void keep_token(uint8_t *token, const bf16 *x, int k, int first, int step) {
+    constexpr int AT_ONCE = 4;
+    for (int base = first; base < k / 8; base += AT_ONCE * step) {
+        uint4 v[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (base + i * step < k / 8) v[i] = reinterpret_cast<const uint4 *>(x)[base + i * step];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int at = base + i * step;
+            if (at < k / 8) *reinterpret_cast<uint4 *>(token + at / 8 * TOKEN_PITCH + at % 8 * 16) = v[i];
+        }
+    }
+}
+
+// The token's elements of a k tile, which lie at `at`, for tensor cores.
+__device__ __forceinline__ void load_token(uint32_t (&b)[8], uint32_t at) {
+    const uint4 lo = kept16(at), hi = kept16(at + 16);
+    b[0] = lo.x, b[1] = lo.y, b[2] = lo.z, b[3] = lo.w;
+    b[4] = hi.x, b[5] = hi.y, b[6] = hi.z, b[7] = hi.w;
+}
+
+// The token's sums over the k tiles first .. first + 7, of `count`, to `sums`: the columns of one product, each with the
+// bits that it has alone.
+__device__ __forceinline__ void sum_token(uint32_t token, int first, int count, float *sums) {
+    const int lane = threadIdx.x % 32, own = min(first + lane / 4, count - 1);
+    const uint32_t ones[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+    uint32_t b[8];
+    load_token(b, token + own * TOKEN_PITCH + lane % 4 * 32);
+    float c[4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++) mma(c, ones, b + 2 * j);
+    if (lane < 4) {
+        const int to = first + 2 * lane;
+        if (to < count) sums[to] = c[0];
+        if (to + 1 < count) sums[to + 1] = c[1];
+    }
+}
+
+// acc += rows g and g + 8 of a row tile's k tile, times the token. `codes`, `scales`: where this lane's are of it.
+__device__ __forceinline__ void add_tile(float (&acc)[2], uint32_t codes, uint32_t scales, const uint32_t (&b)[8],
+                                         float x_sum, uint32_t bf16_scales) {
+    const uint4 tile = kept16(codes);
+    const uint32_t raw[2] = {kept2(scales), kept2(scales + 16)};
+    float c[4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        uint32_t a[4];
+        int4_fragment(j == 0 ? tile.x : j == 1 ? tile.y : j == 2 ? tile.z : tile.w, a);
+        mma(c, a, b + 2 * j);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(raw[r])));
+        const float scale = __uint_as_float((raw[r] << 16 & bf16_scales) | (__float_as_uint(of_f16) & ~bf16_scales));
+        acc[r] = fmaf(scale, fmaf(-ZERO, x_sum, c[2 * r]), acc[r]);
+    }
+}
+
+struct Chosen {
+    int expert;
+    uint32_t key;  // of its logit
+};
+// What route_any chooses, by a warp: lane r has the expert of round r. Of few enough experts with a shorter way from round
+// to round.
+__device__ __forceinline__ Chosen choose(const Plan &p, int lane) {
+    if (p.num_experts > FAST_EXPERTS) {
+        const int expert = route_any(p.logits, p.num_experts, p.top_k, lane, nullptr, nullptr, lane);
+        return {expert, lane < p.top_k ? route_key(__ldcg(p.logits + expert)) : 0};
+    }
+    constexpr int OWN = FAST_EXPERTS / 32;
+    float values[OWN];
+    uint32_t keys[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) values[i] = __ldcg(p.logits + min(lane + 32 * i, p.num_experts - 1));
+#pragma unroll
+    for (int i = 0; i < OWN; i++) keys[i] = lane + 32 * i < p.num_experts ? route_key(values[i]) : 0;
+    Chosen own = {};
+#pragma unroll 1
+    for (int r = 0; r < p.top_k; r++) {
+        uint32_t best[OWN];
+        int at[OWN];
+#pragma unroll
+        for (int i = 0; i < OWN; i++) best[i] = keys[i], at[i] = i;
+#pragma unroll
+        for (int step = 1; step < OWN; step *= 2) {
+#pragma unroll
+            for (int i = 0; i + step < OWN; i += 2 * step)
+                if (best[i + step] > best[i]) best[i] = best[i + step], at[i] = at[i + step];  // of equals the first
+        }
+        const uint32_t most = __reduce_max_sync(ALL_LANES, best[0]);
+        const unsigned have = __ballot_sync(ALL_LANES, best[0] == most);
+        int expert = lane + 32 * at[0];
+        if ((have & (have - 1)) == 0) {
+            expert = __shfl_sync(ALL_LANES, expert, __ffs(have) - 1);
+        } else {
+            expert = static_cast<int>(
+                __reduce_min_sync(ALL_LANES, best[0] == most ? static_cast<unsigned>(expert) : 0x7fffffffu));
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+            if (expert == lane + 32 * i) keys[i] = 0;
+        if (lane == r) own = {expert, most};
+    }
+    return own;
+}
+// And what route_any has for weights: lane r that of round r.
+__device__ __forceinline__ float weight_of(const Chosen &own, int top_k, int lane) {
+    const float value = route_value(own.key), max = __shfl_sync(ALL_LANES, value, 0);
+    float weight = value == max ? 1.f : expf(value - max), sum = 0.f;
+    if (weight != weight) weight = max != max ? 1.f : 0.f;
+    for (int r = 0; r < top_k; r++) sum += __shfl_sync(ALL_LANES, weight, r);
+    return weight / sum;
+}

@@ -312,10 +312,6 @@ int down_bytes(int n, const Plan &p) {
 template <int N, int MORE>
 int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x,
                    bf16 *out) {
-    if constexpr (N == 1 && MORE == NO_MORE) {
-        const int code = launch_one(stream, p, m, norm, x, out);
-        if (code != cudaErrorNotSupported) return code;
-    }
     // One wave of blocks, fewer where there are fewer tiles.
     const int sms = num_sms(), most_blocks = UP_BLOCKS * sms;
     const int64_t most = p.shared_width / TILE_ROWS + int64_t(p.slots) * (p.width / TILE_ROWS);
@@ -325,9 +321,14 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
     if constexpr (N == 1) {
         if (p.n == 1) up = packed_up<1, true, MORE>;
     }
-    const int code = launch<UP_EARLY>(up, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2],
-                                      spread_of(up_blocks), x, norm);
+    constexpr bool MAY_BE_ONE = N == 1 && MORE == NO_MORE;
+    int code = MAY_BE_ONE ? launch_one_up(stream, p, m[0], m[2], norm, x) : cudaErrorNotSupported;
+    if (code == cudaErrorNotSupported)
+        code = launch<UP_EARLY>(up, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2], spread_of(up_blocks),
+                                x, norm);
     if (code != cudaSuccess) return code;
+    code = MAY_BE_ONE ? launch_one_down(stream, p, m[1], m[3], out) : cudaErrorNotSupported;
+    if (code != cudaErrorNotSupported) return code;
 
     // One wave here too, where an SM has room for two blocks; of equal turns.
     const int blocks = p.hidden / TILE_ROWS, items = p.slots + p.has_shared;

@@ -1,4 +1,4 @@
-// The experts of a single token in 4 bits, on cards whose copy engine fills shared memory (compute capability 9.0): what
+// The experts of a single token in int4 and fp8, on cards whose copy engine fills shared memory (compute capability 9.0): what
 // packed_up and packed_down of moe_packed.cu do, with the same sums in the same order.
 //
 // One token leaves little to do for a weight, so what is not hidden is what counts: a row tile's codes and scales lie one
@@ -30,8 +30,10 @@ struct Up {
 // A block has the tiles `block`, `block` + blocks, ... of the experts hit, and some blocks one of the shared expert before,
 // which they multiply while the experts hit are being found. One warp finds those, asks for what the others multiply, and
 // adds up their sums.
+template <int FORM>
 __global__ void __launch_bounds__(UP_THREADS, UP_BLOCKS) one_up(Plan p, Up a, const bf16 *x, Norm norm) {
     if constexpr (HERE) {
+        constexpr bool SUMS = FORM != FP8_TILES;  // of the token, for zero points
         extern __shared__ __align__(128) uint8_t memory[];  // buffers, the token, its sums
         __shared__ float sums[2][UP_WARPS][2 * TILE_ROWS];
         __shared__ int4 hits[32];
@@ -106,9 +108,9 @@ __global__ void __launch_bounds__(UP_THREADS, UP_BLOCKS) one_up(Plan p, Up a, co
 
         keep_token(token, x, hidden, threadIdx.x, 32 * UP_WARPS);
         named_barrier<TOKEN_THERE, 32 * UP_WARPS>();
-        for (int first = 8 * warp; first < k_tiles; first += 8 * UP_WARPS)
+        for (int first = 8 * warp; SUMS && first < k_tiles; first += 8 * UP_WARPS)
             sum_token(shared_address(token), first, k_tiles, x_sums);
-        named_barrier<TOKEN_THERE, 32 * UP_WARPS>();
+        if (SUMS) named_barrier<TOKEN_THERE, 32 * UP_WARPS>();
         const uint32_t own_token = shared_address(token) + lane % 4 * 32, x_sums_at = shared_address(x_sums);
         int items = with_shared;
         for (int item = 0;; item++) {
@@ -118,20 +120,16 @@ __global__ void __launch_bounds__(UP_THREADS, UP_BLOCKS) one_up(Plan p, Up a, co
             }
             if (item == items) break;
             const int number = item % a.buffers;
-            const uint32_t codes = buffers + number * buffer_bytes + 16 * lane;
-            const uint32_t scales = buffers + number * buffer_bytes + kept.codes + 2 * g;
-            const uint32_t bf16_scales = item < with_shared ? a.shared.bf16_scales : a.gate_up.bf16_scales;
+            const Place<FORM> place(a.gate_up, buffers + number * buffer_bytes);
             barrier_wait(full + 8 * number, item / a.buffers & 1);
             float acc[2][2] = {};
 #pragma unroll 2
             for (int t = warp; t < k_tiles; t += UP_WARPS) {
                 uint32_t b[8];
                 load_token(b, own_token + t * TOKEN_PITCH);
-                const float x_sum = kept_float(x_sums_at + 4 * t);
-                const uint32_t group = scales + (t >> a.gate_up.shift) * 32;
+                const float x_sum = SUMS ? kept_float(x_sums_at + 4 * t) : 0.0f;
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                    add_tile(acc[i], codes + i * kept.bytes + t * 512, group + i * kept.bytes, b, x_sum, bf16_scales);
+                for (int i = 0; i < 2; i++) add_tile(acc[i], place, i * kept.bytes, t, b, x_sum);
             }
             if (lane % 4 == 0) {
 #pragma unroll
@@ -150,8 +148,10 @@ struct Down {
 };
 
 // A block has a row tile of the output, and each warp one expert's part of it; the first has the shared expert's.
+template <int FORM>
 __global__ void __launch_bounds__(32 * MOST_ITEMS, 1) one_down(Plan p, Down a, bf16 *out) {
     if constexpr (HERE) {
+        constexpr bool SUMS = FORM != FP8_TILES;
         extern __shared__ __align__(128) uint8_t memory[];  // by warp a row tile, then by warp its token and its sums
         __shared__ int4 hits[32];
         __shared__ float weights[MOST_ITEMS], sums[MOST_ITEMS][TILE_ROWS];
@@ -184,19 +184,17 @@ __global__ void __launch_bounds__(32 * MOST_ITEMS, 1) one_down(Plan p, Down a, b
         }
         const bool shared = p.has_shared && warp == 0;
         const int hit = warp - p.has_shared, k = shared ? p.shared_width : p.width, k_tiles = k / TILE_K;
-        const int codes_bytes = Kept(shared ? a.shared : a.down).codes, shift = shared ? a.shared.shift : a.down.shift;
-        const uint32_t bf16_scales = shared ? a.shared.bf16_scales : a.down.bf16_scales;
         uint8_t *const token = memory + num_warps * a.item_bytes + warp * token_bytes(a.most_k);
         float *const x_sums = reinterpret_cast<float *>(token + k_tiles * TOKEN_PITCH);
         const uint32_t own_token = shared_address(token) + lane % 4 * 32, x_sums_at = shared_address(x_sums);
-        const uint32_t codes = rows + warp * a.item_bytes + 16 * lane;
-        const uint32_t scales = rows + warp * a.item_bytes + codes_bytes + 2 * g;
+        const Place<FORM> place(shared ? a.shared : a.down, rows + warp * a.item_bytes);
         __syncthreads();
         wait_for_inputs();
         if (shared || hit < hits[0].w) {
             keep_token(token, shared ? p.shared_act : p.act + int64_t(hits[hit].z) * k, k, lane, 32);
             __syncwarp();
-            for (int first = 0; first < k_tiles; first += 8) sum_token(shared_address(token), first, k_tiles, x_sums);
+            for (int first = 0; SUMS && first < k_tiles; first += 8)
+                sum_token(shared_address(token), first, k_tiles, x_sums);
             __syncwarp();
             let_next_start();  // what its blocks ask the memory for would be ahead of the token
             barrier_wait(full + 8 * warp, 0);
@@ -205,8 +203,7 @@ __global__ void __launch_bounds__(32 * MOST_ITEMS, 1) one_down(Plan p, Down a, b
             for (int t = 0; t < k_tiles; t++) {
                 uint32_t b[8];
                 load_token(b, own_token + t * TOKEN_PITCH);
-                const float x_sum = kept_float(x_sums_at + 4 * t);
-                add_tile(acc, codes + t * 512, scales + (t >> shift) * 32, b, x_sum, bf16_scales);
+                add_tile(acc, place, 0, t, b, SUMS ? kept_float(x_sums_at + 4 * t) : 0.0f);
             }
             if (lane % 4 == 0) sums[warp][g] = acc[0], sums[warp][g + 8] = acc[1];
         }
@@ -224,55 +221,73 @@ __global__ void __launch_bounds__(32 * MOST_ITEMS, 1) one_down(Plan p, Down a, b
 
 // -------------------------------------------------------------------------------------------------------- launchers
 
-bool is_taken(const Packed &m) {
-    return m.form == INT4_TILES && !m.halves && m.zeros == nullptr && aligned(m.scales) && m.each == 16;
+bool is_taken(const Packed &m, int form) {
+    const Kept kept(m);
+    return m.form == form && !m.halves && (kept.zeros - kept.scales) % 16 == 0 && aligned(m.scales) && aligned(m.zeros);
+}
+// A row tile of the shared expert takes the place of one of the others', and the way through it.
+bool are_alike(const Packed &a, const Packed &b) {
+    return a.groups == b.groups && a.each == b.each && a.bf16_scales == b.bf16_scales &&
+           (a.zeros == nullptr) == (b.zeros == nullptr);
 }
 
-// Shared memory of a block, with so many tiles of gate_up under way.
-int up_bytes(const Plan &p, const Packed &m, int buffers) {
-    return buffers * 2 * Kept(m).bytes + token_bytes(p.hidden);
-}
+// Of a block, where two are on a multiprocessor: the driver keeps 1 KB of each, and some is static.
+constexpr int STATIC = 4 << 10;
+int room_of(const Card &card) { return (card.shared + 1024) / 2 - 1024 - STATIC; }
 
-bool has_code() {
+template <typename... Parameters>
+cudaError_t prepare(void (*kernel)(Parameters...), int room) {
     cudaFuncAttributes of = {};
-    return cudaFuncGetAttributes(&of, one_up) == cudaSuccess && of.ptxVersion >= 90;
+    cudaError_t code = cudaFuncGetAttributes(&of, kernel);
+    if (code == cudaSuccess && of.ptxVersion < 90) code = cudaErrorNotSupported;
+    if (code == cudaSuccess) code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
+    if (code != cudaSuccess) return code;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+}
+
+template <int FORM>
+int launch_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
+              const bf16 *x) {
+    const Card card = this_card();
+    if (!is_taken(m, FORM) || (p.has_shared && (!is_taken(shared, FORM) || !are_alike(m, shared))))
+        return cudaErrorNotSupported;
+    const int room = room_of(card), tile_bytes = 2 * Kept(m).bytes, token = token_bytes(p.hidden);
+    const int fit = (room - token) / tile_bytes, buffers = fit < MOST_BUFFERS ? fit : MOST_BUFFERS;
+    const int shared_tiles = p.shared_width / TILE_ROWS, most = shared_tiles + p.slots * (p.width / TILE_ROWS);
+    const int blocks = most < UP_BLOCKS * card.count ? most : UP_BLOCKS * card.count, early = blocks - blocks / 8;
+    if (buffers < 1 || early < shared_tiles) return cudaErrorNotSupported;
+    const cudaError_t code = prepare(one_up<FORM>, room);
+    if (code != cudaSuccess) return code;
+    return launch(one_up<FORM>, blocks, UP_THREADS, size_t(buffers * tile_bytes + token), stream, p,
+                  Up{m, shared, early, spread_of(early), buffers}, x, norm);
+}
+
+template <int FORM>
+int launch_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out) {
+    const int items = p.top_k + p.has_shared, room = room_of(this_card());
+    if (items > MOST_ITEMS || !is_taken(m, FORM) || (p.has_shared && !is_taken(shared, FORM)))
+        return cudaErrorNotSupported;
+    Down down = {m, shared, Kept(m).bytes, p.width};
+    if (p.has_shared && Kept(shared).bytes > down.item_bytes) down.item_bytes = Kept(shared).bytes;
+    if (p.shared_width > down.most_k) down.most_k = p.shared_width;
+    const int bytes = items * (down.item_bytes + token_bytes(down.most_k));
+    if (bytes > room) return cudaErrorNotSupported;
+    const cudaError_t code = prepare(one_down<FORM>, room);
+    if (code != cudaSuccess) return code;
+    return launch(one_down<FORM>, p.hidden / TILE_ROWS, 32 * items, size_t(bytes), stream, p, down, out);
 }
 
 }  // namespace
 
-int launch_one(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x, bf16 *out) {
-    const Card card = this_card();
-    static const bool there = has_code();
-    const int items = p.top_k + p.has_shared;
-    if (p.n != 1 || !there || !has_dependent_launch() || items > MOST_ITEMS || !is_taken(m[0]) || !is_taken(m[1]))
-        return cudaErrorNotSupported;
-    // A tile of the shared expert takes a buffer and a walk of the others'.
-    if (p.has_shared && (!is_taken(m[2]) || !is_taken(m[3]) || m[2].groups != m[0].groups))
-        return cudaErrorNotSupported;
-    // The driver keeps 1 KB of each block; the rest is static.
-    constexpr int STATIC = 4 << 10;
-    const int room = (card.shared + 1024) / UP_BLOCKS - 1024 - STATIC;
-    int buffers = MOST_BUFFERS;
-    while (buffers > 1 && up_bytes(p, m[0], buffers) > room) buffers--;
-    Down down = {m[1], m[3], Kept(m[1]).bytes, p.width};
-    if (p.has_shared && Kept(m[3]).bytes > down.item_bytes) down.item_bytes = Kept(m[3]).bytes;
-    if (p.shared_width > down.most_k) down.most_k = p.shared_width;
-    const int down_bytes = items * (down.item_bytes + token_bytes(down.most_k));
-    if (buffers < 2 || down_bytes > room) return cudaErrorNotSupported;
+int launch_one_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
+                  const bf16 *x) {
+    if (p.n != 1 || p.slots > 32 || !has_dependent_launch()) return cudaErrorNotSupported;
+    if (m.form == INT4_TILES) return launch_up<INT4_TILES>(stream, p, m, shared, norm, x);
+    return launch_up<FP8_TILES>(stream, p, m, shared, norm, x);
+}
 
-    auto prepare = [&](auto kernel) {
-        const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
-        return code != cudaSuccess ? code
-                                   : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-    };
-    cudaError_t code = prepare(one_up);
-    if (code == cudaSuccess) code = prepare(one_down);
-    if (code != cudaSuccess) return code;
-    const int shared_tiles = p.shared_width / TILE_ROWS, most = shared_tiles + p.slots * (p.width / TILE_ROWS);
-    const int blocks = most < UP_BLOCKS * card.count ? most : UP_BLOCKS * card.count, early = blocks - blocks / 8;
-    if (early < shared_tiles) return cudaErrorNotSupported;
-    code = launch(one_up, blocks, UP_THREADS, size_t(up_bytes(p, m[0], buffers)), stream, p,
-                  Up{m[0], m[2], early, spread_of(early), buffers}, x, norm);
-    if (code != cudaSuccess) return code;
-    return launch(one_down, p.hidden / TILE_ROWS, 32 * items, size_t(down_bytes), stream, p, down, out);
+int launch_one_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out) {
+    if (p.n != 1 || !has_dependent_launch()) return cudaErrorNotSupported;
+    if (m.form == INT4_TILES) return launch_down<INT4_TILES>(stream, p, m, shared, out);
+    return launch_down<FP8_TILES>(stream, p, m, shared, out);
 }

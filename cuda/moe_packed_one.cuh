@@ -12,6 +12,9 @@ static inline int spread_of(int blocks) {
     return step;
 }
 
-// The experts of a single token by weights gate_up and down, and those of the shared expert; x is in the order of tiles.
-// cudaErrorNotSupported, and nothing is done, where these kernels do not take the card or the weights.
-int launch_one(cudaStream_t stream, const Plan &p, const Packed (&m)[4], const Norm &norm, const bf16 *x, bf16 *out);
+// gate_up of a single token's experts, whose x is in the order of tiles, and of the shared one; `down` and the weighted
+// sum. Each may be followed by, or follow, the one of moe_packed.cu. cudaErrorNotSupported, and nothing is done, where
+// these kernels do not take the card, the weights or the number of tokens.
+int launch_one_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
+                  const bf16 *x);
+int launch_one_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out);

@@ -1,10 +1,9 @@
-// What the kernels of moe_packed_one.cu are made of: routing by a warp, a row tile of 4-bit weights and a token in shared
-// memory, and their product.
+// What the kernels of moe_packed_one.cu are made of: routing by a warp, a row tile and a token in shared memory, and
+// their product.
 #pragma once
 #include "hopper.cuh"
 #include "moe_packed_one.cuh"
 
-constexpr float ZERO = 24.0f;                 // int4_fragment's 16, and the zero point
 constexpr int TOKEN_PITCH = 2 * TILE_K + 16;  // of a k tile of the token: those of eight tiles hit all banks
 constexpr int FAST_EXPERTS = 256;             // 8 logits a lane
 
@@ -23,22 +22,48 @@ __device__ __forceinline__ uint32_t kept2(uint32_t at) {
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
     return v;
 }
+__device__ __forceinline__ int kept1(uint32_t at) {
+    uint16_t v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=h"(v) : "r"(at));
+    return v;
+}
 __device__ __forceinline__ float kept_float(uint32_t at) {
     float v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
     return v;
 }
 
-// A row tile in shared memory: its codes, then its scales.
+// A row tile in shared memory: its codes, its scales, its zero points.
 struct Kept {
-    int codes, bytes;
-    __host__ __device__ Kept(const Packed &m) : codes(m.row_tile_bytes), bytes(m.row_tile_bytes + m.groups * 32) {}
+    int scales, zeros, bytes;  // where those are, and all of it
+    __host__ __device__ Kept(const Packed &m) {
+        scales = m.row_tile_bytes, zeros = scales + m.groups * m.each * (m.form == FP8_TILES ? 4 : 2);
+        bytes = zeros + (m.zeros != nullptr ? m.groups * m.each : 0);
+    }
 };
 __device__ __forceinline__ void copy_row_tile(uint32_t to, const Packed &m, int row_tile, uint32_t barrier) {
+    const Kept kept(m);
+    const int64_t scales = kept.zeros - kept.scales, zeros = kept.bytes - kept.zeros;
     bulk_copy(to, m.codes + int64_t(row_tile) * m.row_tile_bytes, m.row_tile_bytes, barrier);
-    const uint16_t *const scales = static_cast<const uint16_t *>(m.scales) + int64_t(row_tile) * m.groups * 16;
-    bulk_copy(to + m.row_tile_bytes, scales, m.groups * 32, barrier);
+    bulk_copy(to + kept.scales, static_cast<const uint8_t *>(m.scales) + row_tile * scales, int(scales), barrier);
+    if (zeros > 0) bulk_copy(to + kept.zeros, m.zeros + row_tile * zeros, int(zeros), barrier);
 }
+
+// Where a lane finds its codes and scales of a row tile that is kept at `at`, and how scales lie.
+template <int FORM>
+struct Place {
+    static constexpr int BYTES = FORM == FP8_TILES ? 4 : 2;  // of a scale
+    uint32_t codes, scales, zeros, bf16_scales;
+    int each, shift;
+    bool has_zeros;
+    __device__ __forceinline__ Place(const Packed &m, uint32_t at) {
+        const Kept kept(m);
+        const int lane = threadIdx.x % 32, g = lane / 4;
+        each = FORM == FP8_TILES ? m.each : 16;
+        codes = at + 16 * lane, scales = at + kept.scales + (each > 1 ? g * BYTES : 0), zeros = at + kept.zeros + g;
+        shift = m.shift, bf16_scales = m.bf16_scales, has_zeros = m.zeros != nullptr;
+    }
+};
 
 // Eights of the token's elements, `first` and every `step`th, to shared memory. Loads first, so that they wait together.
 __device__ __forceinline__ void keep_token(uint8_t *token, const bf16 *x, int k, int first, int step) {
@@ -80,23 +105,41 @@ __device__ __forceinline__ void sum_token(uint32_t token, int first, int count, 
     }
 }
 
-// acc += rows g and g + 8 of a row tile's k tile, times the token. `codes`, `scales`: where this lane's are of it.
-__device__ __forceinline__ void add_tile(float (&acc)[2], uint32_t codes, uint32_t scales, const uint32_t (&b)[8],
-                                         float x_sum, uint32_t bf16_scales) {
-    const uint4 tile = kept16(codes);
-    const uint32_t raw[2] = {kept2(scales), kept2(scales + 16)};
+// acc += rows g and g + 8 of k tile `t` of the row tile `by` bytes behind the place's, times the token.
+template <int FORM>
+__device__ __forceinline__ void add_tile(float (&acc)[2], const Place<FORM> &place, int by, int t,
+                                         const uint32_t (&b)[8], float x_sum) {
+    const uint32_t codes = place.codes + by + t * TILE_BYTES<FORM>;
+    constexpr int BYTES = Place<FORM>::BYTES;
+    const uint32_t scales = place.scales + by + (t >> place.shift) * place.each * BYTES;
+    uint4 tile[2] = {kept16(codes)};
+    if (FORM == FP8_TILES) tile[1] = kept16(codes + 512);
     float c[4] = {};
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         uint32_t a[4];
-        int4_fragment(j == 0 ? tile.x : j == 1 ? tile.y : j == 2 ? tile.z : tile.w, a);
+        if constexpr (FORM == FP8_TILES) {
+            fragment<FORM>(tile, j, {0, 0}, a);
+        } else {
+            int4_fragment(j == 0 ? tile[0].x : j == 1 ? tile[0].y : j == 2 ? tile[0].z : tile[0].w, a);
+        }
         mma(c, a, b + 2 * j);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(raw[r])));
-        const float scale = __uint_as_float((raw[r] << 16 & bf16_scales) | (__float_as_uint(of_f16) & ~bf16_scales));
-        acc[r] = fmaf(scale, fmaf(-ZERO, x_sum, c[2 * r]), acc[r]);
+        const uint32_t at = scales + (place.each > 1 ? r * 8 * BYTES : 0);
+        if constexpr (FORM == FP8_TILES) {
+            acc[r] = fmaf(kept_float(at), c[2 * r], acc[r]);
+        } else {
+            const uint32_t raw = kept2(at);
+            const float of_f16 = __half2float(__ushort_as_half(static_cast<unsigned short>(raw)));
+            const float scale =
+                __uint_as_float((raw << 16 & place.bf16_scales) | (__float_as_uint(of_f16) & ~place.bf16_scales));
+            // 16 that int4_fragment adds, and the zero point: 8 where none is kept.
+            float zero = 24.0f;
+            if (place.has_zeros) zero = float(16 + kept1(place.zeros + by + (t >> place.shift) * 16 + 8 * r));
+            acc[r] = fmaf(scale, fmaf(-zero, x_sum, c[2 * r]), acc[r]);
+        }
     }
 }
 

@@ -30,7 +30,7 @@ struct Up {
 // A block has the tiles `block`, `block` + blocks, ... of the experts hit, and some blocks one of the shared expert before,
 // which they multiply while the experts hit are being found. One warp finds those, asks for what the others multiply, and
 // adds up their sums.
-template <int FORM>
+template <int FORM, bool ZEROS>
 __global__ void __launch_bounds__(UP_THREADS, UP_BLOCKS) one_up(Plan p, Up a, const bf16 *x, Norm norm) {
     if constexpr (HERE) {
         constexpr bool SUMS = FORM != FP8_TILES;  // of the token, for zero points
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(UP_THREADS, UP_BLOCKS) one_up(Plan p, Up a, co
             }
             if (item == items) break;
             const int number = item % a.buffers;
-            const Place<FORM> place(a.gate_up, buffers + number * buffer_bytes);
+            const Place<FORM, ZEROS> place(a.gate_up, buffers + number * buffer_bytes);
             barrier_wait(full + 8 * number, item / a.buffers & 1);
             float acc[2][2] = {};
 #pragma unroll 2
@@ -148,7 +148,7 @@ struct Down {
 };
 
 // A block has a row tile of the output, and each warp one expert's part of it; the first has the shared expert's.
-template <int FORM>
+template <int FORM, bool ZEROS>
 __global__ void __launch_bounds__(32 * MOST_ITEMS, 1) one_down(Plan p, Down a, bf16 *out) {
     if constexpr (HERE) {
         constexpr bool SUMS = FORM != FP8_TILES;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(32 * MOST_ITEMS, 1) one_down(Plan p, Down a, b
         uint8_t *const token = memory + num_warps * a.item_bytes + warp * token_bytes(a.most_k);
         float *const x_sums = reinterpret_cast<float *>(token + k_tiles * TOKEN_PITCH);
         const uint32_t own_token = shared_address(token) + lane % 4 * 32, x_sums_at = shared_address(x_sums);
-        const Place<FORM> place(shared ? a.shared : a.down, rows + warp * a.item_bytes);
+        const Place<FORM, ZEROS> place(shared ? a.shared : a.down, rows + warp * a.item_bytes);
         __syncthreads();
         wait_for_inputs();
         if (shared || hit < hits[0].w) {
@@ -221,14 +221,14 @@ __global__ void __launch_bounds__(32 * MOST_ITEMS, 1) one_down(Plan p, Down a, b
 
 // -------------------------------------------------------------------------------------------------------- launchers
 
-bool is_taken(const Packed &m, int form) {
+bool is_taken(const Packed &m, int form, bool zeros) {
     const Kept kept(m);
-    return m.form == form && !m.halves && (kept.zeros - kept.scales) % 16 == 0 && aligned(m.scales) && aligned(m.zeros);
+    return m.form == form && (m.zeros != nullptr) == zeros && !m.halves && (kept.zeros - kept.scales) % 16 == 0 &&
+           aligned(m.scales) && aligned(m.zeros);
 }
 // A row tile of the shared expert takes the place of one of the others', and the way through it.
 bool are_alike(const Packed &a, const Packed &b) {
-    return a.groups == b.groups && a.each == b.each && a.bf16_scales == b.bf16_scales &&
-           (a.zeros == nullptr) == (b.zeros == nullptr);
+    return a.groups == b.groups && a.each == b.each && a.bf16_scales == b.bf16_scales;
 }
 
 // Of a block, where two are on a multiprocessor: the driver keeps 1 KB of each, and some is static.
@@ -245,36 +245,36 @@ cudaError_t prepare(void (*kernel)(Parameters...), int room) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
 }
 
-template <int FORM>
+template <int FORM, bool ZEROS>
 int launch_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
               const bf16 *x) {
     const Card card = this_card();
-    if (!is_taken(m, FORM) || (p.has_shared && (!is_taken(shared, FORM) || !are_alike(m, shared))))
+    if (!is_taken(m, FORM, ZEROS) || (p.has_shared && (!is_taken(shared, FORM, ZEROS) || !are_alike(m, shared))))
         return cudaErrorNotSupported;
     const int room = room_of(card), tile_bytes = 2 * Kept(m).bytes, token = token_bytes(p.hidden);
     const int fit = (room - token) / tile_bytes, buffers = fit < MOST_BUFFERS ? fit : MOST_BUFFERS;
     const int shared_tiles = p.shared_width / TILE_ROWS, most = shared_tiles + p.slots * (p.width / TILE_ROWS);
     const int blocks = most < UP_BLOCKS * card.count ? most : UP_BLOCKS * card.count, early = blocks - blocks / 8;
     if (buffers < 1 || early < shared_tiles) return cudaErrorNotSupported;
-    const cudaError_t code = prepare(one_up<FORM>, room);
+    const cudaError_t code = prepare(one_up<FORM, ZEROS>, room);
     if (code != cudaSuccess) return code;
-    return launch(one_up<FORM>, blocks, UP_THREADS, size_t(buffers * tile_bytes + token), stream, p,
+    return launch(one_up<FORM, ZEROS>, blocks, UP_THREADS, size_t(buffers * tile_bytes + token), stream, p,
                   Up{m, shared, early, spread_of(early), buffers}, x, norm);
 }
 
-template <int FORM>
+template <int FORM, bool ZEROS>
 int launch_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out) {
     const int items = p.top_k + p.has_shared, room = room_of(this_card());
-    if (items > MOST_ITEMS || !is_taken(m, FORM) || (p.has_shared && !is_taken(shared, FORM)))
+    if (items > MOST_ITEMS || !is_taken(m, FORM, ZEROS) || (p.has_shared && !is_taken(shared, FORM, ZEROS)))
         return cudaErrorNotSupported;
     Down down = {m, shared, Kept(m).bytes, p.width};
     if (p.has_shared && Kept(shared).bytes > down.item_bytes) down.item_bytes = Kept(shared).bytes;
     if (p.shared_width > down.most_k) down.most_k = p.shared_width;
     const int bytes = items * (down.item_bytes + token_bytes(down.most_k));
     if (bytes > room) return cudaErrorNotSupported;
-    const cudaError_t code = prepare(one_down<FORM>, room);
+    const cudaError_t code = prepare(one_down<FORM, ZEROS>, room);
     if (code != cudaSuccess) return code;
-    return launch(one_down<FORM>, p.hidden / TILE_ROWS, 32 * items, size_t(bytes), stream, p, down, out);
+    return launch(one_down<FORM, ZEROS>, p.hidden / TILE_ROWS, 32 * items, size_t(bytes), stream, p, down, out);
 }
 
 }  // namespace
@@ -282,12 +282,14 @@ int launch_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packe
 int launch_one_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
                   const bf16 *x) {
     if (p.n != 1 || p.slots > 32 || !has_dependent_launch()) return cudaErrorNotSupported;
-    if (m.form == INT4_TILES) return launch_up<INT4_TILES>(stream, p, m, shared, norm, x);
-    return launch_up<FP8_TILES>(stream, p, m, shared, norm, x);
+    if (m.form != INT4_TILES) return launch_up<FP8_TILES, false>(stream, p, m, shared, norm, x);
+    return m.zeros != nullptr ? launch_up<INT4_TILES, true>(stream, p, m, shared, norm, x)
+                              : launch_up<INT4_TILES, false>(stream, p, m, shared, norm, x);
 }
 
 int launch_one_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out) {
     if (p.n != 1 || !has_dependent_launch()) return cudaErrorNotSupported;
-    if (m.form == INT4_TILES) return launch_down<INT4_TILES>(stream, p, m, shared, out);
-    return launch_down<FP8_TILES>(stream, p, m, shared, out);
+    if (m.form != INT4_TILES) return launch_down<FP8_TILES, false>(stream, p, m, shared, out);
+    return m.zeros != nullptr ? launch_down<INT4_TILES, true>(stream, p, m, shared, out)
+                              : launch_down<INT4_TILES, false>(stream, p, m, shared, out);
 }

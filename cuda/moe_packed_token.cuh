@@ -49,19 +49,19 @@ __device__ __forceinline__ void copy_row_tile(uint32_t to, const Packed &m, int 
     if (zeros > 0) bulk_copy(to + kept.zeros, m.zeros + row_tile * zeros, int(zeros), barrier);
 }
 
-// Where a lane finds its codes and scales of a row tile that is kept at `at`, and how scales lie.
-template <int FORM>
+// Where a lane finds its codes and scales of a row tile that is kept at `at`, and how scales lie. ZEROS: of int4, with
+// zero points of its own.
+template <int FORM, bool ZEROS>
 struct Place {
     static constexpr int BYTES = FORM == FP8_TILES ? 4 : 2;  // of a scale
     uint32_t codes, scales, zeros, bf16_scales;
     int each, shift;
-    bool has_zeros;
     __device__ __forceinline__ Place(const Packed &m, uint32_t at) {
         const Kept kept(m);
         const int lane = threadIdx.x % 32, g = lane / 4;
         each = FORM == FP8_TILES ? m.each : 16;
         codes = at + 16 * lane, scales = at + kept.scales + (each > 1 ? g * BYTES : 0), zeros = at + kept.zeros + g;
-        shift = m.shift, bf16_scales = m.bf16_scales, has_zeros = m.zeros != nullptr;
+        shift = m.shift, bf16_scales = m.bf16_scales;
     }
 };
 
@@ -106,11 +106,11 @@ __device__ __forceinline__ void sum_token(uint32_t token, int first, int count, 
 }
 
 // acc += rows g and g + 8 of k tile `t` of the row tile `by` bytes behind the place's, times the token.
-template <int FORM>
-__device__ __forceinline__ void add_tile(float (&acc)[2], const Place<FORM> &place, int by, int t,
+template <int FORM, bool ZEROS>
+__device__ __forceinline__ void add_tile(float (&acc)[2], const Place<FORM, ZEROS> &place, int by, int t,
                                          const uint32_t (&b)[8], float x_sum) {
     const uint32_t codes = place.codes + by + t * TILE_BYTES<FORM>;
-    constexpr int BYTES = Place<FORM>::BYTES;
+    constexpr int BYTES = Place<FORM, ZEROS>::BYTES;
     const uint32_t scales = place.scales + by + (t >> place.shift) * place.each * BYTES;
     uint4 tile[2] = {kept16(codes)};
     if (FORM == FP8_TILES) tile[1] = kept16(codes + 512);
@@ -137,7 +137,7 @@ __device__ __forceinline__ void add_tile(float (&acc)[2], const Place<FORM> &pla
                 __uint_as_float((raw << 16 & place.bf16_scales) | (__float_as_uint(of_f16) & ~place.bf16_scales));
             // 16 that int4_fragment adds, and the zero point: 8 where none is kept.
             float zero = 24.0f;
-            if (place.has_zeros) zero = float(16 + kept1(place.zeros + by + (t >> place.shift) * 16 + 8 * r));
+            if (ZEROS) zero = float(16 + kept1(place.zeros + by + (t >> place.shift) * 16 + 8 * r));
             acc[r] = fmaf(scale, fmaf(-zero, x_sum, c[2 * r]), acc[r]);
         }
     }

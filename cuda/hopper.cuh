@@ -1,5 +1,6 @@
 // Hopper's asynchronous parts that its kernels share: barriers in shared memory, the copy engine's maps, the registers of
-// a warpgroup (four warps, the first a multiple of four), and the order of its products. For code compiled for sm_90a.
+// a warpgroup (four warps, the first a multiple of four), and the order of its products. For code compiled for sm_90a;
+// barriers and bulk copies for later architectures too.
 #pragma once
 #include <cuda.h>
 

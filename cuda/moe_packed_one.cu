@@ -1,9 +1,10 @@
-// The experts of a single token in int4 and fp8, on cards whose copy engine fills shared memory (compute capability 9.0): what
-// packed_up and packed_down of moe_packed.cu do, with the same sums in the same order.
+// The experts of a single token in int4 and fp8, on cards whose copy engine fills shared memory (compute capability 9.0 and
+// later; run on 9.0), where sizes allow two blocks on a multiprocessor: what packed_up and packed_down of moe_packed.cu do,
+// with the same sums in the same order.
 //
-// One token leaves little to do for a weight, so what is not hidden is what counts: a row tile's codes and scales lie one
-// after the other in memory, a thread asks for all of them at once, and the warps find them in shared memory, in a loop
-// that is short. Own code.
+// One token leaves little to do for a weight, so what is not hidden is what counts: the codes of a row tile are one piece of
+// memory, and its scales another; one thread asks for whole ones, and the warps find them in shared memory, in a loop that
+// is short. What one_down reads before it waits is as in few_down. Own code.
 #include "moe_packed_token.cuh"
 
 namespace {

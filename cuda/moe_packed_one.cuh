@@ -14,7 +14,7 @@ static inline int spread_of(int blocks) {
 
 // gate_up of a single token's experts, whose x is in the order of tiles, and of the shared one; `down` and the weighted
 // sum. Each may be followed by, or follow, the one of moe_packed.cu. cudaErrorNotSupported, and nothing is done, where
-// these kernels do not take the card, the weights or the number of tokens.
+// these kernels do not take the card, the weights, their sizes or the number of tokens.
 int launch_one_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
                   const bf16 *x);
 int launch_one_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out);

@@ -251,12 +251,24 @@ def test_one_expert_takes_all_tokens(form):
         [("int4_bf16", 32, True)] * 2 + [BF16] * 2,
         [NVFP4] * 4,
         [NVFP4] * 2 + [BF16] * 2,
+        # One token takes kernels of its own for these; for the last, in `down` alone.
+        [("int4_f16", 128, True)] * 4,
+        [("int4_bf16", 64, False)] * 4,
+        [("fp8_row", 0, False)] * 4,
+        [INT4, INT4, ("int4_f16", 32, False), INT4],
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dims", [SMALL_FAMILY, (576, 12, 3, 320, 64)], ids=str)
 def test_a_token_does_not_see_the_batch(dims, formats):
     alone_and_among_others(dims, formats)
+
+
+@pytest.mark.parametrize("form", [INT4, FP8], ids=str)
+@pytest.mark.parametrize("dims", [(3072, 16, 8, 1024, 1024), (4096, 16, 10, 1024, 1024)], ids=str)
+def test_a_token_of_a_large_block_does_not_see_the_batch(dims, form):
+    """Of which one token's kernels have two tiles, or one, under way, or leave `down` or both to those of several."""
+    alone_and_among_others(dims, [form] * 4)
 
 
 @pytest.mark.parametrize("formats", [*([form] * 4 for form in GGUF), GGUF_MIXED[0]], ids=str)
@@ -275,7 +287,7 @@ def alone_and_among_others(dims, formats):
             assert same_bits(piece, torch.cat(rows[:n]))
 
 
-@pytest.mark.parametrize("formats", [[INT4] * 4, [FP8] * 4], ids=str)
+@pytest.mark.parametrize("formats", [[INT4] * 4, [("fp8_row", 0, False)] * 4], ids=str)
 @pytest.mark.parametrize(
     "dims", [(256, 256, 8, 128, 128), (256, 300, 6, 128, 0), (192, 9, 9, 64, 64)], ids=str
 )

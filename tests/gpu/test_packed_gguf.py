@@ -4,8 +4,9 @@ test_moe_packed.py and test_moe_packed_many.py."""
 import pytest
 import torch
 from launch import HeadOrder, PackedMatrix, call, error, poisoned, randn, same_bits
-from test_packed import INT4_F16, check, check_chain, check_rows_apart, filled, into, linear
+from test_packed import FAMILY, INT4_F16, check, check_chain, check_rows_apart, filled, into, linear
 from test_packed_many import check as check_many
+from test_packed_tail import TAILS
 
 pytestmark = pytest.mark.gpu
 Q4_K, Q5_K, Q6_K, Q8_0 = 6, 7, 8, 9
@@ -13,7 +14,6 @@ KINDS = [Q4_K, Q5_K, Q6_K, Q8_0]
 LENGTHS = {Q4_K: (256, 144), Q5_K: (256, 176), Q6_K: (256, 210), Q8_0: (32, 34)}
 TILE_BYTES = {Q4_K: 512, Q5_K: 768, Q6_K: 768, Q8_0: 1024}
 AS_THEY_ARE = HeadOrder(0, 0, 0, 0)
-FAMILY = [(20608, 3072), (3072, 8192), (2048, 3072), (12352, 2048), (5120, 17408)]
 
 
 def blocks_of(kind, rows, k, *, seed=0):
@@ -213,7 +213,7 @@ def test_units_of_eight_bits():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "k", "tail"), [(208, 2304, 40), (20480, 3072, 128), (112, 8192, 17)])
+@pytest.mark.parametrize(("rows", "k", "tail"), [(208, 2304, 40), (112, 8192, 17), *TAILS])
 def test_a_tail_of_bf16(rows, k, tail, kind):
     m, w, all_x = gguf(kind, rows, k, seed=k), randn(tail, k, seed=19), randn(16, k, seed=20)
     want = all_x.double() @ w.double().T

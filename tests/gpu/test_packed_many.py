@@ -4,6 +4,7 @@ import pytest
 import torch
 from launch import PackedMatrix, call, error, poisoned, randn, same_bits
 from test_packed import (
+    FAMILY,
     FP4,
     FP8_BLOCK,
     FP8_ROW,
@@ -67,7 +68,7 @@ def test_every_height_of_a_block(kind, group, rows):
     check(filled(kind, rows, 256, group, seed=rows), (17, 32, 33, 64, 129))
 
 
-@pytest.mark.parametrize(("rows", "k"), [(20608, 3072), (3072, 8192), (12352, 2048), (5120, 17408)])
+@pytest.mark.parametrize(("rows", "k"), FAMILY)
 @pytest.mark.parametrize(
     ("kind", "group"), [(INT4_F16, 128), (INT4_BF16, 32), (FP8_BLOCK, 128), (FP8_ROW, 128), (FP4, 16)]
 )

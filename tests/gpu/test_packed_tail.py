@@ -6,11 +6,11 @@ from launch import call, error, poisoned, randn, same_bits
 from test_packed import FP4, FP8_BLOCK, FP8_ROW, INT4_BF16, INT4_F16, check_chain, filled, into, linear
 
 pytestmark = pytest.mark.gpu
+# 122B, 35B, 27B, 397B
+TAILS = [(20480, 3072, 128), (12288, 2048, 64), (16384, 5120, 96), (20480, 4096, 128)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "k", "tail"), [(48, 192, 1), (208, 1088, 40), (20480, 3072, 128), (112, 8192, 17)]
-)
+@pytest.mark.parametrize(("rows", "k", "tail"), [(48, 192, 1), (208, 1088, 40), (112, 8192, 17), *TAILS])
 @pytest.mark.parametrize(
     ("kind", "group"), [(INT4_F16, 128), (INT4_BF16, 32), (FP8_BLOCK, 128), (FP8_ROW, 128), (FP4, 16)]
 )

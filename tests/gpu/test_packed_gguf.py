@@ -4,7 +4,18 @@ test_moe_packed.py and test_moe_packed_many.py."""
 import pytest
 import torch
 from launch import HeadOrder, PackedMatrix, call, error, poisoned, randn, same_bits
-from test_packed import FAMILY, INT4_F16, check, check_chain, check_rows_apart, filled, into, linear
+from test_packed import (
+    FAMILY,
+    HEAD_ROWS,
+    INT4_F16,
+    check,
+    check_chain,
+    check_rows_apart,
+    filled,
+    into,
+    linear,
+    some_rows_of_head,
+)
 from test_packed_many import check as check_many
 from test_packed_tail import TAILS
 
@@ -223,6 +234,20 @@ def test_a_tail_of_bf16(rows, k, tail, kind):
         assert out[:, rows + tail :].isnan().all()
         assert error(out[:, rows : rows + tail], want[16 - n :]) < 1e-5
         assert same_bits(out[:, :rows].contiguous(), linear(m, x, True))
+
+
+@pytest.mark.parametrize("kind", [Q6_K, Q8_0])
+def test_vocabulary_head(kind):
+    """Of few rows, and of more, whose weights are rounded to bf16."""
+    k, n_most, some = 2048, 40, some_rows_of_head()
+    m, x = gguf(kind, HEAD_ROWS, k, seed=9), randn(n_most, k, seed=10)
+    want = x.double() @ numbers_of(kind, blocks_of(kind, HEAD_ROWS, k, seed=9)[some]).T
+    for n in (1, 4, 16, n_most):
+        last = x[n_most - n :].contiguous()
+        found = linear(m, last, True)
+        assert torch.isfinite(found).all()
+        assert error(found[:, some], want[n_most - n :]) < (1e-5 if n <= 16 else 4e-3)
+        assert same_bits(found, linear(m, last, True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -92,11 +92,11 @@ def test_small_family(small_family, n):
 @pytest.mark.parametrize(
     ("dims", "formats"),
     [
-        (SMALL_FAMILY, [FP8] * 4),
+        *((SMALL_FAMILY, [form] * 4) for form in (FP8, NVFP4, *GGUF)),
+        *((LARGE_FAMILY, [form] * 4) for form in (INT4, FP8)),
         (LARGE_FAMILY, [INT4, INT4, BF16, BF16]),
         (LARGE_FAMILY, [NVFP4, NVFP4, BF16, BF16]),
         ((4096, 512, 10, 1024, 1024), [("int4_bf16", 32, True)] * 4),
-        (SMALL_FAMILY, [Q4_K] * 4),
         (LARGE_FAMILY, GGUF_MIXED[0]),
     ],
     ids=str,

@@ -131,9 +131,9 @@ class Matrix:
         s, t = (words[..., i : i + 2].double().reshape(rows, -1).repeat_interleave(32, 1) for i in (0, 2))
         return d * s * codes - m * t
 
-    def multiplied(self):
-        """What products of many rows take."""
-        return self.dequantised().float().to(torch.bfloat16).double()
+    def multiplied(self, weights):
+        """What products of many rows take for these."""
+        return weights.float().to(torch.bfloat16).double()
 
 
 def gguf(kind, rows, k, seed=0):

@@ -278,6 +278,29 @@ def test_quantised_on_the_device(scheme, tmp_path):
     assert distance(on_gpu.logits(PROMPT), want) < 1.25 * noise < distance(unquantised, want)
 
 
+@pytest.mark.parametrize(
+    ("name", "kept", "scheme"),
+    [
+        ("fp8 blocks", "all", "int4"),
+        ("fp8 blocks", "all", "mixed"),
+        ("gptq 128", "experts alone", "mixed"),
+    ],
+)
+def test_codes_are_quantised_on_the_device(name, kept, scheme, tmp_path):
+    """Those of more bits than are asked for anew, and what beside 4 bits has none, as the CPU does."""
+    one, plain = write(tmp_path, name, kept)
+    on_gpu, on_cpu = (LLM(one, device=d, quantization=scheme) for d in ("cuda", "cpu"))
+    assert on_gpu.memory["weights"] < LLM(one, device="cuda").memory["weights"]
+    unquantised, want = LLM(one, device="cpu").logits(PROMPT), on_cpu.logits(PROMPT)
+
+    def apart(logits, other):
+        """By token: one whose routing is nearly a tie may go either way."""
+        return np.median(np.linalg.norm(logits - other, axis=1))
+
+    noise = apart(LLM(plain, device="cuda").logits(PROMPT), unquantised)
+    assert apart(on_gpu.logits(PROMPT), want) < 2 * noise < apart(unquantised, want) / 2
+
+
 @pytest.mark.parametrize("scheme", ["int4", "fp8", "mixed"])
 def test_random_weights_are_those_of_the_cpu(scheme, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

@@ -2,15 +2,18 @@
 
     python benches/load.py -m 122b-a10b --quantization int4 DIR --json FILE
     python benches/load.py DIR
+    python benches/load.py -m 122b-a10b --quantization none --load-quantization int4 DIR
 
 The first writes a checkpoint of random weights to DIR (`benches/synthetic_checkpoint.py`), where the same one is not
-there yet; the second takes what is in DIR, also one of a release. Each of these in a process of its own: the files read
-in order by several threads, with an empty page cache and a full one; `LLM(DIR)` likewise; the files copied out of a mapping;
-and, on a GPU, page-locked memory copied to it (needs torch). The page cache is emptied of the files by
-`posix_fadvise(POSIX_FADV_DONTNEED)`, which needs no rights and does nothing to a tmpfs; what was still there is said.
+there yet; the second takes what is in DIR, also one of a release; the third has one in bf16 quantised at load. Each of
+these in a process of its own: the files read in order by several threads, with an empty page cache and a full one;
+`LLM(DIR)` likewise; the files copied out of a mapping; and, on a GPU, page-locked memory copied to it (needs torch). The
+page cache is emptied of the files by `posix_fadvise(POSIX_FADV_DONTNEED)`, which needs no rights and does nothing to a
+tmpfs; what was still there is said.
 
 `weights` of a load is from the first report of progress to the last: start of process and device, and memory for keys and
-values, are left out. The floor is the slowest of what a load has to do: read, copy, send.
+values, are left out. The floor is the slowest of what a load has to do: read, copy, send. What quantising takes is not in
+it.
 """
 
 import argparse
@@ -142,7 +145,8 @@ def load(directory, args):
     llm._LoadBar.update = lambda self, done, total: reports.append((time.perf_counter(), done, total))
     size = sum(path.stat().st_size for path in files_of(directory))
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    model = LLM(directory, device=args.device, dtype=args.dtype, max_num_seqs=1, max_model_len=256)
+    options = {"dtype": args.dtype, "quantization": args.load_quantization}
+    model = LLM(directory, device=args.device, max_num_seqs=1, max_model_len=256, **options)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     weights = reports[-1][0] - reports[0][0]
     found = {
@@ -156,6 +160,7 @@ def load(directory, args):
         "page_faults_that_read": after.ru_majflt - before.ru_majflt,
         "peak_rss_bytes": 1024 * after.ru_maxrss,
         "device": model.device,
+        "quantization": args.load_quantization,
     }
     with contextlib.suppress(OSError):  # not everywhere
         lines = Path("/proc/self/io").read_text().splitlines()
@@ -206,6 +211,8 @@ def bound(num_bytes, weights_seconds, rates):
 def in_process(args, what):
     command = [sys.executable, __file__, args.directory, "--only", what]
     command += ["--device", args.device, "--dtype", args.dtype, "--threads", str(args.threads)]
+    if args.load_quantization:
+        command += ["--load-quantization", args.load_quantization]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(done.returncode)  # it has said why
@@ -262,8 +269,9 @@ def show(found):
     if found["host_to_device"]:
         print(f"host to device: {found['host_to_device']}")
     for name, row in [("cold", found["cold"])] + [("warm", run) for run in found["warm"]]:
+        to = f" to {row['quantization']}" if row["quantization"] else ""
         print(
-            f"{name} load on {row['device']}: {row['seconds']:.2f} s, of them weights {row['weights_seconds']:.2f} s, "
+            f"{name} load{to} on {row['device']}: {row['seconds']:.2f} s, of them weights {row['weights_seconds']:.2f} s, "
             f"{row['gb_per_s']:.2f} GB/s; processor {row['cpu_seconds']:.1f} s, {row['page_faults']:,} page faults"
         )
     for name in ("cold", "warm"):
@@ -284,6 +292,9 @@ def main():
     synthetic_checkpoint.add_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--load-quantization", choices=("int4", "mixed", "fp8"), help="what is quantised to at load"
+    )
     parser.add_argument("--runs", type=int, default=2, help="warm loads")
     parser.add_argument(
         "--threads", type=int, default=min(16, os.cpu_count() or 1), help="that read and copy"

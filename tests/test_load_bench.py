@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qwen35rs import LLM, RequestError, _core, demo
+import qwen35rs
+from qwen35rs import LLM, RequestError, _core, demo, llm
 
 BENCHES = Path(__file__).parent.parent / "benches"
 sys.path.insert(0, str(BENCHES))
+import load
 import synthetic_checkpoint
 
 SPARSE = {"num_hidden_layers": 5, "vocab_size": 512, "num_experts": 4}
@@ -86,6 +88,29 @@ def test_what_is_half_written_is_gone(geometry, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         synthetic_checkpoint.write(tmp_path / "made", geometry, "int4")
     assert not list((tmp_path / "made").iterdir())
+
+
+def test_a_load_that_quantises_is_timed(geometry, tmp_path, monkeypatch):
+    """The scheme comes to the processes that load, and from them to the model."""
+    out = tmp_path / "found.json"
+    options = ["--device", "cpu", "--threads", "1", "--load-quantization", "mixed"]
+    command = [sys.executable, BENCHES / "load.py", "-m", geometry, "--quantization", "fp8", "--layers", "2"]
+    command += [*options, "--runs", "1", tmp_path / "checkpoint", "--json", out]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(out.read_text())
+    assert found["quantization"] == "fp8" and "cold load to mixed on cpu" in said
+    assert [row["quantization"] for row in (found["cold"], *found["warm"])] == ["mixed", "mixed"]
+    asked = []
+
+    def model(*arguments, **named):
+        asked.append(named["quantization"])
+        return LLM(*arguments, **named)
+
+    monkeypatch.setattr(qwen35rs, "LLM", model)
+    monkeypatch.setattr(llm._LoadBar, "update", llm._LoadBar.update)  # which `load` changes
+    monkeypatch.setattr(sys, "argv", ["load.py", str(tmp_path / "checkpoint"), *options, "--only", "load"])
+    load.main()
+    assert asked == ["mixed"]
 
 
 def test_a_load_is_timed(tmp_path):

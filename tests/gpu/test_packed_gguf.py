@@ -124,12 +124,13 @@ class Matrix:
             scales = words.contiguous().view(torch.float16).double().reshape(rows, -1)
             return codes * scales.repeat_interleave(32, 1)
         wholes = self.parts(4 * self.num_words, None, self.k // 128).contiguous().view(torch.float16).double()
-        d, m = (wholes[..., i].repeat_interleave(128, 1) for i in range(2))
+        d, m = (wholes[..., i].repeat_interleave(4, 1) for i in range(2))  # of 32 columns each
         if self.kind == Q6_K:
             assert ((m == 0) | m.isnan()).all()  # or nothing is there
-            return d * (words.double().reshape(rows, -1).repeat_interleave(16, 1) - 128) * (codes - 32)
-        s, t = (words[..., i : i + 2].double().reshape(rows, -1).repeat_interleave(32, 1) for i in (0, 2))
-        return d * s * codes - m * t
+            steps = d.repeat_interleave(2, 1) * (words.double().reshape(rows, -1) - 128)
+            return (steps[..., None] * (codes - 32).view(rows, -1, 16)).view(rows, -1)
+        s, t = (words[..., i : i + 2].double().reshape(rows, -1) for i in (0, 2))
+        return ((d * s)[..., None] * codes.view(rows, -1, 32) - (m * t)[..., None]).view(rows, -1)
 
     def multiplied(self, weights):
         """What products of many rows take for these."""

@@ -2,7 +2,7 @@
 
 python benches/kernels.py [--only NAME] [--json FILE]
 
-Random data; the L2 cache is overwritten before every launch; the median of many, timed with events. The floors are
+Random data; other data is read through the L2 cache before every launch; the median of many, timed with events. The floors are
 measured here, on the same card: bytes a second of a device-to-device copy (read and written both counted), and the rate
 of a large bf16 product of cuBLAS.
 """

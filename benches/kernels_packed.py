@@ -145,6 +145,21 @@ def packed_many(table: Table) -> None:
                 flops=2 * n * rows * k,
             )
         del kept
+    for name, kind in (("int4", 1), ("fp8", 3)):
+        for rows, k in ((16384, 3072), (3072, 8192)):
+            struct, num_bytes, kept = packed(kind, rows, k)
+            for n in (64, 8192):
+                x, out = random(n, k), torch.empty(n, rows, device="cuda", dtype=BF16)
+                space = torch.empty(call("q35_fp8_token_bytes", n, k), device="cuda", dtype=torch.uint8)
+                table.add(
+                    f"packed linear {name} {n} x {k} -> {rows}, rows in fp8",
+                    lambda n=n, w=struct, x=x, s=space, o=out: call(
+                        "q35_fp8_token_linear", n, w, x, s, o, 0, w.rows
+                    ),
+                    num_bytes=num_bytes + 2 * (x.numel() + out.numel()),
+                    flops=2 * n * rows * k,
+                )
+            del kept
 
 
 def packed_chains(table: Table) -> None:
@@ -282,6 +297,19 @@ def packed_experts_many(table: Table) -> None:
                     f"moe then norm {what} {name} {n} tokens, {hit} experts hit",
                     lambda n=n, x=x, o=out, s=space, d=dims, w=struct, r=residual, g=norm: call(
                         "q35_packed_moe_then_norm", n, d, w, x, s, r, g, 1e-6, o
+                    ),
+                    num_bytes=num_bytes + 8 * n * hidden,
+                    flops=flops,
+                )
+                if what not in ("int4", "fp8"):
+                    continue
+                rounded = torch.empty(
+                    call("q35_fp8_token_moe_bytes", n, dims), device="cuda", dtype=torch.uint8
+                )
+                table.add(
+                    f"moe then norm {what} {name} {n} tokens in fp8, {hit} experts hit",
+                    lambda n=n, x=x, o=out, s=space, d=dims, w=struct, r=residual, g=norm, b=rounded: call(
+                        "q35_fp8_token_moe", n, d, w, x, s, b, r, g, 1e-6, o
                     ),
                     num_bytes=num_bytes + 8 * n * hidden,
                     flops=flops,

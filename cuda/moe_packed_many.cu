@@ -164,22 +164,23 @@ bool take(int n, const q35_moe_dims &dims, const q35_packed_moe_weights &w, cons
     return aligned(w.router) && aligned(w.shared_gate) && aligned(x) && aligned(workspace);
 }
 
-// To `out`, or, where it is null, to y, which must then have all columns. `rounded`: y is bf16.
+// To `out`, or, where it is null, to y, which must then have all columns. `rounded`: y is bf16. fp8_tokens: memory to round
+// activations in, or null.
 int launch_block(cudaStream_t stream, const Plan &p, const q35_moe_weights &routing, const Packed (&m)[4],
-                 const bf16 *x, bool rounded, bf16 *out) {
+                 const bf16 *x, bool rounded, void *fp8_tokens, bf16 *out) {
     int code = rounded ? launch_wgmma_logits(stream, p, routing, x) : launch_tile_logits(stream, p, routing, x);
     if (code == cudaSuccess) code = launch_routes(stream, p, routing, x);
     const int up = packed_wgmma_serves(m[0], m[2]), down = packed_wgmma_serves(m[1], m[3]);
     const bool high = ((up | down) & ROUTED_EXPERTS) != 0;
     if (code == cudaSuccess) code = launch_sort(stream, p, high ? PACKED_WGMMA_HEIGHTS : PACKED_HEIGHTS);
-    if (code == cudaSuccess) code = packed_wgmma_up(stream, p, m[0], m[2], x, up);
+    if (code == cudaSuccess) code = packed_wgmma_up(stream, p, m[0], m[2], x, up, fp8_tokens);
     if (code == cudaSuccess && up != ALL_EXPERTS)
         code = packed_many_up(stream, p, m[0], m[2], x, ALL_EXPERTS & ~up);
     const int most = rounded ? 2 * p.y_cols : p.y_cols;
     for (int col0 = 0; col0 < p.hidden && code == cudaSuccess; col0 += most) {
         const int cols = p.hidden - col0 < most ? p.hidden - col0 : most;
         const Terms terms = {col0, cols, rounded ? cols : p.y_cols, rounded};
-        code = packed_wgmma_down(stream, p, m[1], m[3], terms, down);
+        code = packed_wgmma_down(stream, p, m[1], m[3], terms, down, fp8_tokens);
         if (code == cudaSuccess && down != ALL_EXPERTS)
             code = packed_many_down(stream, p, m[1], m[3], terms, ALL_EXPERTS & ~down);
         if (code != cudaSuccess || out == nullptr) continue;
@@ -209,33 +210,42 @@ cudaError_t packed_many_down(cudaStream_t stream, const Plan &p, const Packed &d
     return by_form<DOWN>(stream, p, down, shared_down, a, experts);
 }
 
-extern "C" int q35_packed_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights,
-                              const q35_bf16 *x, void *workspace, q35_bf16 *out) {
+extern "C" int64_t q35_fp8_token_moe_bytes(int n, q35_moe_dims dims) {
+    Plan p = {};
+    return n > 0 && make_plan(n, dims, nullptr, p) ? packed_wgmma_token_bytes(p) : 0;
+}
+
+extern "C" int q35_fp8_token_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights,
+                                 const q35_bf16 *x, void *workspace, void *memory, float *residual, const float *norm,
+                                 float eps, q35_bf16 *out) {
     if (n <= 0) return cudaSuccess;
     Plan p = {};
     Packed m[4] = {};
-    if (!take(n, dims, weights, x, workspace, p, m)) return cudaErrorInvalidValue;
+    if (!take(n, dims, weights, x, workspace, p, m) || !aligned(memory)) return cudaErrorInvalidValue;
+    if (norm != nullptr && n <= FEW) return cudaErrorInvalidValue;
+    if (n <= FEW) memory = nullptr;
     const q35_moe_weights routing = routing_of(weights);
     const bool rounded = n > FEW && has_wgmma(p, routing, as_bf16(x), as_bf16(out));
-    return launch_block(as_stream(stream), p, routing, m, as_bf16(x), rounded, as_bf16(out));
+    if (norm != nullptr && norm_is_fast(p, routing, as_bf16(x), residual, norm, as_bf16(out))) {
+        const int code = launch_block(as_stream(stream), p, routing, m, as_bf16(x), rounded, memory, nullptr);
+        return code != cudaSuccess ? code
+                                   : launch_sum_norm(as_stream(stream), p, rounded, residual, norm, eps, as_bf16(out));
+    }
+    // As in q35_moe_then_norm the block's own output waits in `out`.
+    const int code = launch_block(as_stream(stream), p, routing, m, as_bf16(x), rounded, memory, as_bf16(out));
+    return code != cudaSuccess || norm == nullptr
+               ? code
+               : q35_rmsnorm_residual(stream, n, dims.hidden, out, residual, norm, eps, out);
+}
+
+extern "C" int q35_packed_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights,
+                              const q35_bf16 *x, void *workspace, q35_bf16 *out) {
+    return q35_fp8_token_moe(stream, n, dims, weights, x, workspace, nullptr, nullptr, nullptr, 0.f, out);
 }
 
 extern "C" int q35_packed_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights,
                                         const q35_bf16 *x, void *workspace, float *residual, const float *norm,
                                         float eps, q35_bf16 *out) {
-    if (n <= 0) return cudaSuccess;
-    Plan p = {};
-    Packed m[4] = {};
-    if (n <= FEW || !take(n, dims, weights, x, workspace, p, m)) return cudaErrorInvalidValue;
-    const q35_moe_weights routing = routing_of(weights);
-    if (norm_is_fast(p, routing, as_bf16(x), residual, norm, as_bf16(out))) {
-        const bool rounded = has_wgmma(p, routing, as_bf16(x), as_bf16(out));
-        const int code = launch_block(as_stream(stream), p, routing, m, as_bf16(x), rounded, nullptr);
-        return code != cudaSuccess ? code
-                                   : launch_sum_norm(as_stream(stream), p, rounded, residual, norm, eps, as_bf16(out));
-    }
-    // As in q35_moe_then_norm the block's own output waits in `out`.
-    const int code = q35_packed_moe(stream, n, dims, weights, x, workspace, out);
-    return code != cudaSuccess ? code
-                               : q35_rmsnorm_residual(stream, n, dims.hidden, out, residual, norm, eps, out);
+    if (n > 0 && norm == nullptr) return cudaErrorInvalidValue;
+    return q35_fp8_token_moe(stream, n, dims, weights, x, workspace, nullptr, residual, norm, eps, out);
 }

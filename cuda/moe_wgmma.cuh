@@ -44,11 +44,27 @@ inline bool encode_map(CUtensorMap *map, const bf16 *tensor, int experts, int pa
                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Rows [rows, k] of e4m3, by so many of them and 128 of k; in the dimensions of the other.
+inline bool encode_bytes_map(CUtensorMap *map, const void *tensor, int rows, int k, int box_rows) {
+    const cuuint64_t row_bytes = cuuint64_t(k), all = row_bytes * rows;
+    const cuuint64_t dims[4] = {row_bytes, cuuint64_t(rows), 1, 1}, strides[3] = {row_bytes, all, all};
+    const cuuint32_t box[4] = {128, cuuint32_t(box_rows), 1, 1}, every[4] = {1, 1, 1, 1};
+    return map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<void *>(tensor), dims, strides, box, every,
+                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 // Waits for this thread's copy16, and lets products read what they and its stores have written to shared memory, once
 // the threads that issue those are told.
 __device__ __forceinline__ void copies_to_products() {
     asm volatile("cp.async.wait_all;" ::: "memory");
     written_for_products();
+}
+
+// An arrival at the barrier when all copy16 of this thread so far have ended. Those who wait call
+// written_for_products before products read what was copied.
+__device__ __forceinline__ void arrive_with_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // The box of a tensor of four dimensions that starts at (c0, c1, c2, c3), innermost first; zeros outside the tensor.

@@ -20,7 +20,7 @@ constexpr int UNIT_K = 128;      // elements along k that a warp takes at a time
 
 // packed_many.cu: the product of more than 16 rows, with weights that have been checked.
 cudaError_t launch_packed_many(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, bool wide,
-                               int stride);
+                               int stride, void *fp8_tokens);
 
 // For weights, which are read once: the first to leave L2, where the next kernel's may wait already.
 __device__ __forceinline__ uint64_t first_to_leave() {

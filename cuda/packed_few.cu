@@ -454,8 +454,8 @@ cudaError_t few_rows_of(cudaStream_t stream, int n, const q35_packed &w, const b
 
 }  // namespace
 
-extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *x, void *out, int wide,
-                                 int stride) {
+extern "C" int q35_fp8_token_linear(void *on, int n, q35_packed w, const q35_bf16 *x, void *memory, void *out,
+                                    int wide, int stride) {
     if (n < 0) return cudaErrorInvalidValue;
     if (n == 0 || w.rows == 0) return cudaSuccess;
     const cudaStream_t stream = as_stream(on);
@@ -465,8 +465,13 @@ extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *
                     : q35_linear(stream, n, w.k, w.rows, x, codes, static_cast<q35_bf16 *>(out), stride);
     }
     if (stride < w.rows || !is_taken(w, x)) return cudaErrorInvalidValue;
-    if (n > FEW) return launch_packed_many(stream, n, w, as_bf16(x), out, wide != 0, stride);
+    if (n > FEW) return launch_packed_many(stream, n, w, as_bf16(x), out, wide != 0, stride, memory);
     return few_rows_of(stream, n, w, nullptr, 0, as_bf16(x), out, wide, stride);
+}
+
+extern "C" int q35_packed_linear(void *on, int n, q35_packed w, const q35_bf16 *x, void *out, int wide,
+                                 int stride) {
+    return q35_fp8_token_linear(on, n, w, x, nullptr, out, wide, stride);
 }
 
 extern "C" int q35_packed_linear_tail(void *on, int n, q35_packed w, const q35_bf16 *tail, int tail_rows,

@@ -96,9 +96,9 @@ cudaError_t packed_many_linear(cudaStream_t stream, int n, const Packed &w, int 
 }
 
 cudaError_t launch_packed_many(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, bool wide,
-                               int stride) {
+                               int stride, void *fp8_tokens) {
     Packed m;
-    if (!take_packed(w, w.rows, w.k, m)) return cudaErrorInvalidValue;
-    const cudaError_t code = packed_wgmma_linear(stream, n, m, w.rows, x, out, wide, stride);
+    if (!take_packed(w, w.rows, w.k, m) || !aligned(fp8_tokens)) return cudaErrorInvalidValue;
+    const cudaError_t code = packed_wgmma_linear(stream, n, m, w.rows, x, out, wide, stride, fp8_tokens);
     return code != cudaErrorNotSupported ? code : packed_many_linear(stream, n, m, w.rows, x, out, wide, stride);
 }

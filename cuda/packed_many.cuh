@@ -11,7 +11,7 @@ cudaError_t packed_many_linear(cudaStream_t stream, int n, const Packed &w, int 
 
 // What q35_packed_linear calls; as in packed.cuh.
 cudaError_t launch_packed_many(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, bool wide,
-                               int stride);
+                               int stride, void *fp8_tokens);
 
 // Of a sparse block, the experts that a product is for. Either may be absent from a launch, so that the two can go to
 // different kernels.

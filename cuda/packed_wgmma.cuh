@@ -4,16 +4,20 @@
 #pragma once
 #include "packed_many.cuh"
 
+// With `fp8_tokens`, fp8_token_bytes(n, w.k) of memory, the products with weights that packed_wgmma::takes_fp8_tokens are
+// of x rounded to e4m3.
 cudaError_t packed_wgmma_linear(cudaStream_t stream, int n, const Packed &w, int rows, const bf16 *x, void *out,
-                                bool wide, int stride);
+                                bool wide, int stride, void *fp8_tokens = nullptr);
 
 // Of the list of tiles: none is higher.
 constexpr Heights PACKED_WGMMA_HEIGHTS = {128, 32};
 
 // Which experts have a matrix that is served (of `Experts`; one that is absent counts). The two below serve all that
-// `experts` names, or nothing.
+// `experts` names, or nothing. With `fp8_tokens`, packed_wgmma_token_bytes of memory, as above; `up` leaves there what it
+// has rounded, the first call of `down` (terms.col0 0) what all of them take.
 int packed_wgmma_serves(const Packed &routed, const Packed &shared);
+int64_t packed_wgmma_token_bytes(const Plan &p);
 cudaError_t packed_wgmma_up(cudaStream_t stream, const Plan &p, const Packed &gate_up, const Packed &shared_gate_up,
-                            const bf16 *x, int experts);
+                            const bf16 *x, int experts, void *fp8_tokens = nullptr);
 cudaError_t packed_wgmma_down(cudaStream_t stream, const Plan &p, const Packed &down, const Packed &shared_down,
-                              const Terms &terms, int experts);
+                              const Terms &terms, int experts, void *fp8_tokens = nullptr);

@@ -1,9 +1,11 @@
 // Packed weights times many tokens with wgmma: the tiles of the output, and what is copied for them.
 //
-// A tile has 128 rows of weights, of two warpgroups, and up to 128 tokens; k goes by units of 128.
+// A tile has 128 rows of weights, of two warpgroups, and up to 128 tokens; k goes by units of 128. Tokens are bf16, or
+// rounded to e4m3 (fp8_tokens.cuh): T.
 #pragma once
 #include "moe_wgmma.cuh"
 #include "packed_wgmma.cuh"
+#include "fp8_tokens.cuh"
 
 namespace packed_wgmma {
 
@@ -15,7 +17,7 @@ constexpr int UNIT = 128;     // elements along k of a stage
 constexpr int TOKENS = 128;   // of a tile, at most
 constexpr int BOX_ROWS = 32;  // of a tensor copy, and the step of a tile's columns
 constexpr int BAND = 8;       // tiles of tokens whose turn comes together
-constexpr int STAGES = 4;     // each filled by a warp of its own
+constexpr int COPIERS = 4;    // warps that fill stages, every fourth unit each
 constexpr int WARPS = 8;      // that multiply
 constexpr int THREADS = 384;  // a warpgroup that copies and two that multiply
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;  // of the 168 that a thread starts with
@@ -25,16 +27,32 @@ template <int MODE> constexpr int FEATURES = MODE == ROWS ? 2 * 128 : 64;  // of
 // Of a scale; of GGUF's a word.
 template <int FORM> constexpr int SIDE_BYTES = FORM == FP4_TILES ? 8 : FORM == FP8_TILES || IS_GGUF<FORM> ? 4 : 2;
 
-// Shared memory: stages, of tokens in two tiles of 64 along k, then the codes of 8 row tiles; outputs of the warps on
-// their way; barriers.
-constexpr int HALF_BYTES = TOKENS * 128, TOKEN_BYTES = 2 * HALF_BYTES;
-template <int FORM> constexpr int STAGE_BYTES = TOKEN_BYTES + 8 * 2 * TILE_BYTES<FORM>;
+// Shared memory: stages, of tokens in tiles of 128 bytes along k (two of bf16, one of e4m3), then the codes of 8 row
+// tiles; outputs of the warps on their way; barriers.
+template <typename T> constexpr int STAGES = sizeof(T) == 2 ? 4 : 6;
+constexpr int HALF_BYTES = TOKENS * 128;
+template <typename T> constexpr int TOKEN_BYTES = int(sizeof(T)) * HALF_BYTES;
+template <int FORM, typename T> constexpr int STAGE_BYTES = TOKEN_BYTES<T> + 8 * 2 * TILE_BYTES<FORM>;
 constexpr int STAGING_BYTES = 2048;
-template <int FORM> constexpr int STAGING = STAGES * STAGE_BYTES<FORM>;
-template <int FORM> constexpr int FULL = STAGING<FORM> + WARPS * STAGING_BYTES;
-template <int FORM> constexpr int EMPTY = FULL<FORM> + STAGES * 8;
-template <int FORM> constexpr int SHARED_BYTES = EMPTY<FORM> + STAGES * 8;
-static_assert(SHARED_BYTES<FP8_TILES> <= 227 * 1024, "more than a block may have");
+template <int FORM, typename T> constexpr int STAGING = STAGES<T> * STAGE_BYTES<FORM, T>;
+template <int FORM, typename T> constexpr int FULL = STAGING<FORM, T> + WARPS * STAGING_BYTES;
+template <int FORM, typename T> constexpr int EMPTY = FULL<FORM, T> + STAGES<T> * 8;
+template <int FORM, typename T> constexpr int SHARED_BYTES = EMPTY<FORM, T> + STAGES<T> * 8;
+static_assert(SHARED_BYTES<FP8_TILES, bf16> <= 227 * 1024, "more than a block may have");
+static_assert(SHARED_BYTES<FP8_TILES, e4m3> <= 227 * 1024, "more than a block may have");
+
+// Stages as those who multiply see them: use `i` of a stage has the i'th unit of a block.
+template <int FORM, typename T>
+struct Ring {
+    uint32_t shared;
+    static __device__ __forceinline__ uint32_t slot(uint32_t use) { return use % STAGES<T>; }
+    __device__ __forceinline__ uint32_t stage_of(uint32_t use) const {
+        return shared + slot(use) * STAGE_BYTES<FORM, T>;
+    }
+    __device__ __forceinline__ void wait_for(uint32_t use) const {
+        barrier_wait(shared + FULL<FORM, T> + slot(use) * 8, use / STAGES<T> & 1);
+    }
+};
 
 // How the output is stored: bf16 in pieces of 16 bytes, or by elements, where it is not aligned to those; or f32.
 enum Store { PIECES, ELEMENTS, WIDE };
@@ -47,7 +65,8 @@ struct Task {
     const int2 *tiles;
     const int *num_tiles, *sorted;
     int n, top_k;
-    const bf16 *x;   // GATE_UP: rows of w.k elements
+    const void *x;   // GATE_UP: rows of w.k elements
+    const float *token_scales;  // of tokens in e4m3, by their rows; else null
     // Features first_feature .. first_feature + cols - 1 go to rows of `stride` elements. ROWS: the row of an
     // assignment is its number, that of n rows in their order counts from first_row.
     void *out;
@@ -103,16 +122,17 @@ __device__ __forceinline__ void ask_l2_for(const void *from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)) : "memory");
 }
 
-// Fills stage `warp` with every fourth unit of the tiles of this block. A stage is free when all blocks that get what
-// is copied to it are done with it.
-template <int MODE, int FORM, int STEPS>
+// Fills stages with every fourth unit of the tiles of this block. A stage is free when all blocks that get what is
+// copied to it are done with it. Of bf16 a warp has one stage. Of e4m3 there are more stages than warps, and a gather
+// arrives by itself.
+template <int MODE, int FORM, int STEPS, typename T>
 __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens, int total, uint32_t shared, int rank,
                                         int warp, int lane) {
-    const uint32_t stage = shared + warp * STAGE_BYTES<FORM>, full = shared + FULL<FORM> + warp * 8;
-    const uint32_t empty = shared + EMPTY<FORM> + warp * 8;
+    constexpr bool BYTES = sizeof(T) == 1;
+    constexpr int PIECE = 16 / sizeof(T);  // elements of 16 bytes
     // Of a gather: rows lane / 8 + 4 i of the tile, bytes 16 (lane % 8) ..: one swizzle for even i, one for odd.
     const int c = lane % 8, r = lane / 8;
-    const uint32_t to_even = stage + r * 128 + ((c ^ r) << 4), to_odd = stage + r * 128 + ((c ^ (r + 4)) << 4);
+    const uint32_t even = r * 128 + ((c ^ r) << 4), odd = r * 128 + ((c ^ (r + 4)) << 4);
     const size_t x = __cvta_generic_to_global(t.x);
     const int units = t.w.k / UNIT, stride = gridDim.x / BLOCKS<MODE>;
     int index = blockIdx.x / BLOCKS<MODE>;
@@ -125,31 +145,37 @@ __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens
         const int code_bytes = __popc(__ballot_sync(ALL_LANES, own_tile >= 0)) * 2 * TILE_BYTES<FORM>;
         const uint8_t *codes = t.w.codes + int64_t(own_tile) * t.w.row_tile_bytes;
         const int columns = columns_of(item);
-        uint32_t at[TOKENS / 32];  // of the rows lane + 32 q, in units of 16 bytes
+        uint32_t at[TOKENS / 32];  // of the rows lane + 32 q, in units of 16 bytes; of e4m3 rows
         if (MODE == GATE_UP) {
 #pragma unroll
             for (int q = 0; q < TOKENS / 32; q++) {
                 const int row = min(32 * q + lane, item.rows - 1) + item.first;
-                at[q] = uint32_t(t.sorted != nullptr ? t.sorted[row] / t.top_k : row) * uint32_t(t.w.k / 8);
+                const int token = t.sorted != nullptr ? t.sorted[row] / t.top_k : row;
+                at[q] = BYTES ? uint32_t(token) : uint32_t(token) * uint32_t(t.w.k / PIECE);
             }
         }
-        for (int unit = (warp - done) % STAGES; unit < units; unit += STAGES) {
-            barrier_wait(empty, (((done + unit) / STAGES) & 1) ^ 1);
+        for (int unit = (warp - done) % COPIERS; unit < units; unit += COPIERS) {
+            const uint32_t use = done + unit, slot = BYTES ? use % STAGES<T> : warp;
+            const uint32_t stage = shared + slot * STAGE_BYTES<FORM, T>, full = shared + FULL<FORM, T> + slot * 8;
+            barrier_wait(shared + EMPTY<FORM, T> + slot * 8, ((use / STAGES<T>) & 1) ^ 1);
             __syncwarp();  // before the first lane sets off what would end a second phase, of the parity waited for
             if (lane == 0) {
-                barrier_arrive_and_expect(full, code_bytes + (MODE == ROWS ? columns * 256 : 0));
+                constexpr int ROW_BYTES = UNIT * int(sizeof(T));
+                barrier_arrive_and_expect(full, code_bytes + (MODE == ROWS ? columns * ROW_BYTES : 0));
                 if (MODE == ROWS) {
 #pragma unroll 1
                     for (int row = rank * BOX_ROWS; row < columns; row += 2 * BOX_ROWS) {
                         const uint32_t to = stage + row * 128;
                         tensor_copy_to_both(to, &tokens, unit * UNIT, item.first + row, 0, 0, full);
-                        tensor_copy_to_both(to + HALF_BYTES, &tokens, unit * UNIT + 64, item.first + row, 0, 0, full);
+                        if (!BYTES)
+                            tensor_copy_to_both(to + HALF_BYTES, &tokens, unit * UNIT + 64, item.first + row, 0, 0,
+                                                full);
                     }
                 }
             }
             __syncwarp();
             if (own_tile >= 0) {
-                bulk_copy(stage + TOKEN_BYTES + lane * 2 * TILE_BYTES<FORM>, codes + unit * 2 * TILE_BYTES<FORM>,
+                bulk_copy(stage + TOKEN_BYTES<T> + lane * 2 * TILE_BYTES<FORM>, codes + unit * 2 * TILE_BYTES<FORM>,
                           2 * TILE_BYTES<FORM>, full);
                 // Those who multiply load scales a unit ahead, which is enough for L2 and not for memory.
                 const int64_t side = int64_t(own_tile) * t.w.groups * t.w.each + unit * (8 / STEPS) * t.group_step;
@@ -158,21 +184,29 @@ __device__ __forceinline__ void produce(const Task &t, const CUtensorMap &tokens
                 if (FORM == K4_TILES || FORM == K6_TILES) ask_l2_for(t.w.zeros + side * 2);
             }
             if (MODE == ROWS) continue;
-            const uint32_t col = unit * (UNIT / 8) + c;
+            const uint32_t col = unit * (UNIT / PIECE) + c;
 #pragma unroll
             for (int q = 0; q < TOKENS / 32; q++) {
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     if (32 * q + 4 * i >= item.rows) break;
-                    const uint32_t from = __shfl_sync(ALL_LANES, at[q], 4 * i + r) + col;
-                    const uint32_t to = (i % 2 != 0 ? to_odd : to_even) + (32 * q + 4 * i) * 128;
-                    copy16(to, x + uint64_t(from) * 16, true);
-                    copy16(to + HALF_BYTES, x + uint64_t(from + 8) * 16, true);
+                    const uint32_t row = __shfl_sync(ALL_LANES, at[q], 4 * i + r);
+                    const uint32_t to = stage + (i % 2 != 0 ? odd : even) + (32 * q + 4 * i) * 128;
+                    if (BYTES) {
+                        copy16(to, x + (uint64_t(row) * (t.w.k / PIECE) + col) * 16, true);
+                    } else {
+                        copy16(to, x + uint64_t(row + col) * 16, true);
+                        copy16(to + HALF_BYTES, x + uint64_t(row + col + 8) * 16, true);
+                    }
                 }
             }
-            copies_to_products();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(full);
+            if (BYTES) {
+                arrive_with_copies(full);
+            } else {
+                copies_to_products();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(full);
+            }
         }
     }
 }

@@ -7,13 +7,6 @@
 
 #include "packed_wgmma_copies.cuh"
 
-// Blocks of a cluster; other architectures compile the kernel without.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define Q35_CLUSTER(COUNT) __cluster_dims__(COUNT, 1, 1)
-#else
-#define Q35_CLUSTER(COUNT)
-#endif
-
 namespace packed_wgmma {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -59,7 +52,7 @@ struct Lane {
     int shift;     // GATE_UP: of the codes, so that those of row lane / 4 + 8 come first; fp4, GGUF: 1 for these
     float whole[2];  // fp4: what is left of the scales
 };
-template <int MODE, int FORM>
+template <int MODE, int FORM, typename T>
 __device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int warp, int lane) {
     Lane of;
     const int half = MODE == GATE_UP ? warp % 2 : 0;  // of the rows of a tile of gates and one of ups
@@ -68,7 +61,7 @@ __device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int war
         const int tile = MODE == GATE_UP ? warp / 2 + 4 * i : warp, row = lane / 4 + 8 * (MODE == GATE_UP ? half : i);
         const int row_tile = max(row_tile_at<MODE>(t, item, tile), 0);
         of.scales[i] = uint32_t(row_tile) * t.w.groups * t.w.each + (t.w.each == 16 ? row : 0);
-        of.codes[i] = TOKEN_BYTES + tile * 2 * TILE_BYTES<FORM> + lane * 16;
+        of.codes[i] = TOKEN_BYTES<T> + tile * 2 * TILE_BYTES<FORM> + lane * 16;
         if constexpr (FORM == FP4_TILES) {
             // A word is four steps of a row.
             of.scales[i] = uint32_t(row_tile) * t.w.groups * t.w.each * 2 + lane / 4 * 2 + row / 8;
@@ -332,18 +325,17 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
                                         uint32_t done, const int (&places)[TOKENS / 32], int warp, int lane) {
     constexpr int COUNT = STEPS < 4 ? STEPS : 4, PARTS = 8 / COUNT, GROUPS = 8 / STEPS;
     const int units = t.w.k / UNIT;
-    const Lane of = lane_of<MODE, FORM>(t, item, warp, lane);
+    const Lane of = lane_of<MODE, FORM, bf16>(t, item, warp, lane);
     float acc[N / 2] = {}, sum[N / 2] = {};
     uint32_t a[2][COUNT][4];
-    auto stage_of = [&](uint32_t use) { return shared + use % STAGES * STAGE_BYTES<FORM>; };
-    auto wait_for = [&](uint32_t use) { barrier_wait(shared + FULL<FORM> + use % STAGES * 8, use / STAGES & 1); };
+    const Ring<FORM, bf16> ring = {shared};
 
     Side<FORM, GROUPS> side = load_side<FORM, GROUPS>(t, of, 0);
-    wait_for(done);
-    load_steps<MODE, FORM, 0, STEPS>(t, stage_of(done), of, side, lane, a[0]);
+    ring.wait_for(done);
+    load_steps<MODE, FORM, 0, STEPS>(t, ring.stage_of(done), of, side, lane, a[0]);
 #pragma unroll 1
     for (int unit = 0; unit < units; unit++) {
-        const uint32_t use = done + unit, stage = stage_of(use);
+        const uint32_t use = done + unit, stage = ring.stage_of(use);
         const Side<FORM, GROUPS> next = load_side<FORM, GROUPS>(t, of, min(unit + 1, units - 1));
         auto part = [&](auto number) {
             constexpr int PART = decltype(number)::value, GROUP = PART * COUNT / STEPS;
@@ -362,8 +354,8 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
                 constexpr int LATER = (PART + 1) * COUNT;
                 load_steps<MODE, FORM, LATER, STEPS>(t, stage, of, side, lane, a[(PART + 1) % 2]);
             } else if (unit + 1 < units) {
-                wait_for(use + 1);
-                load_steps<MODE, FORM, 0, STEPS>(t, stage_of(use + 1), of, next, lane, a[0]);
+                ring.wait_for(use + 1);
+                load_steps<MODE, FORM, 0, STEPS>(t, ring.stage_of(use + 1), of, next, lane, a[0]);
             }
             if constexpr (ENDS) {
                 products_wait<0>();
@@ -383,7 +375,7 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
             part(std::integral_constant<int, 2>());
             part(std::integral_constant<int, 3>());
         }
-        if (lane < BLOCKS<MODE>) barrier_arrive_there(released + use % STAGES * 8);
+        if (lane < BLOCKS<MODE>) barrier_arrive_there(released + ring.slot(use) * 8);
         side = next;
     }
     if constexpr (FORM == FP4_TILES) {
@@ -391,70 +383,7 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
         for (int i = 0; i < N / 2; i++) sum[i] *= of.whole[i % 4 / 2];
     }
     const int feature = item.feature + warp * (MODE == GATE_UP ? 8 : 16);
-    store_tile<MODE, N>(t, item, sum, shared + STAGING<FORM> + warp * STAGING_BYTES, places, feature, lane);
-}
-
-// As many blocks as multiprocessors, each cluster taking every so-many'th tile: a warpgroup copies, two multiply.
-template <int MODE, int FORM, int STEPS>
-__global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
-    packed_wgmma_kernel(const __grid_constant__ Task t, const __grid_constant__ CUtensorMap tokens) {
-    if constexpr (HERE) {
-        extern __shared__ __align__(1024) uint8_t smem[];
-        const uint32_t shared = shared_address(smem);
-        // The same for a whole warp, and known to be.
-        const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-        const int rank = MODE == ROWS ? rank_in_pair() : 0;
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < STAGES; i++) {
-                barrier_init(shared + FULL<FORM> + i * 8, MODE == GATE_UP ? 2 : 1);  // for the copies, and a gather
-                barrier_init(shared + EMPTY<FORM> + i * 8, BLOCKS<MODE> * WARPS);    // that multiply
-            }
-            barriers_are_there();
-            if (MODE == ROWS) prefetch_map(&tokens);
-        }
-        pair_barrier();
-        wait_for_inputs();
-        let_next_start();
-        const int total = num_items(t);
-        if (warp < 4) {
-            give_registers<PRODUCER_REGISTERS>();
-            produce<MODE, FORM, STEPS>(t, tokens, total, shared, rank, warp, lane);
-        } else {
-            take_registers<CONSUMER_REGISTERS>();
-            const uint32_t released = address_of(shared + EMPTY<FORM>, lane % BLOCKS<MODE>);
-            const int stride = gridDim.x / BLOCKS<MODE>, units = t.w.k / UNIT;
-            int index = blockIdx.x / BLOCKS<MODE>;
-            int2 entry = entry_at(t, total, index);
-            uint32_t done = 0;
-            for (; index < total; index += stride, done += units) {
-                const Item item = item_at<MODE>(t, index, entry, rank);
-                entry = entry_at(t, total, index + stride);
-                int places[TOKENS / 32];
-#pragma unroll
-                for (int q = 0; q < TOKENS / 32; q++) {
-                    const int row = item.first + min(32 * q + lane, item.rows - 1);
-                    places[q] = MODE == ROWS && t.sorted != nullptr ? t.sorted[row] : t.first_row + row;
-                }
-                const int columns = columns_of(item);
-                auto run = [&](auto n) {
-                    consume<MODE, FORM, STEPS, decltype(n)::value>(t, item, shared, released, done, places,
-                                                                   warp - 4, lane);
-                };
-                if constexpr (IS_GGUF<FORM>) {  // in two widths, for the size of the code
-                    columns > 64 ? run(std::integral_constant<int, 128>()) : run(std::integral_constant<int, 64>());
-                } else if (columns > 96) {
-                    run(std::integral_constant<int, 128>());
-                } else if (columns > 64) {
-                    run(std::integral_constant<int, 96>());
-                } else if (columns > 32) {
-                    run(std::integral_constant<int, 64>());
-                } else {
-                    run(std::integral_constant<int, 32>());
-                }
-            }
-        }
-        pair_barrier();  // until now another block may have had copies and arrivals on their way to this one
-    }
+    store_tile<MODE, N>(t, item, sum, shared + STAGING<FORM, bf16> + warp * STAGING_BYTES, places, feature, lane);
 }
 
 }  // namespace packed_wgmma

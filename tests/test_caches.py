@@ -58,6 +58,15 @@ def test_other_names_are_refused():
         LLM(DATA / "dense_bf16", kv_cache_dtype="int8")
     with pytest.raises(RequestError, match="state_dtype: found bfloat16; allowed: float32, float16"):
         LLM(DATA / "dense_bf16", state_dtype="bfloat16")
+    with pytest.raises(RequestError, match="activation_dtype: found int8; allowed: auto, fp8"):
+        LLM(DATA / "dense_bf16", activation_dtype="int8")
+
+
+def test_activations_are_rounded_on_a_gpu_alone():
+    with pytest.raises(
+        RequestError, match=r"activation_dtype: found fp8 on the CPU; allowed: auto \(fp8 on a GPU\)"
+    ):
+        LLM(DATA / "dense_bf16", device="cpu", activation_dtype="fp8")
 
 
 def test_the_command_line():

@@ -218,6 +218,7 @@ def test_places_that_hold_no_checkpoint(checkpoint, tmp_path):
         ("dtype", "auto, float32, bfloat16, float16"),
         ("kv_cache_dtype", "auto, fp8"),
         ("state_dtype", "float32, float16"),
+        ("activation_dtype", "auto, fp8"),
     ],
 )
 def test_options_that_are_names(checkpoint, option, allowed):

@@ -162,6 +162,7 @@ class Engine:
         mtp: bool | None,
         kv_cache_dtype: str,
         state_dtype: str,
+        activation_dtype: str,
         max_model_len: int | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,

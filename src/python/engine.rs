@@ -213,7 +213,7 @@ impl PyEngine {
     /// run. `progress(done, total)` is called as layers are loaded. With the load format `dummy`, `path` may also be a
     /// `config.json` or a size of the family, and the weights are random.
     #[new]
-    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, quantization, deterministic, enforce_eager, tensor_parallel_size, expert_parallel, mtp, kv_cache_dtype, state_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
+    #[pyo3(signature = (path, tokenizer, *, load_format, device, dtype, quantization, deterministic, enforce_eager, tensor_parallel_size, expert_parallel, mtp, kv_cache_dtype, state_dtype, activation_dtype, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_bytes, gpu_memory_utilization, seed, progress))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -230,6 +230,7 @@ impl PyEngine {
         mtp: Option<bool>,
         kv_cache_dtype: &str,
         state_dtype: &str,
+        activation_dtype: &str,
         max_model_len: Option<usize>,
         max_num_seqs: usize,
         max_num_batched_tokens: usize,
@@ -247,9 +248,17 @@ impl PyEngine {
         let dtype = parse_dtype(dtype).map_err(to_py)?;
         let quantization = parse_quantization(quantization).map_err(to_py)?;
         let caches = Caches::from_names(kv_cache_dtype, state_dtype).map_err(to_py)?;
+        let fp8_activations = match activation_dtype {
+            "auto" => false,
+            "fp8" => true,
+            other => return Err(to_py(Error::request("activation_dtype", other, "auto, fp8"))),
+        };
         let (ranks, devices) = enter(py, || {
             let ranks = Ranks::new(tensor_parallel_size, expert_parallel, false)?;
             let devices = ranks.devices(device)?;
+            if fp8_activations && devices.iter().any(|device| device.ordinal().is_none()) {
+                return Err(Error::request("activation_dtype", "fp8 on the CPU", "auto (fp8 on a GPU)"));
+            }
             Ok((ranks, devices))
         })?;
         let limits = EngineLimits {
@@ -281,6 +290,9 @@ impl PyEngine {
             let (vocab, eos) = (config.vocab, eos_token_ids.clone());
             let (part, num_layers) = (Part::new(&config, ranks.shard(0))?, config.layers.len());
             let place = match devices.iter().any(|device| device.ordinal().is_some()) {
+                true if fp8_activations => {
+                    format!("cuda, deterministic={deterministic}, activation_dtype=fp8")
+                }
                 true => format!("cuda, deterministic={deterministic}"),
                 false => "cpu".into(),
             };
@@ -306,7 +318,9 @@ impl PyEngine {
                         |_, group: Option<Arc<dyn Group>>| Ok(group.map_or_else(Cpu::default, Cpu::among));
                     load.start(cpu, available_memory())?
                 }
-                Some(ordinals) => load.start_cuda(ordinals, folders, deterministic, enforce_eager)?,
+                Some(ordinals) => {
+                    load.start_cuda(ordinals, folders, deterministic, enforce_eager, fp8_activations)?
+                }
             };
             let device = Device::name_of(&devices);
             Ok(Self {

@@ -291,6 +291,7 @@ impl Load {
         folders: Vec<PathBuf>,
         deterministic: bool,
         enforce_eager: bool,
+        fp8_activations: bool,
     ) -> Result<(Service, Sizes)> {
         use crate::backend::cuda::Cuda;
         if self.dtype.is_some_and(|dtype| dtype != DType::BF16) {
@@ -300,7 +301,10 @@ impl Load {
         let (here, collectives) = (self.ranks.meeting.is_none(), self.ranks.collectives);
         let make = move |rank: usize, group: Option<Arc<dyn Group>>| {
             let ordinal = ordinals[if here { rank } else { 0 }];
-            let cuda = Cuda::new(ordinal, &folders, deterministic, !enforce_eager)?;
+            let mut cuda = Cuda::new(ordinal, &folders, deterministic, !enforce_eager)?;
+            if fp8_activations {
+                cuda = cuda.with_fp8_activations()?;
+            }
             Ok(match group {
                 Some(group) => cuda.among(group, collectives, folders.clone()),
                 None => cuda,
@@ -314,6 +318,7 @@ impl Load {
         self,
         ordinals: Vec<usize>,
         _: Vec<PathBuf>,
+        _: bool,
         _: bool,
         _: bool,
     ) -> Result<(Service, Sizes)> {

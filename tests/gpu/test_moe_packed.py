@@ -116,6 +116,10 @@ class Block:
         assert x[-1].isnan().all() and out[-1].isnan().all()
         return residual, x[:-1], out[:-1]
 
+    def taken(self, x, matrix):
+        """f64, what products with a matrix take for x."""
+        return x
+
     def reference(self, x):
         """The block in f64, rounded between gate_up and down as the contract says, and the tokens whose experts f32
         logits decide as well. `apart`: how far from it an output may be that rounds each expert's term to bf16, their
@@ -129,11 +133,12 @@ class Block:
             sure = (gap == 0) | (gap > 1e-4)
         chosen, weights = order[:, :top_k], torch.softmax(logits[:, :top_k], dim=1)
 
-        def swiglu(x, gate_up, down, width):
-            both = x @ gate_up.T
+        def swiglu(x, matrices, rows, width):
+            gate_up, down = (matrix.plain(*own) for matrix, own in zip(matrices, rows, strict=True))
+            both = self.taken(x, matrices[0]) @ gate_up.T
             inner = torch.nn.functional.silu(both[:, :width]) * both[:, width:]
             least, most = ((inner * (1 + by)).to(torch.bfloat16).double() for by in (-1e-5, 1e-5))
-            term = inner.to(torch.bfloat16).double() @ down.T
+            term = self.taken(inner.to(torch.bfloat16).double(), matrices[1]) @ down.T
             either = (most - least).abs() + 1e-6 * inner.abs()
             return term, 2**-8 * term.abs() + either @ down.abs().T
 
@@ -147,13 +152,13 @@ class Block:
                 continue
             token, place = (chosen == e).nonzero(as_tuple=True)
             at = e - self.here.start
-            gate_up = self.gate_up.plain(2 * width * at, 2 * width * (at + 1))
-            down = self.down.plain(hidden * at, hidden * (at + 1))
-            add(token, weights[token, place, None], *swiglu(x[token], gate_up, down, width))
+            rows = ((2 * width * at, 2 * width * (at + 1)), (hidden * at, hidden * (at + 1)))
+            matrices = (self.gate_up, self.down)
+            add(token, weights[token, place, None], *swiglu(x[token], matrices, rows, width))
         if shared:
             gate = torch.sigmoid(x @ self.shared_gate.double().T)
-            gate_up, down = self.shared_gate_up.plain(0, 2 * shared), self.shared_down.plain(0, hidden)
-            add(torch.arange(len(x), device="cuda"), gate, *swiglu(x, gate_up, down, shared))
+            matrices, rows = (self.shared_gate_up, self.shared_down), ((0, 2 * shared), (0, hidden))
+            add(torch.arange(len(x), device="cuda"), gate, *swiglu(x, matrices, rows, shared))
         self.apart += 2**-8 * out.abs() + 1e-6
         return out, sure
 

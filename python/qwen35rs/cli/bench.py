@@ -39,6 +39,7 @@ def tasks(
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
+    activation_dtype: options.ActivationDtype = "auto",
     json: Json = False,
 ) -> None:
     """Ask held-out questions whose answers can be checked.
@@ -66,6 +67,7 @@ def tasks(
         mtp=None,
         kv_cache_dtype=kv_cache_dtype,
         state_dtype=state_dtype,
+        activation_dtype=activation_dtype,
     )
     start = time.perf_counter()
 
@@ -112,6 +114,7 @@ def engine(
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
+    activation_dtype: options.ActivationDtype = "auto",
     max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of one step.")] = 8192,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Launch kernels one by one, without CUDA graphs.")
@@ -156,6 +159,7 @@ def engine(
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
             state_dtype=state_dtype,
+            activation_dtype=activation_dtype,
             max_num_seqs=max(batches),
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max(*rooms, *(size + 1 for size in prompts)),
@@ -171,6 +175,11 @@ def engine(
     loaded = time.perf_counter() - start
     floors = measured(llm)
     found: dict[str, Any] = {"model": llm.model, "device": llm.device, "quantization": quantization}
+    found |= {
+        "kv_cache_dtype": kv_cache_dtype,
+        "state_dtype": state_dtype,
+        "activation_dtype": activation_dtype,
+    }
     found |= {
         "tensor_parallel_size": tensor_parallel_size,
         "expert_parallel": expert_parallel,

@@ -46,6 +46,7 @@ def chat(
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
+    activation_dtype: options.ActivationDtype = "auto",
     max_model_len: MaxModelLen = None,
     json: Json = False,
 ) -> None:
@@ -85,6 +86,7 @@ def chat(
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
         state_dtype=state_dtype,
+        activation_dtype=activation_dtype,
         max_model_len=max_model_len,
     )
     llm.tokenizer.chat_template  # noqa: B018  a missing tokenizer or a bad template is refused here

@@ -78,6 +78,7 @@ def generate(
     quantization: Quantization = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     state_dtype: StateDtype = "float32",
+    activation_dtype: options.ActivationDtype = "auto",
     max_model_len: MaxModelLen = None,
     json: Json = False,
 ) -> None:
@@ -126,6 +127,7 @@ def generate(
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
         state_dtype=state_dtype,
+        activation_dtype=activation_dtype,
         max_model_len=max_model_len,
     )
     load_s = time.perf_counter() - started

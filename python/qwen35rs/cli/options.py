@@ -99,6 +99,13 @@ KvCacheDtype = Annotated[
         rich_help_panel=_LOADING,
     ),
 ]
+ActivationDtype = Annotated[
+    str,
+    typer.Option(
+        help="What products of many tokens with quantised weights take: auto (bfloat16), fp8 (rounded, on Hopper).",
+        rich_help_panel=_LOADING,
+    ),
+]
 StateDtype = Annotated[
     str,
     typer.Option(help="How recurrent states are held: float32, float16.", rich_help_panel=_LOADING),

@@ -457,6 +457,18 @@ unsafe extern "C" {
         wide: c_int,
         stride: c_int,
     ) -> c_int;
+    pub fn q35_fp8_token_bytes(n: c_int, k: c_int) -> i64;
+    pub fn q35_fp8_token_linear(
+        stream: Stream,
+        n: c_int,
+        w: Packed,
+        x: *const Bf16,
+        memory: *mut c_void,
+        out: *mut c_void,
+        wide: c_int,
+        stride: c_int,
+    ) -> c_int;
+    pub fn q35_has_fp8_tokens(k: c_int) -> i64;
     pub fn q35_packed_linear_tail(
         stream: Stream,
         n: c_int,
@@ -545,6 +557,20 @@ unsafe extern "C" {
         weights: PackedMoe,
         x: *const Bf16,
         workspace: *mut c_void,
+        residual: *mut f32,
+        norm: *const f32,
+        eps: f32,
+        out: *mut Bf16,
+    ) -> c_int;
+    pub fn q35_fp8_token_moe_bytes(n: c_int, dims: MoeDims) -> i64;
+    pub fn q35_fp8_token_moe(
+        stream: Stream,
+        n: c_int,
+        dims: MoeDims,
+        weights: PackedMoe,
+        x: *const Bf16,
+        workspace: *mut c_void,
+        memory: *mut c_void,
         residual: *mut f32,
         norm: *const f32,
         eps: f32,

@@ -47,6 +47,9 @@ impl Backend for Cuda {
             self.device.synchronize()?;
         }
         let mut step = Step::new(&self.device, config, limits, caches)?;
+        if self.fp8_activations {
+            step.round_activations(&self.device, config)?;
+        }
         if let Some(ranks) = &self.ranks {
             let rows = limits.max_tokens;
             let logits = product(&[rows.min(MAX_LOGIT_ROWS), config.vocab, 4]).unwrap_or_default();

@@ -44,6 +44,9 @@ use crate::{Error, Result};
 /// Bytes that the driver takes for a context with these kernels and cuBLASLt's, about.
 const CONTEXT_BYTES: usize = 640 << 20;
 
+/// Rows of so many elements, or a multiple of it, can be rounded to e4m3.
+const ROUNDED_MULTIPLE: c_int = 128;
+
 /// The backend: a device, and what the step under way has on it.
 pub struct Cuda {
     device: Arc<Device>,
@@ -53,6 +56,8 @@ pub struct Cuda {
     deterministic: bool,
     /// Whether decode steps are recorded.
     records: bool,
+    /// Whether products of many rows with weights in 8 and 4 bits round their activations to e4m3.
+    fp8_activations: bool,
     /// The ranks that share the model.
     ranks: Option<Ranks>,
     uploader: Mutex<Option<Uploader>>,
@@ -101,7 +106,26 @@ impl Cuda {
         let blas = if deterministic { None } else { Blas::open(&device, folders)? };
         let (state, uploader) = (Mutex::default(), Mutex::default());
         let (ranks, _taken) = (None, Vec::new());
-        Ok(Self { device, blas, deterministic, records, ranks, state, uploader, _taken })
+        let fp8_activations = false;
+        Ok(Self { device, blas, deterministic, records, fp8_activations, ranks, state, uploader, _taken })
+    }
+
+    /// The same with activations rounded to e4m3, a scale for each token, in products of more than 16 rows with weights in
+    /// FP8 or in symmetric 4-bit integers of groups of 128 or of rows: about twice the tensor cores' rate.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] on a device without such products.
+    pub fn with_fp8_activations(mut self) -> Result<Self> {
+        self.device.bind()?;
+        // SAFETY: asks about the device that is current.
+        if unsafe { ffi::q35_has_fp8_tokens(ROUNDED_MULTIPLE) } == 0 {
+            return Err(Error::Cuda {
+                what: "activation_dtype: found fp8 on a device without products of fp8 by fp8".into(),
+                advice: "allowed: auto, or a GPU of compute capability 9.0 (Hopper)".into(),
+            });
+        }
+        self.fp8_activations = true;
+        Ok(self)
     }
 
     /// A card with so much memory that is only imagined: a model can be loaded with random weights, and its memory
@@ -114,8 +138,9 @@ impl Cuda {
         let context = device.alloc(Some(CONTEXT_BYTES), "the driver and its kernels")?;
         let taken = vec![context, blas::imagine(&device)?];
         let (state, uploader) = (Mutex::default(), Mutex::default());
-        let (blas, deterministic, records) = (None, false, true);
-        Ok(Self { device, blas, deterministic, records, ranks: None, state, uploader, _taken: taken })
+        let (blas, deterministic, records, fp8_activations) = (None, false, true, false);
+        let (ranks, _taken) = (None, taken);
+        Ok(Self { device, blas, deterministic, records, fp8_activations, ranks, state, uploader, _taken })
     }
 
     /// What its device has allocated, by what it is for, whenever it is asked: also where the backend has gone to a thread.

@@ -39,13 +39,21 @@ impl Cuda {
     fn product(&self, n: usize, x: &Buf, part: &Part, out: &mut Buf, first: usize) {
         let wide = out.precision == Precision::Full;
         let (num_in, stride) = (x.width, out.width);
-        self.launch("linear", n, |_, stream| {
+        self.launch("linear", n, |step, stream| {
             let (x, y) = (x.memory.ptr(), out.memory.at(first * if wide { 4 } else { 2 }) as *mut _);
             let n_rows = n as c_int;
             if !part.is_plain() {
                 let (w, wide) = (part.packed(num_in), wide.into());
-                // SAFETY: shapes are those of the trait; `wide` says what `out` holds.
-                return Ok(unsafe { ffi::q35_packed_linear(stream, n_rows, w, x, y, wide, stride as c_int) });
+                let stride = stride as c_int;
+                // SAFETY: shapes are those of the trait; `wide` says what `out` holds; `memory` is for the widest rows.
+                return Ok(unsafe {
+                    match step.fp8_tokens(n) {
+                        Some(memory) => {
+                            ffi::q35_fp8_token_linear(stream, n_rows, w, x, memory, y, wide, stride)
+                        }
+                        None => ffi::q35_packed_linear(stream, n_rows, w, x, y, wide, stride),
+                    }
+                });
             }
             let w: *const ffi::Bf16 = part.memory.ptr();
             let shape = (n, num_in, part.rows, stride, wide);
@@ -71,12 +79,18 @@ impl Cuda {
         let n = self.num_rows(n, x.rows.min(out.rows));
         self.launch("moe", n, |step, stream| {
             let (x, workspace, out) = (x.memory.ptr(), step.moe.ptr(), out.memory.ptr());
-            let (n, dims) = (n as c_int, m.dims);
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            let (rounded, n, dims) = (step.fp8_tokens(n), n as c_int, m.dims);
+            let (residual, norm) = (std::ptr::null_mut(), std::ptr::null());
+            // SAFETY: shapes are those of the trait; workspace and memory are for the largest batch.
             Ok(unsafe {
-                match m.weights() {
-                    MoeWeights::Plain(w) => ffi::q35_moe(stream, n, dims, w, x, workspace, out),
-                    MoeWeights::Packed(w) => ffi::q35_packed_moe(stream, n, dims, w, x, workspace, out),
+                match (m.weights(), rounded) {
+                    (MoeWeights::Plain(w), _) => ffi::q35_moe(stream, n, dims, w, x, workspace, out),
+                    (MoeWeights::Packed(w), None) => {
+                        ffi::q35_packed_moe(stream, n, dims, w, x, workspace, out)
+                    }
+                    (MoeWeights::Packed(w), Some(memory)) => ffi::q35_fp8_token_moe(
+                        stream, n, dims, w, x, workspace, memory, residual, norm, 0.0, out,
+                    ),
                 }
             })
         });
@@ -210,15 +224,18 @@ impl Cuda {
         self.launch("moe_then_norm", rows, |step, stream| {
             let (residual, x): (_, *mut ffi::Bf16) = (residual.memory.ptr(), x.memory.ptr());
             let (norm, workspace) = (after.0.ptr(), step.moe.ptr());
-            let (n, dims) = (rows as c_int, m.dims);
-            // SAFETY: shapes are those of the trait; the workspace is for the largest batch.
+            let (rounded, n, dims) = (step.fp8_tokens(rows), rows as c_int, m.dims);
+            // SAFETY: shapes are those of the trait; workspace and memory are for the largest batch.
             Ok(unsafe {
-                match m.weights() {
-                    MoeWeights::Plain(w) => {
+                match (m.weights(), rounded) {
+                    (MoeWeights::Plain(w), _) => {
                         ffi::q35_moe_then_norm(stream, n, dims, w, x, workspace, residual, norm, eps, x)
                     }
-                    MoeWeights::Packed(w) => ffi::q35_packed_moe_then_norm(
+                    (MoeWeights::Packed(w), None) => ffi::q35_packed_moe_then_norm(
                         stream, n, dims, w, x, workspace, residual, norm, eps, x,
+                    ),
+                    (MoeWeights::Packed(w), Some(memory)) => ffi::q35_fp8_token_moe(
+                        stream, n, dims, w, x, workspace, memory, residual, norm, eps, x,
                     ),
                 }
             })

@@ -7,8 +7,9 @@ struct e4m3 {
     uint8_t bits;
 };
 
-// Rows [n, k], k a multiple of 128, and scales [n]. Of each 16 elements 0, 8, 1, 9, 2, 10 .. stand side by side: the four
-// that a lane has of a row of packed weights do, as codes of 4 bits come out of a word.
+// Rows [n, k], k a multiple of 128 up to 65,536, and scales [n]. The elements of each 16 are in the order 0, 8, 1, 9, .., 7, 15,
+// in which load_bytes (packed_wgmma_bytes.cuh) has those of a row of weights: a word of 4-bit codes holds 2 t, 2 t + 8,
+// 2 t + 1 and 2 t + 9 of it, a byte apart.
 struct Fp8Tokens {
     e4m3 *codes;
     float *scales;

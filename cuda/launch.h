@@ -219,7 +219,8 @@ int q35_packed_linear_tail(void *stream, int n, q35_packed w, const q35_bf16 *ta
 
 // The same for n > 16 with x rounded to e4m3, a scale for each row, on Hopper and with k a multiple of 128 and w of fp8, or
 // of int4 with groups of 128 or of rows and no zero points. Else it is q35_packed_linear. A scale is max |x| / 448, codes
-// are to nearest even; sums of 128 are the tensor cores', sums of those f32. memory: bytes [q35_fp8_token_bytes(n, w.k)], 16-byte aligned.
+// are to nearest even; sums of 128 are the tensor cores', sums of those f32. k is at most 65,536. memory, null for
+// q35_packed_linear: bytes [q35_fp8_token_bytes(n, w.k)], 16-byte aligned.
 int64_t q35_fp8_token_bytes(int n, int k);
 int q35_fp8_token_linear(void *stream, int n, q35_packed w, const q35_bf16 *x, void *memory, void *out, int wide,
                          int stride);
@@ -343,8 +344,9 @@ int q35_packed_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weight
 int q35_packed_moe_then_norm(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *x,
                              void *workspace, float *residual, const float *norm, float eps, q35_bf16 *out);
 
-// The two for n > 16 with what the projections of experts take rounded to e4m3, as q35_fp8_token_linear does and where it
-// does; without `norm` the first, which writes `out`. memory: bytes [q35_fp8_token_moe_bytes(n, dims)], 16-byte aligned.
+// The two with what the projections of experts take rounded to e4m3, as q35_fp8_token_linear does and where it does: for
+// more than 16 tokens, else exact ones. Without `norm` the first, which writes `out`. memory, null for exact products: bytes
+// [q35_fp8_token_moe_bytes(n, dims)], 16-byte aligned.
 int64_t q35_fp8_token_moe_bytes(int n, q35_moe_dims dims);
 int q35_fp8_token_moe(void *stream, int n, q35_moe_dims dims, q35_packed_moe_weights weights, const q35_bf16 *x,
                       void *workspace, void *memory, float *residual, const float *norm, float eps, q35_bf16 *out);

@@ -18,7 +18,8 @@ constexpr int GGUF_BITS = OF == K4_CODES ? 4 : OF == K6_CODES ? 6 : 8;
 constexpr int PACKED_ROWS = 16;  // of a tile
 constexpr int UNIT_K = 128;      // elements along k that a warp takes at a time: two tiles
 
-// packed_many.cu: the product of more than 16 rows, with weights that have been checked.
+// packed_many.cu: the product of more than 16 rows, with weights that have been checked. fp8_tokens: as `memory` of
+// q35_fp8_token_linear.
 cudaError_t launch_packed_many(cudaStream_t stream, int n, const q35_packed &w, const bf16 *x, void *out, bool wide,
                                int stride, void *fp8_tokens);
 

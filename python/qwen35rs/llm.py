@@ -83,9 +83,11 @@ class LLM:
             They are computed in float32 either way.
         activation_dtype: what products of more than 16 tokens take beside weights in FP8, and in 4-bit integers without
             zero points in groups of 128 or of a row: ``"auto"`` bfloat16, exactly; ``"fp8"`` e4m3 with a scale for each
-            token, as other engines do by default where weights are FP8. Prompts are read faster, and every activation
-            is rounded to four significant bits. On GPUs of compute capability 9.0 (Hopper); it takes some 10 KB more
-            a token of ``max_num_batched_tokens``. With ``deterministic`` it holds for any number of tokens.
+            token (of each rank's part of it), as other engines do by default where weights are FP8. Prompts are read
+            faster, and every activation is rounded to four significant bits. On GPUs of compute capability 9.0
+            (Hopper); products with other weights, and of inputs that are no multiple of 128, stay as they are. It takes
+            5 to 17 KB more a token of ``max_num_batched_tokens``. With ``deterministic`` it holds for any number of
+            tokens.
         max_model_len: longest prompt plus output, in tokens; the model's context, or what
             ``kv_cache_bytes`` holds of it, by default.
         seed: decides the samples of requests without a seed.

@@ -290,9 +290,6 @@ impl PyEngine {
             let (vocab, eos) = (config.vocab, eos_token_ids.clone());
             let (part, num_layers) = (Part::new(&config, ranks.shard(0))?, config.layers.len());
             let place = match devices.iter().any(|device| device.ordinal().is_some()) {
-                true if fp8_activations => {
-                    format!("cuda, deterministic={deterministic}, activation_dtype=fp8")
-                }
                 true => format!("cuda, deterministic={deterministic}"),
                 false => "cpu".into(),
             };
@@ -304,6 +301,7 @@ impl PyEngine {
                 quantization,
                 mtp,
                 caches,
+                fp8_activations,
                 limits,
                 num_tokens,
                 place,
@@ -318,9 +316,7 @@ impl PyEngine {
                         |_, group: Option<Arc<dyn Group>>| Ok(group.map_or_else(Cpu::default, Cpu::among));
                     load.start(cpu, available_memory())?
                 }
-                Some(ordinals) => {
-                    load.start_cuda(ordinals, folders, deterministic, enforce_eager, fp8_activations)?
-                }
+                Some(ordinals) => load.start_cuda(ordinals, folders, deterministic, enforce_eager)?,
             };
             let device = Device::name_of(&devices);
             Ok(Self {

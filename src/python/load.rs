@@ -62,6 +62,8 @@ pub(super) struct Load {
     /// Whether with its MTP module; `None` for where it can be run.
     pub mtp: Option<bool>,
     pub caches: Caches,
+    /// Whether products of many tokens round their activations.
+    pub fp8_activations: bool,
     pub limits: EngineLimits,
     /// Tokens that exist.
     pub num_tokens: usize,
@@ -277,6 +279,7 @@ impl Load {
             ("quantization", quantization),
             ("kv_cache_dtype", kv_cache_dtype.into()),
             ("state_dtype", state_dtype.into()),
+            ("activation_dtype", if self.fp8_activations { "fp8" } else { "auto" }.into()),
             ("mtp", module.is_some().to_string()),
             ("checkpoint", tensors.digest(module)),
         ];
@@ -291,7 +294,6 @@ impl Load {
         folders: Vec<PathBuf>,
         deterministic: bool,
         enforce_eager: bool,
-        fp8_activations: bool,
     ) -> Result<(Service, Sizes)> {
         use crate::backend::cuda::Cuda;
         if self.dtype.is_some_and(|dtype| dtype != DType::BF16) {
@@ -299,6 +301,7 @@ impl Load {
             return Err(Error::request("dtype", found, "auto, bfloat16 (on a CUDA device)"));
         }
         let (here, collectives) = (self.ranks.meeting.is_none(), self.ranks.collectives);
+        let fp8_activations = self.fp8_activations;
         let make = move |rank: usize, group: Option<Arc<dyn Group>>| {
             let ordinal = ordinals[if here { rank } else { 0 }];
             let mut cuda = Cuda::new(ordinal, &folders, deterministic, !enforce_eager)?;
@@ -318,7 +321,6 @@ impl Load {
         self,
         ordinals: Vec<usize>,
         _: Vec<PathBuf>,
-        _: bool,
         _: bool,
         _: bool,
     ) -> Result<(Service, Sizes)> {

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::device::Memory;
-use super::ffi;
 use super::weights::{BUFFER_BYTES, Uploader};
+use super::{ffi, rounding};
 use crate::gguf::TensorType;
 use crate::weights::form::{Form, NVFP4_GROUP, TILE};
 use crate::weights::quant::{BLOCK, Encoded, Fp8, Int4, Layout, Nvfp4, Scheme};
@@ -80,6 +80,7 @@ impl Uploader {
     pub(super) fn pack(&mut self, tensors: &[Tensor], form: Form) -> Result<Part> {
         let rows: usize = tensors.iter().map(Tensor::num_rows).sum();
         let k = tensors.first().map_or(0, Tensor::num_cols);
+        self.takes_rounded |= rounding::takes(form, k);
         let [codes, scales, zeros] = form.bytes(rows, k).map(|bytes| bytes.next_multiple_of(256));
         let memory = self.device.alloc(Some(codes + scales + zeros), "weights")?;
         let part = Part { memory, rows, form, scales_at: codes, zeros_at: codes + scales };

@@ -9,6 +9,7 @@ use super::buffers::{
 };
 use super::graph::{self, Graph, Turn};
 use super::others::{Largest, Others};
+use super::rounding::{self, Rounding};
 use super::step::Step;
 use super::weights::Linear;
 use super::{Cuda, State, ffi, measure, sample};
@@ -41,14 +42,18 @@ impl Backend for Cuda {
 
     fn scratch(&self, config: &ModelConfig, limits: &BatchLimits, caches: Caches) -> Result<()> {
         // The weights are there now.
-        *self.uploader.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner).take();
         // Kernels read weights before what is ahead of them on the stream has ended.
         if !self.device.is_imagined() {
             self.device.synchronize()?;
         }
         let mut step = Step::new(&self.device, config, limits, caches)?;
         if self.fp8_activations {
-            step.round_activations(&self.device, config)?;
+            if !uploader.is_some_and(|uploader| uploader.takes_rounded) {
+                return Err(rounding::nothing_to_round());
+            }
+            let moe = step.moe_dims;
+            step.rounding = Some(Rounding::new(&self.device, config, limits, moe, self.deterministic)?);
         }
         if let Some(ranks) = &self.ranks {
             let rows = limits.max_tokens;

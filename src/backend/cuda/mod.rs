@@ -21,6 +21,7 @@ pub mod ops;
 mod others;
 mod peers;
 mod products;
+mod rounding;
 mod rows;
 mod sample;
 mod step;
@@ -44,9 +45,6 @@ use crate::{Error, Result};
 /// Bytes that the driver takes for a context with these kernels and cuBLASLt's, about.
 const CONTEXT_BYTES: usize = 640 << 20;
 
-/// Rows of so many elements, or a multiple of it, can be rounded to e4m3.
-const ROUNDED_MULTIPLE: c_int = 128;
-
 /// The backend: a device, and what the step under way has on it.
 pub struct Cuda {
     device: Arc<Device>,
@@ -56,7 +54,7 @@ pub struct Cuda {
     deterministic: bool,
     /// Whether decode steps are recorded.
     records: bool,
-    /// Whether products of many rows with weights in 8 and 4 bits round their activations to e4m3.
+    /// Whether steps of many tokens round activations to e4m3.
     fp8_activations: bool,
     /// The ranks that share the model.
     ranks: Option<Ranks>,
@@ -110,20 +108,15 @@ impl Cuda {
         Ok(Self { device, blas, deterministic, records, fp8_activations, ranks, state, uploader, _taken })
     }
 
-    /// The same with activations rounded to e4m3, a scale for each token, in products of more than 16 rows with weights in
-    /// FP8 or in symmetric 4-bit integers of groups of 128 or of rows: about twice the tensor cores' rate.
+    /// The same with activations rounded to e4m3, a scale for each token, in steps of 256 tokens or more (of any number with
+    /// `deterministic`) and products with weights in FP8 or in symmetric 4-bit integers of groups of 128 or of rows: about
+    /// twice the tensor cores' rate. A model without such weights is refused by its scratch memory.
     ///
     /// # Errors
     /// [`Error::Cuda`] on a device without such products.
     pub fn with_fp8_activations(mut self) -> Result<Self> {
         self.device.bind()?;
-        // SAFETY: asks about the device that is current.
-        if unsafe { ffi::q35_has_fp8_tokens(ROUNDED_MULTIPLE) } == 0 {
-            return Err(Error::Cuda {
-                what: "activation_dtype: found fp8 on a device without products of fp8 by fp8".into(),
-                advice: "allowed: auto, or a GPU of compute capability 9.0 (Hopper)".into(),
-            });
-        }
+        rounding::require()?;
         self.fp8_activations = true;
         Ok(self)
     }

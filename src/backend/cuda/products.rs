@@ -45,9 +45,10 @@ impl Cuda {
             if !part.is_plain() {
                 let (w, wide) = (part.packed(num_in), wide.into());
                 let stride = stride as c_int;
-                // SAFETY: shapes are those of the trait; `wide` says what `out` holds; `memory` is for the widest rows.
+                let rounding = step.rounding.as_ref().map_or(Ok(None), |r| r.of_linear(n, num_in))?;
+                // SAFETY: shapes are those of the trait; `wide` says what `out` holds; `memory` is large enough.
                 return Ok(unsafe {
-                    match step.fp8_tokens(n) {
+                    match rounding {
                         Some(memory) => {
                             ffi::q35_fp8_token_linear(stream, n_rows, w, x, memory, y, wide, stride)
                         }
@@ -79,7 +80,8 @@ impl Cuda {
         let n = self.num_rows(n, x.rows.min(out.rows));
         self.launch("moe", n, |step, stream| {
             let (x, workspace, out) = (x.memory.ptr(), step.moe.ptr(), out.memory.ptr());
-            let (rounded, n, dims) = (step.fp8_tokens(n), n as c_int, m.dims);
+            let rounded = step.rounding.as_ref().map_or(Ok(None), |r| r.of_experts(n, m.dims))?;
+            let (n, dims) = (n as c_int, m.dims);
             let (residual, norm) = (std::ptr::null_mut(), std::ptr::null());
             // SAFETY: shapes are those of the trait; workspace and memory are for the largest batch.
             Ok(unsafe {
@@ -224,7 +226,8 @@ impl Cuda {
         self.launch("moe_then_norm", rows, |step, stream| {
             let (residual, x): (_, *mut ffi::Bf16) = (residual.memory.ptr(), x.memory.ptr());
             let (norm, workspace) = (after.0.ptr(), step.moe.ptr());
-            let (rounded, n, dims) = (step.fp8_tokens(rows), rows as c_int, m.dims);
+            let rounded = step.rounding.as_ref().map_or(Ok(None), |r| r.of_experts(rows, m.dims))?;
+            let (n, dims) = (rows as c_int, m.dims);
             // SAFETY: shapes are those of the trait; workspace and memory are for the largest batch.
             Ok(unsafe {
                 match (m.weights(), rounded) {

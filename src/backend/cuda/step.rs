@@ -1,7 +1,6 @@
 //! What a step needs on the device besides weights and activations: the batch, uploaded once, and scratch memory. All of
 //! it is allocated for the largest batch.
 
-use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,6 +9,7 @@ use super::device::{Device, Memory, Pinned};
 use super::ffi;
 use super::graph::{self, Shape};
 use super::others::Others;
+use super::rounding::Rounding;
 use super::sample::Sampler;
 use crate::backend::{Caches, KvCache, Rope};
 use crate::batch::{Batch, BatchLimits, BatchSeq, MAX_LOGIT_ROWS, PAGE_LEN};
@@ -25,7 +25,7 @@ const MAX_DECODE_LEN: usize = 8;
 pub(super) struct Step {
     pub limits: BatchLimits,
     /// Of the model's sparse blocks.
-    moe_dims: Option<ffi::MoeDims>,
+    pub moe_dims: Option<ffi::MoeDims>,
     staging: Pinned,
     ints: Memory,
     /// The batch on the device, from [`Step::begin`].
@@ -45,7 +45,8 @@ pub(super) struct Step {
     pub room: usize,
     pub moe: Memory,
     /// Where products round their activations, if they do.
-    fp8_tokens: Option<Memory>,
+    /// Where steps of many tokens round activations.
+    pub rounding: Option<Rounding>,
     /// Of the decode kernel of the delta layers, zero between launches.
     pub counters: Memory,
     pub sampler: Sampler,
@@ -138,7 +139,7 @@ impl Step {
             attention: device.zeros(elements(attention_len, 4), "workspace of attention")?,
             room,
             moe: device.alloc(elements(moe_bytes, 1), "workspace of the experts")?,
-            fp8_tokens: None,
+            rounding: None,
             counters: device.zeros(
                 limits.max_seqs.checked_mul(4 * config.delta.num_k_heads),
                 "workspace of the delta rule",
@@ -153,30 +154,6 @@ impl Step {
             axis: upload(&rope.axis)?,
             others: None,
         })
-    }
-
-    /// Has products of many rows round their activations to e4m3.
-    pub fn round_activations(&mut self, device: &Arc<Device>, config: &ModelConfig) -> Result<()> {
-        let tokens = self.limits.max_tokens.max(MIN_WIDE_ROWS) as i32;
-        let width = match config.ffn {
-            FfnConfig::Dense { width } => width,
-            FfnConfig::Moe { .. } => 0,
-        };
-        // The MTP module's first product takes two rows side by side.
-        let widths = [2 * config.hidden, config.attention.q_width(), config.delta.value_width(), width];
-        // SAFETY: these only compute.
-        let bytes = unsafe {
-            let linears = widths.map(|k| ffi::q35_fp8_token_bytes(tokens, k as i32)).into_iter();
-            linears.chain(self.moe_dims.map(|dims| ffi::q35_fp8_token_moe_bytes(tokens, dims))).max()
-        };
-        let memory = device.alloc(bytes.and_then(|n| usize::try_from(n).ok()), "activations in fp8")?;
-        self.fp8_tokens = Some(memory);
-        Ok(())
-    }
-
-    /// Where a product of `n` rows rounds them; `None` for one that does not.
-    pub fn fp8_tokens(&self, n: usize) -> Option<*mut c_void> {
-        self.fp8_tokens.as_ref().filter(|_| n >= MIN_WIDE_ROWS).map(Memory::ptr)
     }
 
     /// Puts a batch on the device, in one copy.

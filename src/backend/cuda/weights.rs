@@ -62,6 +62,8 @@ pub(super) struct Uploader {
     waiting: Waiting,
     /// Whether anything is read: not for a card that is imagined.
     pub(super) reads: bool,
+    /// Whether any weights so far are multiplied by tokens in e4m3 where that is asked for.
+    pub(super) takes_rounded: bool,
     /// What is packed from, on the device: the bytes that waited in a buffer, at the same places.
     staging: Option<Memory>,
 }
@@ -82,7 +84,18 @@ impl Uploader {
         let buffer = || Pinned::new(device, BUFFER_BYTES);
         let (buffers, waiting) = ([buffer()?, buffer()?], Waiting::default());
         let (device, reads) = (Arc::clone(device), !device.is_imagined());
-        Ok(Self { device, buffers, turn: 0, sent: 0, filled: 0, waiting, reads, staging: None })
+        let takes_rounded = false;
+        Ok(Self {
+            device,
+            buffers,
+            turn: 0,
+            sent: 0,
+            filled: 0,
+            waiting,
+            reads,
+            takes_rounded,
+            staging: None,
+        })
     }
 
     /// The rows of tensors, one after the other, each in the form that its kernel wants.

@@ -11,7 +11,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use self::ahead::Flight;
-use self::pages::{Budget, Pages};
+use self::pages::{Budget, Pages, at_least};
 pub use self::runner::follow;
 use self::runner::{Loaded, Runner};
 use crate::backend::{Backend, Sampled, Sampling, Stats};
@@ -152,15 +152,7 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Self> {
         let loaded = Loaded::new(model, group);
         let (model, config) = (&loaded.model, loaded.model.config());
-        let at_least = |field: &str, found: usize, min: usize| {
-            if found >= min { Ok(()) } else { Err(Error::request(field, found, format!("at least {min}"))) }
-        };
-        at_least("max_num_seqs", limits.max_num_seqs, 1)?;
-        at_least("max_num_batched_tokens", limits.max_num_batched_tokens, CHUNK_LEN)?;
-        let utilization = limits.gpu_memory_utilization;
-        if !(utilization > 0.0 && utilization <= 1.0) {
-            return Err(Error::request("gpu_memory_utilization", utilization, "above 0 and at most 1"));
-        }
+        limits.check(config.max_context())?;
         let page_bytes = model.page_bytes();
         if let Some(bytes) = limits.kv_cache_bytes {
             at_least("kv_cache_bytes", bytes, page_bytes)?;
@@ -168,7 +160,7 @@ impl<B: Backend> Engine<B> {
         // On a device with memory of its own: what of it is for more than weights.
         let free = loaded.free_memory()?.filter(|_| limits.kv_cache_bytes.is_none());
         let budget = |buffers: usize| {
-            let bytes = (free? as f64 * utilization) as usize;
+            let bytes = (free? as f64 * limits.gpu_memory_utilization) as usize;
             Some(Budget { bytes, slot_bytes: model.slot_bytes(), buffers })
         };
         // Sizes that are also limits of the buffers, then, once the buffers are there, what is left for pages.

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -471,3 +472,22 @@ def test_an_image_is_not_dropped(llm):
     content = [{"type": "image_url", "image_url": {"url": "file:///cat.png"}}, {"type": "text", "text": "a"}]
     with pytest.raises(RequestError, match=r"^messages\[0\]: found .*image_url.*; allowed: text"):
         llm.chat([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs: found 0"),
+        ({"max_num_batched_tokens": 3}, "max_num_batched_tokens: found 3"),
+        ({"max_model_len": 10**9}, "max_model_len: found 1000000000"),
+        ({"gpu_memory_utilization": 2.0}, "gpu_memory_utilization: found 2"),
+    ],
+)
+def test_limits_are_looked_at_before_weights(limit, message, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(Path(__file__).parent / "golden" / "data" / "dense_bf16", path)
+    next(path.glob("*.safetensors")).unlink()
+    with pytest.raises(ConfigError, match="safetensors"):
+        LLM(path)
+    with pytest.raises(RequestError, match=message):
+        LLM(path, **limit)

@@ -1,7 +1,7 @@
 //! How much of the context an engine has pages for.
 
 use super::{EngineLimits, KV_CACHE_BYTES};
-use crate::batch::PAGE_LEN;
+use crate::batch::{CHUNK_LEN, PAGE_LEN};
 use crate::cache::pages_for;
 use crate::{Error, Result};
 
@@ -46,7 +46,6 @@ impl Pages {
         page_bytes: usize,
         budget: Option<Budget>,
     ) -> Result<Self> {
-        check_len(limits, context)?;
         let left = budget.map(|budget| budget.left(limits.max_num_seqs));
         let bytes = limits.kv_cache_bytes.or(left).unwrap_or(KV_CACHE_BYTES);
         let affordable = bytes.checked_div(page_bytes).map_or(context, |pages| pages * PAGE_LEN);
@@ -88,11 +87,27 @@ impl Pages {
     }
 }
 
-fn check_len(limits: &EngineLimits, context: usize) -> Result<()> {
-    let allowed = match limits.max_model_len {
-        Some(len) if len < 2 => format!("2 to {context}"),
-        Some(len) if len > context => format!("2 to {context}, the context the checkpoint declares"),
-        _ => return Ok(()),
-    };
-    Err(Error::request("max_model_len", limits.max_model_len.unwrap_or_default(), allowed))
+pub(super) fn at_least(field: &str, found: usize, min: usize) -> Result<()> {
+    if found >= min { Ok(()) } else { Err(Error::request(field, found, format!("at least {min}"))) }
+}
+
+impl EngineLimits {
+    /// Sees that they can be, as far as that can be said of a model of so long a context before it is loaded.
+    ///
+    /// # Errors
+    /// [`Error::Request`] naming the first that cannot.
+    pub fn check(&self, context: usize) -> Result<()> {
+        at_least("max_num_seqs", self.max_num_seqs, 1)?;
+        at_least("max_num_batched_tokens", self.max_num_batched_tokens, CHUNK_LEN)?;
+        let utilization = self.gpu_memory_utilization;
+        if !(utilization > 0.0 && utilization <= 1.0) {
+            return Err(Error::request("gpu_memory_utilization", utilization, "above 0 and at most 1"));
+        }
+        let allowed = match self.max_model_len {
+            Some(len) if len < 2 => format!("2 to {context}"),
+            Some(len) if len > context => format!("2 to {context}, the context the checkpoint declares"),
+            _ => return Ok(()),
+        };
+        Err(Error::request("max_model_len", self.max_model_len.unwrap_or_default(), allowed))
+    }
 }

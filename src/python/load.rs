@@ -198,7 +198,9 @@ impl Load {
                     Some(Arc::new(Threads::lead(world, patience, waiting, follow)?))
                 }
             };
-            let made = part(0, group.clone()).and_then(|model| {
+            // What cannot be is said before anything is read.
+            let can_be = load.limits.check(load.config.max_context());
+            let made = can_be.and_then(|()| part(0, group.clone())).and_then(|model| {
                 Engine::among(model, group.clone(), &load.limits, load.num_tokens, load.eos.clone())
             });
             let engine = made.inspect_err(|error| {

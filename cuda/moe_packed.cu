@@ -328,6 +328,7 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
                                 x, norm);
     if (code != cudaSuccess) return code;
     code = MAY_BE_ONE ? launch_one_down(stream, p, m[1], m[3], out) : cudaErrorNotSupported;
+    if (MORE == NO_MORE && code == cudaErrorNotSupported) code = launch_several_down(stream, p, m[1], m[3], out);
     if (code != cudaErrorNotSupported) return code;
 
     // One wave here too, where an SM has room for two blocks; of equal turns.

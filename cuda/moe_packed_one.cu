@@ -9,12 +9,6 @@
 
 namespace {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool HERE = true;
-#else
-constexpr bool HERE = false;  // for an older architecture the kernels are empty
-#endif
-
 constexpr int UP_WARPS = 8, UP_BLOCKS = 2;  // as packed_up's: the warps split k; one more routes, copies and adds up
 constexpr int UP_THREADS = 32 * (UP_WARPS + 1);
 enum UpBarriers { MULTIPLIED = 1, ROUTED, TOKEN_THERE };
@@ -230,20 +224,6 @@ bool is_taken(const Packed &m, int form, bool zeros) {
 // A row tile of the shared expert takes the place of one of the others', and the way through it.
 bool are_alike(const Packed &a, const Packed &b) {
     return a.groups == b.groups && a.each == b.each && a.bf16_scales == b.bf16_scales;
-}
-
-// Of a block, where two are on a multiprocessor: the driver keeps 1 KB of each, and some is static.
-constexpr int STATIC = 4 << 10;
-int room_of(const Card &card) { return (card.shared + 1024) / 2 - 1024 - STATIC; }
-
-template <typename... Parameters>
-cudaError_t prepare(void (*kernel)(Parameters...), int room) {
-    cudaFuncAttributes of = {};
-    cudaError_t code = cudaFuncGetAttributes(&of, kernel);
-    if (code == cudaSuccess && of.ptxVersion < 90) code = cudaErrorNotSupported;
-    if (code == cudaSuccess) code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
-    if (code != cudaSuccess) return code;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
 }
 
 template <int FORM, bool ZEROS>

@@ -1,8 +1,28 @@
 // What the kernels of moe_packed_one.cu are made of: routing by a warp, a row tile and a token in shared memory, and
-// their product.
+// their product. And what those of moe_packed_down.cu ask of a card as well.
 #pragma once
 #include "hopper.cuh"
 #include "moe_packed_one.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool HERE = true;
+#else
+constexpr bool HERE = false;  // for an older architecture the kernels are empty
+#endif
+
+// Of a block, where two are on a multiprocessor: the driver keeps 1 KB of each, and some is static.
+constexpr int STATIC = 4 << 10;
+static inline int room_of(const Card &card) { return (card.shared + 1024) / 2 - 1024 - STATIC; }
+
+template <typename... Parameters>
+cudaError_t prepare(void (*kernel)(Parameters...), int room) {
+    cudaFuncAttributes of = {};
+    cudaError_t code = cudaFuncGetAttributes(&of, kernel);
+    if (code == cudaSuccess && of.ptxVersion < 90) code = cudaErrorNotSupported;
+    if (code == cudaSuccess) code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
+    if (code != cudaSuccess) return code;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+}
 
 constexpr int TOKEN_PITCH = 2 * TILE_K + 16;  // of a k tile of the token: those of eight tiles hit all banks
 constexpr int FAST_EXPERTS = 256;             // 8 logits a lane

@@ -323,6 +323,7 @@ int launch_experts(cudaStream_t stream, const Plan &p, const Packed (&m)[4], con
     }
     constexpr bool MAY_BE_ONE = N == 1 && MORE == NO_MORE;
     int code = MAY_BE_ONE ? launch_one_up(stream, p, m[0], m[2], norm, x) : cudaErrorNotSupported;
+    if (MORE == NO_MORE && code == cudaErrorNotSupported) code = launch_several_up(stream, p, m[0], m[2], norm, x);
     if (code == cudaErrorNotSupported)
         code = launch<UP_EARLY>(up, up_blocks, 32 * UP_WARPS, up_bytes(p), stream, p, m[0], m[2], spread_of(up_blocks),
                                 x, norm);

@@ -1,4 +1,4 @@
-// How moe_packed.cu finds the kernels of moe_packed_one.cu and of moe_packed_down.cu.
+// How moe_packed.cu finds the kernels of moe_packed_one.cu and of moe_packed_several.cu.
 #pragma once
 #include <numeric>
 
@@ -18,5 +18,7 @@ static inline int spread_of(int blocks) {
 int launch_one_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
                   const bf16 *x);
 int launch_one_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out);
-// moe_packed_down.cu: the same of 2 to 16 tokens.
+// moe_packed_several.cu: the same of 2 to 16 tokens.
+int launch_several_up(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, const Norm &norm,
+                      const bf16 *x);
 int launch_several_down(cudaStream_t stream, const Plan &p, const Packed &m, const Packed &shared, bf16 *out);

@@ -1,5 +1,5 @@
 // What the kernels of moe_packed_one.cu are made of: routing by a warp, a row tile and a token in shared memory, and
-// their product. And what those of moe_packed_down.cu ask of a card as well.
+// their product. And what those of moe_packed_several.cu ask of a card as well.
 #pragma once
 #include "hopper.cuh"
 #include "moe_packed_one.cuh"

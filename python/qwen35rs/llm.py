@@ -82,9 +82,9 @@ class LLM:
         state_dtype: how the recurrent states are held between tokens: ``"float32"``, or ``"float16"`` in half the bytes.
             They are computed in float32 either way.
         activation_dtype: what products of a step of 256 tokens or more take beside weights in FP8, and in 4-bit integers
-            without zero points in groups of 128 or of a row: ``"auto"`` bfloat16, exactly; ``"fp8"`` e4m3 with a scale for each
-            token (of each rank's part of it), as other engines do by default where weights are FP8. Prompts are read
-            faster, and every activation is rounded to four significant bits. On GPUs of compute capability 9.0
+            without zero points in groups of 128 or of a row: ``"auto"`` bfloat16, exactly; ``"fp8"`` e4m3 with a scale
+            for each token (of each rank's part of it), as other engines do by default where weights are FP8. Prompts are
+            read faster, and every activation is rounded to four significant bits. On GPUs of compute capability 9.0
             (Hopper); products with other weights, and of inputs that are no multiple of 128, stay as they are. It takes
             5 to 17 KB more a token of ``max_num_batched_tokens``. With ``deterministic`` it holds for any number of
             tokens. A model with none of these weights is refused.

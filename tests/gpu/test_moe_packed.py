@@ -271,11 +271,19 @@ def test_a_token_does_not_see_the_batch(dims, formats):
 
 @pytest.mark.parametrize("form", [INT4, FP8], ids=str)
 @pytest.mark.parametrize(
-    "dims", [(3072, 16, 8, 1024, 1024), (4096, 16, 10, 1024, 1024), (1152, 16, 4, 256, 768)], ids=str
+    "dims",
+    [
+        (3072, 16, 8, 1024, 1024),
+        (4096, 16, 10, 1024, 1024),
+        (1152, 16, 4, 256, 768),
+        (1024, 16, 4, 256, 768),
+        (512, 12, 3, 512, 0),
+    ],
+    ids=str,
 )
 def test_a_token_of_a_large_block_does_not_see_the_batch(dims, form):
     """Of which one token's kernels have two tiles, or one, under way, or leave `down` or both to those of several. And
-    one of which the shared expert is wider than the others."""
+    some of which the shared expert is wider than the others, or none."""
     alone_and_among_others(dims, [form] * 4)
 
 

@@ -53,7 +53,7 @@ impl Backend for Cuda {
                 return Err(rounding::nothing_to_round());
             }
             let moe = step.moe_dims;
-            step.rounding = Some(Rounding::new(&self.device, config, limits, moe, self.deterministic)?);
+            step.rounding = Rounding::new(&self.device, config, limits, moe, self.deterministic)?;
         }
         if let Some(ranks) = &self.ranks {
             let rows = limits.max_tokens;

@@ -60,15 +60,20 @@ pub(super) struct Rounding {
 }
 
 impl Rounding {
-    /// With `deterministic` the number of rows decides nothing.
+    /// With `deterministic` the number of rows decides nothing. `None` where no step is large enough.
     pub fn new(
         device: &Arc<Device>,
         config: &ModelConfig,
         limits: &BatchLimits,
         moe: Option<ffi::MoeDims>,
         deterministic: bool,
-    ) -> Result<Self> {
-        let tokens = limits.max_tokens.max(MIN_WIDE_ROWS) as i32;
+    ) -> Result<Option<Self>> {
+        let min_rows = if deterministic { MIN_WIDE_ROWS } else { MIN_ROWS };
+        let tokens = limits.max_tokens.max(MIN_WIDE_ROWS);
+        if tokens < min_rows {
+            return Ok(None);
+        }
+        let tokens = tokens as i32;
         let width = match config.ffn {
             FfnConfig::Dense { width } => width,
             FfnConfig::Moe { .. } => 0,
@@ -81,8 +86,7 @@ impl Rounding {
             linears.chain(moe.map(|dims| ffi::q35_fp8_token_moe_bytes(tokens, dims))).max()
         };
         let memory = device.alloc(bytes.and_then(|n| usize::try_from(n).ok()), "activations in fp8")?;
-        let min_rows = if deterministic { MIN_WIDE_ROWS } else { MIN_ROWS };
-        Ok(Self { memory, min_rows })
+        Ok(Some(Self { memory, min_rows }))
     }
 
     /// Where a product of `n` rows of `k` elements rounds them; `None` for one that does not.

@@ -15,10 +15,13 @@ from pathlib import Path
 
 from origin import origin
 
-_122B = "-m 122b-a10b --batch 1 --batch 4 --batch 16 --prefill 1024 --prefill 8192 --prefill 32768 --prefill 65536"
-_35B = "-m 35b-a3b --batch 1 --batch 4 --batch 16"
+_122B = (
+    "-m 122b-a10b --batch 1 --batch 4 --batch 16 --batch 32"
+    " --prefill 1024 --prefill 8192 --prefill 32768 --prefill 65536"
+)
+_35B = "-m 35b-a3b --batch 1 --batch 4 --batch 16 --batch 64"
 FIGURES = {
-    "engine_35b": f"{_35B} --batch 64 --prefill 1024 --prefill 8192 --prefill 32768",
+    "engine_35b": f"{_35B} --prefill 1024 --prefill 8192 --prefill 32768",
     "engine_35b_int4": f"{_35B} --prefill 8192 --quantization int4",
     "engine_35b_fp8": f"{_35B} --prefill 8192 --quantization fp8",
     "engine_35b_fp8_activations": f"{_35B} --prefill 8192 --quantization fp8 --activation-dtype fp8",

@@ -48,7 +48,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     take(p.num_hit, 1);
     take(p.place, few_assignments);
     take(p.counts, p.num_groups * ceil_div(experts, 4));
-    take(p.tiles, p.max_tiles);
+    take(p.tiles, p.max_tiles + assignments / LEAST_TILE - assignments / SMALL_TILE);
     take(p.num_tiles, 1);
     take(p.sorted, assignments);
     take(p.act, assignments * d.width);

@@ -6,8 +6,10 @@
 constexpr int FEW = 16;
 // Tokens whose experts are counted together.
 constexpr int GROUP = 32;
-// The smaller of the two heights of a tile; the table of tiles is sized for it.
+// The smaller of the two heights of a tile of moe_grouped.cu.
 constexpr int SMALL_TILE = 64;
+// No list has tiles that are to be lower; there is room for these.
+constexpr int LEAST_TILE = 32;
 
 // The pieces of the workspace and what a launch needs to know besides. Passed by value to kernels.
 struct Plan {

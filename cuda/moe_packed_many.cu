@@ -172,7 +172,7 @@ int launch_block(cudaStream_t stream, const Plan &p, const q35_moe_weights &rout
     if (code == cudaSuccess) code = launch_routes(stream, p, routing, x);
     const int up = packed_wgmma_serves(m[0], m[2]), down = packed_wgmma_serves(m[1], m[3]);
     const bool high = ((up | down) & ROUTED_EXPERTS) != 0;
-    if (code == cudaSuccess) code = launch_sort(stream, p, high ? PACKED_WGMMA_HEIGHTS : PACKED_HEIGHTS);
+    if (code == cudaSuccess) code = launch_sort(stream, p, high ? packed_wgmma_heights(p) : PACKED_HEIGHTS);
     if (code == cudaSuccess) code = packed_wgmma_up(stream, p, m[0], m[2], x, up, fp8_tokens);
     if (code == cudaSuccess && up != ALL_EXPERTS)
         code = packed_many_up(stream, p, m[0], m[2], x, ALL_EXPERTS & ~up);

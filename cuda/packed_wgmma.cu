@@ -25,7 +25,7 @@ int packed_wgmma::multiprocessors() {
         if (major == 9 && minor == 0) {
             // Where the build has no code for sm_90a the kernel is empty, which shows in its registers.
             cudaFuncAttributes attributes;
-            if (cudaFuncGetAttributes(&attributes, packed_wgmma_kernel<ROWS, INT4_TILES, 8, bf16>) != cudaSuccess) return 0;
+            if (cudaFuncGetAttributes(&attributes, packed_wgmma_kernel<ROWS, INT4_TILES, 8, bf16, TOKENS>) != cudaSuccess) return 0;
             if (attributes.numRegs > 64 && count > 1 && map_encoder() != nullptr) d.multiprocessors = count;
         }
         d.asked = true;
@@ -33,31 +33,28 @@ int packed_wgmma::multiprocessors() {
     return d.multiprocessors;
 }
 
-cudaError_t packed_wgmma::launch_rows(cudaStream_t stream, const Task &t, const void *tokens, int rows,
-                                      int64_t tiles) {
-    CUtensorMap map;
-    const bool encoded = t.token_scales != nullptr
-                             ? encode_bytes_map(&map, tokens, rows, t.w.k, BOX_ROWS)
-                             : encode_map(&map, static_cast<const bf16 *>(tokens), 1, 1, rows, t.w.k, BOX_ROWS);
-    if (!encoded) return cudaErrorInvalidValue;
-    return launch_task<ROWS>(stream, t, map, tiles);
+bool packed_wgmma::encode_rows(CUtensorMap *map, const Task &t, int rows) {
+    return t.token_scales != nullptr ? encode_bytes_map(map, t.x, rows, t.w.k, BOX_ROWS)
+                                     : encode_map(map, static_cast<const bf16 *>(t.x), 1, 1, rows, t.w.k, BOX_ROWS);
 }
 
 cudaError_t packed_wgmma_linear(cudaStream_t stream, int n, const Packed &w, int rows, const bf16 *x, void *out,
                                 bool wide, int stride, void *fp8_tokens) {
     if (!takes(w) || !aligned(x)) return cudaErrorNotSupported;
-    Task t = task_of(w);
-    t.row_tiles = rows / 16, t.n = n;
-    t.out = out, t.cols = rows, t.stride = stride;
+    Tasks<2> tasks = {};
+    Task &t = tasks.of[0];
+    t = task_of(w);
+    t.row_tiles = rows / 16, t.n = n, t.x = x;
+    t.out = out, t.cols = rows, t.stride = stride, t.high = rows_high(n);
     t.store = wide ? WIDE : aligned(out) && stride % 8 == 0 ? PIECES : ELEMENTS;
-    const void *tokens = x;
     if (fp8_tokens != nullptr && takes_fp8_tokens(w)) {
         const Fp8Tokens of = fp8_tokens_at(fp8_tokens, n, w.k);
         const cudaError_t code = launch_fp8_tokens(stream, n, w.k, x, of);
         if (code != cudaSuccess) return code;
-        tokens = of.codes, t.token_scales = of.scales;
+        t.x = of.codes, t.token_scales = of.scales;
     }
-    return launch_rows(stream, t, tokens, n, ceil_div(n, TOKENS));
+    if (!encode_rows(&tasks.tokens[0], t, n)) return cudaErrorInvalidValue;
+    return launch_tasks<ROWS>(stream, tasks, {ceil_div(n, t.high), 0});
 }
 
 extern "C" int64_t q35_fp8_token_bytes(int n, int k) { return fp8_token_bytes(n, k); }

@@ -9,8 +9,8 @@
 cudaError_t packed_wgmma_linear(cudaStream_t stream, int n, const Packed &w, int rows, const bf16 *x, void *out,
                                 bool wide, int stride, void *fp8_tokens = nullptr);
 
-// Of the list of tiles: none is higher.
-constexpr Heights PACKED_WGMMA_HEIGHTS = {128, 32};
+// Of the list of tiles. They change the speed, and no sum.
+Heights packed_wgmma_heights(const Plan &p);
 
 // Which experts have a matrix that is served (of `Experts`; one that is absent counts). The two below serve all that
 // `experts` names, or nothing. With `fp8_tokens`, packed_wgmma_token_bytes of memory, as above; `up` leaves there what it

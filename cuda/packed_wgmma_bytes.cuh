@@ -77,13 +77,13 @@ __device__ __forceinline__ void load_bytes(uint32_t stage, const Lane &of, uint3
 }
 
 // As `consume`. Half of the columns are multiplied while the sums of the other half are scaled.
-template <int MODE, int FORM, int N>
+template <int MODE, int FORM, typename M, int N>
 __device__ __forceinline__ void consume_bytes(const Task &t, const Item &item, uint32_t shared, uint32_t released,
-                                              uint32_t done, const int (&places)[TOKENS / 32], int warp, int lane) {
+                                              uint32_t done, const int *places, int warp, int lane) {
     constexpr int HALF = N / 2;
     const int units = t.w.k / UNIT;
-    const Lane of = lane_of<MODE, FORM, e4m3>(t, item, warp, lane);
-    const Ring<FORM, e4m3> ring = {shared};
+    const Lane of = lane_of<MODE, FORM, M>(t, item, warp, lane);
+    const Ring<M, MODE> ring = {shared};
     float acc[2][HALF / 2], sum[N / 2] = {};
     uint32_t a[2][4][4];
 
@@ -108,11 +108,7 @@ __device__ __forceinline__ void consume_bytes(const Task &t, const Item &item, u
     constexpr std::integral_constant<int, 1> second;
 
     Side<FORM, 1> side = load_side<FORM, 1>(t, of, 0);
-    const auto wait_for = [&](uint32_t use) {
-        ring.wait_for(use);
-        if (MODE == GATE_UP) written_for_products();  // of a gather's copies, which the barrier has waited for
-    };
-    wait_for(done);
+    ring.wait_for(done);
     load_bytes<MODE, FORM>(ring.stage_of(done), of, a[0]);
     auto part = [&](int unit, auto number) {
         constexpr int OWN = decltype(number)::value;
@@ -122,7 +118,7 @@ __device__ __forceinline__ void consume_bytes(const Task &t, const Item &item, u
         multiply_half(first, a[OWN], stage);
         multiply_half(second, a[OWN], stage);
         const Side<FORM, 1> next = load_side<FORM, 1>(t, of, following);
-        wait_for(done + following);
+        ring.wait_for(done + following);
         load_bytes<MODE, FORM>(ring.stage_of(done + following), of, a[1 - OWN]);
         float scale[2];
 #pragma unroll
@@ -155,7 +151,7 @@ __device__ __forceinline__ void consume_bytes(const Task &t, const Item &item, u
         }
     }
     const int feature = item.feature + warp * (MODE == GATE_UP ? 8 : 16);
-    store_tile<MODE, N>(t, item, sum, shared + STAGING<FORM, e4m3> + warp * STAGING_BYTES, places, feature, lane);
+    store_tile<MODE, N>(t, item, sum, shared + M::STAGING + warp * M::STAGING_BYTES, places, feature, lane);
 }
 
 }  // namespace packed_wgmma

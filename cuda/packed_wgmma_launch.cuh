@@ -11,46 +11,48 @@
 
 namespace packed_wgmma {
 
-// As many blocks as multiprocessors, each cluster taking every so-many'th tile: a warpgroup copies, two multiply.
-template <int MODE, int FORM, int STEPS, typename T>
-__global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
-    packed_wgmma_kernel(const __grid_constant__ Task t, const __grid_constant__ CUtensorMap tokens) {
+// As many blocks as multiprocessors (or twice), each cluster taking every so-many'th tile: a warpgroup copies, two multiply.
+template <int MODE, int FORM, int STEPS, typename T, int HIGH>
+__global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, ON_SM<HIGH>)
+    packed_wgmma_kernel(const __grid_constant__ Tasks<MOST_TASKS<HIGH>> tasks) {
     if constexpr (HERE) {
+        using M = Memory<FORM, T, HIGH>;
         extern __shared__ __align__(1024) uint8_t smem[];
         const uint32_t shared = shared_address(smem);
         // The same for a whole warp, and known to be.
         const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
         // Arrivals at a full stage: for the copy engine, and of a gather the warp's, or its threads'.
-        constexpr int FILLERS = MODE == ROWS ? 1 : sizeof(T) == 2 ? 2 : 33;
+        constexpr int FILLERS = MODE == ROWS ? 1 : M::BY_ITSELF ? 33 : 2;
         const int rank = MODE == ROWS ? rank_in_pair() : 0;
         if (threadIdx.x == 0) {
-            for (int i = 0; i < STAGES<T>; i++) {
-                barrier_init(shared + FULL<FORM, T> + i * 8, FILLERS);
-                barrier_init(shared + EMPTY<FORM, T> + i * 8, BLOCKS<MODE> * WARPS);  // that multiply
+            for (int i = 0; i < M::STAGES; i++) {
+                barrier_init(shared + M::FULL + i * 8, FILLERS);
+                barrier_init(shared + M::EMPTY + i * 8, BLOCKS<MODE> * WARPS);  // that multiply
             }
             barriers_are_there();
-            if (MODE == ROWS) prefetch_map(&tokens);
+            if (MODE == ROWS) prefetch_map(&tasks.tokens[0]);
         }
         pair_barrier();
         wait_for_inputs();
         let_next_start();
-        const int total = num_items(t);
+        const Items<MOST_TASKS<HIGH>> items(tasks);
         if (warp < 4) {
-            give_registers<PRODUCER_REGISTERS>();
-            produce<MODE, FORM, STEPS, T>(t, tokens, total, shared, rank, warp, lane);
+            give_registers<PRODUCER_REGISTERS<HIGH>>();
+            produce<MODE, FORM, STEPS, T, HIGH>(tasks, items, shared, rank, warp, lane);
         } else {
-            take_registers<CONSUMER_REGISTERS>();
-            const uint32_t released = address_of(shared + EMPTY<FORM, T>, lane % BLOCKS<MODE>);
-            const int stride = gridDim.x / BLOCKS<MODE>, units = t.w.k / UNIT;
+            take_registers<CONSUMER_REGISTERS<HIGH>>();
+            const uint32_t released = address_of(shared + M::EMPTY, lane % BLOCKS<MODE>);
+            const int stride = gridDim.x / BLOCKS<MODE>;
             int index = blockIdx.x / BLOCKS<MODE>;
-            int2 entry = entry_at(t, total, index);
+            int2 entry = entry_at(tasks, items, index);
             uint32_t done = 0;
-            for (; index < total; index += stride, done += units) {
-                const Item item = item_at<MODE>(t, index, entry, rank);
-                entry = entry_at(t, total, index + stride);
-                int places[TOKENS / 32];
+            for (; index < items.all; index += stride) {
+                const Task &t = tasks.of[items.task_of(index)];
+                const Item item = item_at<MODE>(t, items.in_task(index), entry, rank);
+                entry = entry_at(tasks, items, index + stride);
+                int places[HIGH / 32];
 #pragma unroll
-                for (int q = 0; q < TOKENS / 32; q++) {
+                for (int q = 0; q < HIGH / 32; q++) {
                     const int row = item.first + min(32 * q + lane, item.rows - 1);
                     places[q] = MODE == ROWS && t.sorted != nullptr ? t.sorted[row] : t.first_row + row;
                 }
@@ -58,12 +60,14 @@ __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
                 auto run = [&](auto n) {
                     constexpr int N = decltype(n)::value;
                     if constexpr (sizeof(T) == 1) {
-                        consume_bytes<MODE, FORM, N>(t, item, shared, released, done, places, warp - 4, lane);
+                        consume_bytes<MODE, FORM, M, N>(t, item, shared, released, done, places, warp - 4, lane);
                     } else {
-                        consume<MODE, FORM, STEPS, N>(t, item, shared, released, done, places, warp - 4, lane);
+                        consume<MODE, FORM, STEPS, M, N>(t, item, shared, released, done, places, warp - 4, lane);
                     }
                 };
-                if constexpr (IS_GGUF<FORM>) {  // in two widths, for the size of the code
+                if constexpr (HIGH == FEW_TOKENS) {
+                    run(std::integral_constant<int, FEW_TOKENS>());
+                } else if constexpr (IS_GGUF<FORM>) {  // in two widths, for the size of the code
                     columns > 64 ? run(std::integral_constant<int, 128>()) : run(std::integral_constant<int, 64>());
                 } else if (columns > 96) {
                     run(std::integral_constant<int, 128>());
@@ -74,6 +78,7 @@ __global__ void Q35_CLUSTER(BLOCKS<MODE>) __launch_bounds__(THREADS, 1)
                 } else {
                     run(std::integral_constant<int, 32>());
                 }
+                done += t.w.k / UNIT;
             }
         }
         pair_barrier();  // until now another block may have had copies and arrivals on their way to this one
@@ -101,37 +106,68 @@ inline bool takes_fp8_tokens(const Packed &w) {
     return w.form == FP8_TILES || (w.form == INT4_TILES && w.zeros == nullptr && !w.halves && w.shift != 0);
 }
 
-// `tiles`: of tokens, at most so many.
-template <int MODE, int FORM, int STEPS, typename T = bf16>
-cudaError_t launch_form(cudaStream_t stream, const Task &t, const CUtensorMap &tokens, int64_t tiles) {
-    const int64_t items = tiles * t.feature_tiles, clusters = multiprocessors() / BLOCKS<MODE>;
-    if (items > 0x3fffffff) return cudaErrorInvalidValue;
-    const auto kernel = packed_wgmma_kernel<MODE, FORM, STEPS, T>;
-    const cudaError_t code =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES<FORM, T>);
+static_assert(FEW_TOKENS == LEAST_TILE, "the tiles that lists have room for");
+
+// The height of tiles of so many rows in their order.
+inline int rows_high(int rows) { return rows <= FEW_TOKENS ? FEW_TOKENS : TOKENS; }
+
+template <int MODE, int FORM, int STEPS, typename T = bf16, int HIGH = TOKENS>
+cudaError_t launch_form(cudaStream_t stream, const Tasks<2> &tasks, int64_t items) {
+    const int64_t clusters = ON_SM<HIGH> * multiprocessors() / BLOCKS<MODE>;
+    const auto kernel = packed_wgmma_kernel<MODE, FORM, STEPS, T, HIGH>;
+    constexpr int bytes = Memory<FORM, T, HIGH>::BYTES;
+    const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (code != cudaSuccess) return code;
     const unsigned blocks = static_cast<unsigned>(BLOCKS<MODE> * (items < clusters ? items : clusters));
-    return launch(kernel, dim3(blocks), dim3(THREADS), SHARED_BYTES<FORM, T>, stream, t, tokens);
+    Tasks<MOST_TASKS<HIGH>> taken;
+    for (int i = 0; i < MOST_TASKS<HIGH>; i++) taken.of[i] = tasks.of[i], taken.tokens[i] = tasks.tokens[i];
+    return launch(kernel, dim3(blocks), dim3(THREADS), bytes, stream, taken);
 }
 
+// Forms that have kernels of their own for few tokens.
+inline bool has_few(const Packed &w) {
+    return w.form == FP8_TILES || w.form == FP4_TILES || (w.form == INT4_TILES && !w.halves && w.shift != 0);
+}
+template <int MODE, int FORM>
+cudaError_t launch_few(cudaStream_t stream, const Tasks<2> &tasks, int64_t items) {
+    return tasks.of[0].high == FEW_TOKENS ? launch_form<MODE, FORM, 8, bf16, FEW_TOKENS>(stream, tasks, items)
+                                          : launch_form<MODE, FORM, 8>(stream, tasks, items);
+}
+
+// Whether one launch does both.
+inline bool alike(const Task &a, const Task &b) {
+    const auto is_few = [](const Task &t) {
+        return t.high == FEW_TOKENS && t.token_scales == nullptr && has_few(t.w);
+    };
+    return is_few(a) && is_few(b) && a.w.form == b.w.form;
+}
+
+// One task, or two that are alike. `tiles`: of tokens of each, at most so many. ROWS: with their maps.
 template <int MODE>
-cudaError_t launch_task(cudaStream_t stream, Task t, const CUtensorMap &tokens, int64_t tiles) {
-    t.feature_tiles = ceil_div(t.cols, FEATURES<MODE>);
-    if (t.token_scales != nullptr) {
-        return t.w.form == FP8_TILES ? launch_form<MODE, FP8_TILES, 8, e4m3>(stream, t, tokens, tiles)
-                                     : launch_form<MODE, INT4_TILES, 8, e4m3>(stream, t, tokens, tiles);
+cudaError_t launch_tasks(cudaStream_t stream, Tasks<2> &tasks, const int64_t (&tiles)[2]) {
+    int64_t items = 0;
+    for (int i = 0; i < 2; i++) {
+        Task &t = tasks.of[i];
+        t.feature_tiles = ceil_div(t.cols, FEATURES<MODE>);
+        items += tiles[i] * t.feature_tiles;
     }
-    if (t.w.form == FP8_TILES) return launch_form<MODE, FP8_TILES, 8>(stream, t, tokens, tiles);
-    if (t.w.form == FP4_TILES) return launch_form<MODE, FP4_TILES, 8>(stream, t, tokens, tiles);
-    if (t.w.form == K4_TILES) return launch_form<MODE, K4_TILES, 8>(stream, t, tokens, tiles);
-    if (t.w.form == K6_TILES) return launch_form<MODE, K6_TILES, 8>(stream, t, tokens, tiles);
-    if (t.w.form == INT8_TILES) return launch_form<MODE, INT8_TILES, 8>(stream, t, tokens, tiles);
-    if (t.w.halves) return launch_form<MODE, INT4_TILES, 2>(stream, t, tokens, tiles);
-    return t.w.shift == 0 ? launch_form<MODE, INT4_TILES, 4>(stream, t, tokens, tiles)
-                          : launch_form<MODE, INT4_TILES, 8>(stream, t, tokens, tiles);
+    if (items > 0x3fffffff) return cudaErrorInvalidValue;
+    const Packed &w = tasks.of[0].w;
+    if (tasks.of[0].token_scales != nullptr) {
+        return w.form == FP8_TILES ? launch_form<MODE, FP8_TILES, 8, e4m3>(stream, tasks, items)
+                                   : launch_form<MODE, INT4_TILES, 8, e4m3>(stream, tasks, items);
+    }
+    if (w.form == FP8_TILES) return launch_few<MODE, FP8_TILES>(stream, tasks, items);
+    if (w.form == FP4_TILES) return launch_few<MODE, FP4_TILES>(stream, tasks, items);
+    if (w.form == K4_TILES) return launch_form<MODE, K4_TILES, 8>(stream, tasks, items);
+    if (w.form == K6_TILES) return launch_form<MODE, K6_TILES, 8>(stream, tasks, items);
+    if (w.form == INT8_TILES) return launch_form<MODE, INT8_TILES, 8>(stream, tasks, items);
+    if (w.halves) return launch_form<MODE, INT4_TILES, 2>(stream, tasks, items);
+    return w.shift == 0 ? launch_form<MODE, INT4_TILES, 4>(stream, tasks, items)
+                        : launch_few<MODE, INT4_TILES>(stream, tasks, items);
 }
 
-// `rows` of tokens [rows, k], bf16 or, where the task has scales of them, e4m3.
-cudaError_t launch_rows(cudaStream_t stream, const Task &t, const void *tokens, int rows, int64_t tiles);
+// The map of rows [rows, k], bf16 or, where the task has scales of them, e4m3.
+bool encode_rows(CUtensorMap *map, const Task &t, int rows);
 
 }  // namespace packed_wgmma

@@ -52,7 +52,7 @@ struct Lane {
     int shift;     // GATE_UP: of the codes, so that those of row lane / 4 + 8 come first; fp4, GGUF: 1 for these
     float whole[2];  // fp4: what is left of the scales
 };
-template <int MODE, int FORM, typename T>
+template <int MODE, int FORM, typename M>
 __device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int warp, int lane) {
     Lane of;
     const int half = MODE == GATE_UP ? warp % 2 : 0;  // of the rows of a tile of gates and one of ups
@@ -61,7 +61,7 @@ __device__ __forceinline__ Lane lane_of(const Task &t, const Item &item, int war
         const int tile = MODE == GATE_UP ? warp / 2 + 4 * i : warp, row = lane / 4 + 8 * (MODE == GATE_UP ? half : i);
         const int row_tile = max(row_tile_at<MODE>(t, item, tile), 0);
         of.scales[i] = uint32_t(row_tile) * t.w.groups * t.w.each + (t.w.each == 16 ? row : 0);
-        of.codes[i] = TOKEN_BYTES<T> + tile * 2 * TILE_BYTES<FORM> + lane * 16;
+        of.codes[i] = M::TOKEN_BYTES + tile * 2 * TILE_BYTES<FORM> + lane * 16;
         if constexpr (FORM == FP4_TILES) {
             // A word is four steps of a row.
             of.scales[i] = uint32_t(row_tile) * t.w.groups * t.w.each * 2 + lane / 4 * 2 + row / 8;
@@ -245,11 +245,11 @@ __device__ __forceinline__ void written_fragments(uint32_t (&a)[COUNT][4]) {
         asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3])::"memory");
 }
 
-// Stores what a warp has of a tile, through 2 KB of its own at `staging`. `places` has for the rows lane + 32 q where
+// Stores what a warp has of a tile, through 2 KB (of 32 tokens half of that) of its own at `staging`. `places` has for the rows lane + 32 q where
 // they go in the output; `feature`: the warp's first.
 template <int MODE, int N>
 __device__ __forceinline__ void store_tile(const Task &t, const Item &item, const float (&sum)[N / 2], uint32_t staging,
-                                           const int (&places)[TOKENS / 32], int feature, int lane) {
+                                           const int *places, int feature, int lane) {
     if (MODE == ROWS && feature >= t.first_feature + t.cols) return;
     bf16 *out = static_cast<bf16 *>(t.out) + (feature - t.first_feature);
     if constexpr (MODE == GATE_UP) {
@@ -320,15 +320,15 @@ __device__ __forceinline__ void store_tile(const Task &t, const Item &item, cons
 // N columns of a tile: a row's sums are the same whatever N and the other columns are. A scale is for STEPS steps of k
 // 16. While the tensor cores are at some of them, the codes of the next are converted; while a warpgroup scales its
 // sums, the other has them.
-template <int MODE, int FORM, int STEPS, int N>
+template <int MODE, int FORM, int STEPS, typename M, int N>
 __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_t shared, uint32_t released,
-                                        uint32_t done, const int (&places)[TOKENS / 32], int warp, int lane) {
+                                        uint32_t done, const int *places, int warp, int lane) {
     constexpr int COUNT = STEPS < 4 ? STEPS : 4, PARTS = 8 / COUNT, GROUPS = 8 / STEPS;
     const int units = t.w.k / UNIT;
-    const Lane of = lane_of<MODE, FORM, bf16>(t, item, warp, lane);
+    const Lane of = lane_of<MODE, FORM, M>(t, item, warp, lane);
     float acc[N / 2] = {}, sum[N / 2] = {};
     uint32_t a[2][COUNT][4];
-    const Ring<FORM, bf16> ring = {shared};
+    const Ring<M, MODE> ring = {shared};
 
     Side<FORM, GROUPS> side = load_side<FORM, GROUPS>(t, of, 0);
     ring.wait_for(done);
@@ -345,7 +345,7 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
 #pragma unroll
             for (int j = 0; j < COUNT; j++) {
                 constexpr int FIRST = PART * COUNT;
-                const uint64_t tokens = operand(stage + FIRST / 4 * HALF_BYTES, 1024) + 2 * (FIRST % 4 + j);
+                const uint64_t tokens = operand(stage + FIRST / 4 * M::HALF_BYTES, 1024) + 2 * (FIRST % 4 + j);
                 multiply<N>(acc, a[PART % 2][j], tokens, !STARTS || j > 0);
             }
             products_commit();
@@ -383,7 +383,7 @@ __device__ __forceinline__ void consume(const Task &t, const Item &item, uint32_
         for (int i = 0; i < N / 2; i++) sum[i] *= of.whole[i % 4 / 2];
     }
     const int feature = item.feature + warp * (MODE == GATE_UP ? 8 : 16);
-    store_tile<MODE, N>(t, item, sum, shared + STAGING<FORM, bf16> + warp * STAGING_BYTES, places, feature, lane);
+    store_tile<MODE, N>(t, item, sum, shared + M::STAGING + warp * M::STAGING_BYTES, places, feature, lane);
 }
 
 }  // namespace packed_wgmma

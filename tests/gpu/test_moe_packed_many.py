@@ -165,9 +165,10 @@ def test_a_token_of_gguf_does_not_see_the_batch(form):
 
 
 @pytest.mark.parametrize("formats", [[INT4] * 4, [FP8] * 4, [NVFP4] * 4, [INT4, INT4, BF16, BF16]], ids=str)
-@pytest.mark.parametrize("shared", [0, 64])
-def test_one_expert_takes_every_token(shared, formats):
-    block = Many((128, 16, 1, 64, shared), formats)
+@pytest.mark.parametrize(("width", "shared"), [(64, 0), (64, 64), (128, 128), (128, 256)])
+def test_one_expert_takes_every_token(width, shared, formats):
+    """So that it has several tiles, also of few tokens, which are for what experts have in the mean."""
+    block = Many((128, 16, 1, width, shared), formats)
     block.router.zero_()  # all tied: the lowest index
     for n in (1, 16, 17, 200, 1000):
         block.check(block.tokens(n))

@@ -20,7 +20,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     const int64_t rows = assignments + (p.has_shared ? tokens : 0), row_bytes = int64_t(d.hidden) * 4;
     p.slots = int(few_assignments < experts ? few_assignments : experts);
     p.num_groups = ceil_div(n, GROUP);
-    p.max_tiles = int(assignments / SMALL_TILE + (experts < assignments ? experts : assignments));
+    p.max_tiles = int(most_tiles(p, LEAST_TILE));
 
     int64_t y_bytes = rows * row_bytes;
     p.y_cols = d.hidden;
@@ -48,7 +48,7 @@ Plan plan(int n, const q35_moe_dims &d, void *workspace) {
     take(p.num_hit, 1);
     take(p.place, few_assignments);
     take(p.counts, p.num_groups * ceil_div(experts, 4));
-    take(p.tiles, p.max_tiles + assignments / LEAST_TILE - assignments / SMALL_TILE);
+    take(p.tiles, p.max_tiles);
     take(p.num_tiles, 1);
     take(p.sorted, assignments);
     take(p.act, assignments * d.width);

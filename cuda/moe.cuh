@@ -38,6 +38,12 @@ struct Plan {
     int64_t bytes;
 };
 
+// Of a list of tiles of up to so many rows: no more than these.
+static inline int64_t most_tiles(const Plan &p, int high) {
+    const int64_t assignments = int64_t(p.n) * p.top_k;
+    return assignments / high + (p.num_here < assignments ? p.num_here : assignments);
+}
+
 // In place of the weight, which is 0 or more, of an assignment to an expert that is not here: its term is left out of
 // sums, since nobody computes it.
 constexpr float NOT_HERE = -1.f;

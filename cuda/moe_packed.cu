@@ -371,7 +371,7 @@ int norm_moe(cudaStream_t stream, const q35_peers *peers, int n, q35_moe_dims di
     q35_moe_weights routing = {};
     routing.router = weights.router, routing.shared_gate = weights.shared_gate;
     Norm before = {as_bf16(delta), residual, norm, eps, nullptr, nullptr};
-    bf16 *const tiles = reinterpret_cast<bf16 *>(p.y);  // which nothing else here uses
+    bf16 *const tiles = reinterpret_cast<bf16 *>(p.y);  // written when who reads it has ended
     bool fp4 = false, floats = false, gguf = false;
     for (const Packed &matrix : m) {
         fp4 = fp4 || matrix.form == FP4_TILES, gguf = gguf || matrix.form >= K4_TILES;

@@ -166,13 +166,15 @@ bool take(int n, const q35_moe_dims &dims, const q35_packed_moe_weights &w, cons
 
 // To `out`, or, where it is null, to y, which must then have all columns. `rounded`: y is bf16. fp8_tokens: memory to round
 // activations in, or null.
-int launch_block(cudaStream_t stream, const Plan &p, const q35_moe_weights &routing, const Packed (&m)[4],
+int launch_block(cudaStream_t stream, Plan p, const q35_moe_weights &routing, const Packed (&m)[4],
                  const bf16 *x, bool rounded, void *fp8_tokens, bf16 *out) {
     int code = rounded ? launch_wgmma_logits(stream, p, routing, x) : launch_tile_logits(stream, p, routing, x);
     if (code == cudaSuccess) code = launch_routes(stream, p, routing, x);
     const int up = packed_wgmma_serves(m[0], m[2]), down = packed_wgmma_serves(m[1], m[3]);
     const bool high = ((up | down) & ROUTED_EXPERTS) != 0;
-    if (code == cudaSuccess) code = launch_sort(stream, p, high ? packed_wgmma_heights(p) : PACKED_HEIGHTS);
+    const Heights heights = high ? packed_wgmma_heights(p) : PACKED_HEIGHTS;
+    p.max_tiles = int(most_tiles(p, heights.most));
+    if (code == cudaSuccess) code = launch_sort(stream, p, heights);
     if (code == cudaSuccess) code = packed_wgmma_up(stream, p, m[0], m[2], x, up, fp8_tokens);
     if (code == cudaSuccess && up != ALL_EXPERTS)
         code = packed_many_up(stream, p, m[0], m[2], x, ALL_EXPERTS & ~up);

@@ -13,8 +13,7 @@ constexpr int MOST_FEW = 24;
 
 // Tiles of tokens, at most.
 int64_t tiles_of(const Plan &p, bool shared, int high) {
-    const int64_t assignments = int64_t(p.n) * p.top_k;
-    return shared ? ceil_div(p.n, high) : assignments / high + (p.num_here < assignments ? p.num_here : assignments);
+    return shared ? ceil_div(p.n, high) : most_tiles(p, high);
 }
 
 Task expert_task(const Plan &p, const Packed &w, bool shared) {

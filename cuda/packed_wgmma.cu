@@ -1,4 +1,6 @@
 // More than 16 rows times packed weights on Hopper: linears.
+#include <atomic>
+
 #include "packed_wgmma_launch.cuh"
 
 using namespace packed_wgmma;
@@ -6,7 +8,7 @@ using namespace packed_wgmma;
 namespace {
 
 struct Device {
-    bool asked;
+    std::atomic<bool> asked;  // the number is there
     int multiprocessors;  // 0 where the kernels do not serve
 };
 
@@ -17,7 +19,7 @@ int packed_wgmma::multiprocessors() {
     int device = 0, major = 0, minor = 0, count = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return 0;
     Device &d = known[device];
-    if (!d.asked) {
+    if (!d.asked.load(std::memory_order_acquire)) {
         if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
             cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
             cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
@@ -25,10 +27,11 @@ int packed_wgmma::multiprocessors() {
         if (major == 9 && minor == 0) {
             // Where the build has no code for sm_90a the kernel is empty, which shows in its registers.
             cudaFuncAttributes attributes;
-            if (cudaFuncGetAttributes(&attributes, packed_wgmma_kernel<ROWS, INT4_TILES, 8, bf16, TOKENS>) != cudaSuccess) return 0;
+            const auto kernel = packed_wgmma_kernel<ROWS, INT4_TILES, 8, bf16, TOKENS>;
+            if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
             if (attributes.numRegs > 64 && count > 1 && map_encoder() != nullptr) d.multiprocessors = count;
         }
-        d.asked = true;
+        d.asked.store(true, std::memory_order_release);
     }
     return d.multiprocessors;
 }

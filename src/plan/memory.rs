@@ -68,6 +68,7 @@ impl DryRun {
     /// # Errors
     /// `OutOfMemory` for what does not fit, `Request` for limits that cannot be and for ranks that cannot share the model.
     pub fn held(self, config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Held> {
+        self.limits.check(config.max_context())?;
         part_of(config, self.shard)?;
         let tensors = ModelTensors::resolve(checkpoint, config)?;
         let module = self.mtp.then(|| MtpTensors::resolve(checkpoint, config)).transpose()?;
@@ -106,6 +107,7 @@ impl DryRun {
     /// # Errors
     /// As [`DryRun::held`], but for memory.
     pub fn needed(mut self, config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Held> {
+        self.limits.check(config.max_context())?;
         let part = part_of(config, self.shard)?;
         let (kv, mtp_kv) = cache_bytes(part.config()).kv(self.caches);
         let token_bytes = (kv + if self.mtp { mtp_kv } else { 0 }) as usize;

@@ -174,6 +174,19 @@ def test_one_expert_takes_every_token(width, shared, formats):
         block.check(block.tokens(n))
 
 
+@pytest.mark.parametrize("formats", [[INT4] * 4, [BF16, INT4, BF16, INT4]], ids=str)
+def test_as_many_tiles_as_there_can_be(formats):
+    """Lists of tiles of few tokens, taken by the kernels of every card: of a width that Hopper's do not take, and of bf16."""
+    block = Many((128, 2, 1, 64 if formats[0] == INT4 else 128, 0), formats)
+    for n, first in ((48, 33), (47, 14), (40, 7)):
+        x = block.tokens(n)
+        # The first expert takes so many, the other one the rest: by a column in which tokens differ.
+        block.router.zero_()
+        x[:, 0] = torch.where(torch.arange(n, device="cuda") < first, 4.0, -4.0).to(torch.bfloat16)
+        block.router[0, 0], block.router[1, 0] = 1.0, -1.0
+        block.check(x)
+
+
 @pytest.mark.parametrize("n", [1, 17, 65])
 def test_every_expert_has_every_token(n):
     block = Many((64, 32, 32, 64, 64), [INT4] * 4)

@@ -44,8 +44,7 @@ pub(super) struct Step {
     /// Pages in fp8 of prefill sequences that attention can take at a time.
     pub room: usize,
     pub moe: Memory,
-    /// Where products round their activations, if they do.
-    /// Where steps of many tokens round activations.
+    /// Where products of steps of many tokens round their activations, if they do.
     pub rounding: Option<Rounding>,
     /// Of the decode kernel of the delta layers, zero between launches.
     pub counters: Memory,

@@ -237,6 +237,11 @@ REFUSED = [
     (["--dry-run", "--all-reduce-us", "0"], "all_reduce_us: found it with --memory; allowed: without"),
     (["--gpu", "h100", "--cards", "2", "--max-num-seqs", "0"], "max_num_seqs: found 0; allowed: 1 or more"),
     (["--gpu", "3GB RAM"], "gpu: found 3GB RAM; allowed: RTX 3090, "),
+    # Also on a card that is too small for the weights.
+    (
+        ["--gpu", "24GiB", "--memory", "--max-model-len", "10000000"],
+        "max_model_len: found 10000000; allowed: 2 to 262144",
+    ),
     (["--gpu", "2TiB"], "or 1 GiB to 1024 GiB of memory, as in 48GiB"),
 ]
 

@@ -158,7 +158,7 @@ def floor_bytes(c: dict) -> int:
 class TransformersEngine:
     def __init__(self, directory: str, threads: int):
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, DynamicCache
 
         torch.set_num_threads(threads)
         self.torch = torch
@@ -166,23 +166,22 @@ class TransformersEngine:
             directory, dtype="bfloat16", attn_implementation="sdpa"
         )
         self.model.eval()
+        self.new_cache = lambda: DynamicCache(config=self.model.config)
 
     def select(self, experts: str):
         self.model.set_experts_implementation(experts)
 
+    def forward(self, tokens: list[int], cache) -> int:
+        # By place: Transformers 5.24 renamed `past_key_values`, the fourth, to `cache`.
+        out = self.model(self.torch.tensor([tokens]), None, None, cache, use_cache=True, logits_to_keep=1)
+        return int(out.logits[0, -1].argmax())
+
     def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
-        torch = self.torch
-        with torch.inference_mode():
-            out = self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-            tokens = [int(out.logits[0, -1].argmax())]
+        with self.torch.inference_mode():
+            cache = self.new_cache()
+            tokens = [self.forward(prompt, cache)]
             while len(tokens) < num_tokens:
-                out = self.model(
-                    torch.tensor([[tokens[-1]]]),
-                    past_key_values=out.past_key_values,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                tokens.append(int(out.logits[0, -1].argmax()))
+                tokens.append(self.forward(tokens[-1:], cache))
         return tokens
 
     def profile(self, prompt: list[int], num_tokens: int) -> str:
@@ -215,14 +214,13 @@ class TransformersEngine:
                     module.register_forward_pre_hook(before),
                     module.register_forward_hook(after(part)),
                 ]
-        torch = self.torch
-        with torch.inference_mode():
-            out = self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        with self.torch.inference_mode():
+            cache = self.new_cache()
+            token = self.forward(prompt, cache)
             counting[0] = True
             begin = time.perf_counter()
             for _ in range(num_tokens):
-                token = int(out.logits[0, -1].argmax())
-                out = self.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+                token = self.forward([token], cache)
             total = time.perf_counter() - begin
         for handle in handles:
             handle.remove()

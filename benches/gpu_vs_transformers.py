@@ -64,7 +64,8 @@ def theirs(args):
 
     @torch.inference_mode()
     def forward(tokens, cache):
-        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # By place: Transformers 5.24 renamed `past_key_values`, the fourth, to `cache`.
+        out = model(tokens, None, None, cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     def decode():

@@ -303,12 +303,13 @@ def greedy(model, prompt, num_tokens):
         while len(tokens) < num_tokens:
             tokens.append(int(forward(model, [*prompt, *tokens])[0][-1].argmax()))
         return tokens
-    out = model(torch.tensor([list(map(int, prompt))]), use_cache=True)
-    while True:
-        tokens.append(int(out.logits[0, -1].argmax()))
-        if len(tokens) == num_tokens:
-            return tokens
-        out = model(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+    # By place: Transformers 5.24 renamed `past_key_values`, the fourth, to `cache`.
+    cache, step = transformers.DynamicCache(config=model.config), list(map(int, prompt))
+    while len(tokens) < num_tokens:
+        out = model(torch.tensor([step]), None, None, cache, use_cache=True)
+        step = [int(out.logits[0, -1].argmax())]
+        tokens += step
+    return tokens
 
 
 def kept_rows(prompt_len, num_rows):
